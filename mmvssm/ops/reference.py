@@ -1,0 +1,91 @@
+"""The selective scan as it is defined: one plain loop, any dtype, differentiable by autograd.
+
+Every faster version in this folder is tested against this one.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def selective_scan_reference(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Optional[Tensor] = None,
+    delta_bias: Optional[Tensor] = None,
+    order: Optional[Tensor] = None,
+    source: Optional[Tensor] = None,
+    gap: Optional[Tensor] = None,
+    rest: Optional[Tensor] = None,
+    delta_softplus: bool = True,
+) -> Tensor:
+    """Selective scan (Mamba, section 3.2) along several walks over the same tokens, step by step.
+
+    For walk ``k``, with ``i = order[k, t]`` and ``j = source[k, t]``, per channel and state::
+
+        step_t = softplus(delta[j] + delta_bias)
+        h_t    = exp((step_t + gap[k, t] * rest) * A) * h_{t-1} + step_t * B[j] * u[i]     h_{-1} = 0
+        y[i]   = sum over states of C[j] * h_t, plus D * u[i]
+
+    It computes in the widest of the inputs' dtypes and float32; take float64 for a definition to compare with.
+
+    Args:
+        u: Values ``(B, L, K, D)``: batch, token, walk, channel.
+        delta: Step sizes before bias and softplus ``(B, L, K, D)``.
+        A: State decay rates ``(K, D, N)``, negative.
+        B: Input projections ``(B, L, K, N)``.
+        C: Output projections ``(B, L, K, N)``.
+        D: Skip connection ``(K, D)``.
+        delta_bias: Added to ``delta`` ``(K, D)``.
+        order: ``(K, L)`` or ``(B, K, L)``: the token whose ``u`` step ``t`` reads and whose ``y`` it writes. A
+            permutation of the tokens for each walk; by default the order in memory.
+        source: Same shapes: the token whose ``delta``, ``B`` and ``C`` step ``t`` reads; by default ``order``.
+        gap: Same shapes: how many absent grid positions the walk passed since its previous step; by default none.
+        rest: Step size ``(K, D)`` at an absent position.
+        delta_softplus: Whether ``delta`` passes through softplus.
+
+    Returns:
+        ``y (B, L, K, D)``, each token's output at the token's place, in the dtype of ``u``.
+    """
+    dtype = torch.promote_types(torch.float32, torch.promote_types(u.dtype, A.dtype))
+    batch, length, walks, _ = u.shape
+    in_memory = torch.arange(length, device=u.device).expand(batch, walks, length)
+    order = in_memory if order is None else order.long().expand(batch, walks, length)
+    source = order if source is None else source.long().expand(batch, walks, length)
+    row = torch.arange(batch, device=u.device)[:, None]
+    walk = torch.arange(walks, device=u.device)[None, :]
+
+    step = delta.to(dtype)
+    if delta_bias is not None:
+        step = step + delta_bias.to(dtype)
+    if delta_softplus:
+        step = F.softplus(step)
+
+    A = A.to(dtype)
+    h = u.new_zeros((batch, *A.shape), dtype=dtype)
+    outputs = []
+    for t in range(length):
+        i, j = order[:, :, t], source[:, :, t]
+        u_t = u[row, i, walk].to(dtype)
+        step_t = step[row, j, walk]
+        B_t, C_t = B[row, j, walk].to(dtype), C[row, j, walk].to(dtype)
+        elapsed = step_t
+        if gap is not None:
+            elapsed = elapsed + gap.expand(batch, walks, length)[:, :, t, None] * rest.to(dtype)
+        h = torch.exp(elapsed[..., None] * A) * h + (step_t * u_t)[..., None] * B_t[:, :, None]
+        y_t = (h * C_t[:, :, None]).sum(-1)
+        if D is not None:
+            y_t = y_t + D.to(dtype) * u_t
+        outputs.append(y_t)
+
+    # Step t's output belongs to token order[t]: undo the permutation.
+    at_token = order.argsort(-1).transpose(1, 2)
+    y = torch.stack(outputs, dim=1)[row[..., None], at_token, walk[None]]
+    return y.to(u.dtype)

@@ -1,0 +1,254 @@
+"""The selective scan in vectorised PyTorch: for CPUs without the compiled kernel, and for any other device.
+
+The walk is cut into chunks of :data:`CHUNK_LENGTH` steps. All chunks advance together from a zero
+state, then a short loop over the chunks hands each one the state in which its predecessor ended.
+States are handled one at a time, so that nothing larger than ``(B, L, K, D)`` is ever stored.
+
+This module also defines the contract of every backend, :func:`forward` and :func:`backward`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK_LENGTH = 64
+"""Steps between two states that the forward pass saves for the backward pass."""
+
+
+def num_chunks(length: int) -> int:
+    """How many states are saved along a walk of ``length`` steps."""
+    return (length + CHUNK_LENGTH - 1) // CHUNK_LENGTH
+
+
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype of the state: float64 if any input is, else float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def forward(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Optional[Tensor],
+    delta_bias: Optional[Tensor],
+    order: Optional[Tensor],
+    source: Optional[Tensor],
+    gap: Optional[Tensor],
+    rest: Optional[Tensor],
+    delta_softplus: bool,
+) -> tuple[Tensor, Tensor]:
+    """Run the scan. Arguments are those of :func:`mmvssm.ops.reference.selective_scan_reference`.
+
+    Returns:
+        ``y (B, L, K, D)`` in the dtype of ``u``, contiguous, and ``states (B, K, S, D, N)`` in the accumulation dtype:
+        the state before step ``s * CHUNK_LENGTH`` of each walk, ``S = ceil(L / CHUNK_LENGTH)``.
+    """
+    walk = _Walk.along(u, delta, A, B, C, delta_bias, order, source, gap, rest, delta_softplus)
+    batch, length, walks, channels = u.shape
+    y = walk.u * _channels(D, walk.u) if D is not None else torch.zeros_like(walk.u)
+    states = y.new_empty((batch, walks, num_chunks(length), channels, A.shape[-1]))
+    for n in range(A.shape[-1]):
+        decay, drive = walk.recurrence(n)
+        h, entry = _chunked_scan(decay, drive)
+        states[..., n] = entry.transpose(1, 2)
+        y += h * walk.C[..., n, None]
+    return walk.put(y, walk.order).to(u.dtype), states
+
+
+def backward(
+    grad_y: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Optional[Tensor],
+    delta_bias: Optional[Tensor],
+    order: Optional[Tensor],
+    source: Optional[Tensor],
+    gap: Optional[Tensor],
+    rest: Optional[Tensor],
+    delta_softplus: bool,
+    states: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Differentiate the scan.
+
+    Args:
+        grad_y: Gradient of ``y``, ``(B, L, K, D)``, any strides.
+        u: This and the following as in :func:`forward`.
+        delta: See :func:`forward`.
+        A: See :func:`forward`.
+        B: See :func:`forward`.
+        C: See :func:`forward`.
+        D: See :func:`forward`.
+        delta_bias: See :func:`forward`.
+        order: See :func:`forward`.
+        source: See :func:`forward`.
+        gap: See :func:`forward`.
+        rest: See :func:`forward`.
+        delta_softplus: See :func:`forward`.
+        states: As returned by :func:`forward`.
+
+    Returns:
+        Gradients of ``u, delta, A, B, C, D, delta_bias, rest``, each contiguous, in its tensor's
+        shape and dtype; an empty tensor of shape ``(0,)`` for each of the last three that is None.
+    """
+    walk = _Walk.along(u, delta, A, B, C, delta_bias, order, source, gap, rest, delta_softplus)
+    grad_y = walk.take(grad_y, walk.order)
+    grad_u = grad_y * _channels(D, walk.u) if D is not None else torch.zeros_like(walk.u)
+    grad_step, grad_elapsed = torch.zeros_like(walk.u), torch.zeros_like(walk.u)
+    grad_A = torch.empty_like(A, dtype=walk.u.dtype)
+    grad_B, grad_C = torch.empty_like(walk.B), torch.empty_like(walk.C)
+    for n in range(A.shape[-1]):
+        decay, drive = walk.recurrence(n)
+        h, _ = _chunked_scan(decay, drive, states[..., n].transpose(1, 2))
+        grad_C[..., n] = (grad_y * h).sum(-1)
+        # g_t = dL/dh_t = C_t dy_t + decay_{t+1} g_{t+1}: the same recurrence, walked backwards.
+        later_decay = F.pad(decay[:, 1:], (0, 0, 0, 0, 0, 1))
+        g, _ = _chunked_scan(later_decay.flip(1), (grad_y * walk.C[..., n, None]).flip(1))
+        g = g.flip(1)
+        earlier_h = F.pad(h[:, :-1], (0, 0, 0, 0, 1, 0))
+        grad_exponent = g * earlier_h * decay
+        grad_elapsed += grad_exponent * walk.A[..., n]
+        grad_A[..., n] = (grad_exponent * walk.elapsed).sum((0, 1))
+        g_B = g * walk.B[..., n, None]
+        grad_step += g_B * walk.u
+        grad_u += g_B * walk.step
+        grad_B[..., n] = (g * walk.step * walk.u).sum(-1)
+
+    grad_step += grad_elapsed
+    if delta_softplus:
+        grad_step = grad_step * walk.slope
+    absent = u.new_empty(0)
+    grad_rest = absent
+    if rest is not None:
+        grad_rest = torch.zeros_like(rest)
+        if walk.gap is not None:
+            grad_rest = (grad_elapsed * walk.gap).sum((0, 1)).to(rest.dtype)
+    return (
+        walk.put(grad_u, walk.order).to(u.dtype),
+        walk.put(grad_step, walk.source).to(delta.dtype),
+        grad_A.to(A.dtype),
+        walk.put(grad_B, walk.source).to(B.dtype),
+        walk.put(grad_C, walk.source).to(C.dtype),
+        (grad_y * walk.u).sum((0, 1)).to(D.dtype) if D is not None else absent,
+        grad_step.sum((0, 1)).to(delta_bias.dtype) if delta_bias is not None else absent.clone(),
+        grad_rest if rest is not None else absent.clone(),
+    )
+
+
+class _Walk(NamedTuple):
+    """The inputs in the order of the steps and the accumulation dtype, ``(B, L, K, D)`` or ``(B, L, K, N)``."""
+
+    u: Tensor
+    step: Tensor
+    slope: Optional[Tensor]
+    elapsed: Tensor
+    gap: Optional[Tensor]
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    order: Optional[Tensor]
+    source: Optional[Tensor]
+
+    @classmethod
+    def along(cls, u, delta, A, B, C, delta_bias, order, source, gap, rest, delta_softplus):
+        dtype = accumulation_dtype(u, delta, A, B, C)
+        order = _token_index(order)
+        source = order if source is None else _token_index(source)
+        raw = cls.take(delta, source).to(dtype)
+        if delta_bias is not None:
+            raw = raw + delta_bias.to(dtype)
+        step = F.softplus(raw) if delta_softplus else raw
+        slope = torch.sigmoid(raw) if delta_softplus else None
+        elapsed = step
+        if gap is not None:
+            gap = (gap if gap.dim() == 3 else gap[None]).transpose(1, 2)[..., None].to(dtype)
+            elapsed = step + gap * rest.to(dtype)
+        return cls(
+            cls.take(u, order).to(dtype),
+            step,
+            slope,
+            elapsed,
+            gap,
+            A.to(dtype),
+            cls.take(B, source).to(dtype),
+            cls.take(C, source).to(dtype),
+            order,
+            source,
+        )
+
+    @staticmethod
+    def take(x: Tensor, index: Optional[Tensor]) -> Tensor:
+        """Tokens in the order of the steps."""
+        return x if index is None else x[_grid_index(x, index)]
+
+    @staticmethod
+    def put(x: Tensor, index: Optional[Tensor]) -> Tensor:
+        """The inverse of :meth:`take`."""
+        if index is None:
+            return x.contiguous()
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        y[_grid_index(x, index)] = x
+        return y
+
+    def recurrence(self, n: int) -> tuple[Tensor, Tensor]:
+        """``decay`` and ``drive`` of ``h_t = decay_t * h_{t-1} + drive_t`` for state ``n``, each ``(B, L, K, D)``."""
+        return torch.exp(self.elapsed * self.A[..., n]), self.step * self.u * self.B[..., n, None]
+
+
+def _channels(x: Tensor, like: Tensor) -> Tensor:
+    return x.to(like.dtype)
+
+
+def _token_index(order: Optional[Tensor]) -> Optional[Tensor]:
+    """``(B or 1, L, K)`` from ``(K, L)`` or ``(B, K, L)``."""
+    if order is None:
+        return None
+    return (order if order.dim() == 3 else order[None]).transpose(1, 2).long()
+
+
+def _grid_index(x: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    batch = torch.arange(x.shape[0], device=x.device)[:, None, None]
+    return batch, index, torch.arange(x.shape[2], device=x.device)
+
+
+def _chunked_scan(
+    decay: Tensor, drive: Tensor, entry: Optional[Tensor] = None
+) -> tuple[Tensor, Tensor]:
+    """Solve ``h_t = decay_t * h_{t-1} + drive_t`` for all ``t``.
+
+    Args:
+        decay: ``(B, L, K, D)``.
+        drive: ``(B, L, K, D)``.
+        entry: The state before each chunk ``(B, S, K, D)`` where it is known already.
+
+    Returns:
+        ``h (B, L, K, D)`` and ``entry``.
+    """
+    length = decay.shape[1]
+    chunks = num_chunks(length)
+    missing = chunks * CHUNK_LENGTH - length
+    if missing:
+        decay, drive = (F.pad(x, (0, 0, 0, 0, 0, missing)) for x in (decay, drive))
+    decay = decay.unflatten(1, (chunks, CHUNK_LENGTH)).unbind(2)
+    drive = drive.unflatten(1, (chunks, CHUNK_LENGTH)).unbind(2)
+    if entry is None:
+        end, fade = drive[0], decay[0]
+        for decay_t, drive_t in zip(decay[1:], drive[1:]):
+            end = torch.addcmul(drive_t, decay_t, end)
+            fade = fade * decay_t
+        entry = torch.zeros_like(end)
+        for s in range(1, chunks):
+            entry[:, s] = torch.addcmul(end[:, s - 1], fade[:, s - 1], entry[:, s - 1])
+    h, steps = entry, []
+    for decay_t, drive_t in zip(decay, drive):
+        h = torch.addcmul(drive_t, decay_t, h)
+        steps.append(h)
+    return torch.stack(steps, dim=2).flatten(1, 2)[:, :length], entry

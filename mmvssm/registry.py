@@ -1,0 +1,16 @@
+"""The registries of the ``mmvssm`` scope.
+
+Each is a child of the mmengine root registry of the same name, so that ``type='mmvssm.GroupMamba'`` resolves from
+the config of any mm* project once ``custom_imports = dict(imports=['mmvssm'])`` has run.
+"""
+
+from mmengine import registry as root
+
+MODELS = root.Registry("model", parent=root.MODELS, scope="mmvssm", locations=["mmvssm.models"])
+HOOKS = root.Registry("hook", parent=root.HOOKS, scope="mmvssm", locations=["mmvssm.engine"])
+FUNCTIONS = root.Registry(
+    "function", parent=root.FUNCTIONS, scope="mmvssm", locations=["mmvssm.engine"]
+)
+TASK_UTILS = root.Registry(
+    "task util", parent=root.TASK_UTILS, scope="mmvssm", locations=["mmvssm.datasets"]
+)
