@@ -1,0 +1,5 @@
+"""Backbones."""
+
+from .group_mamba import GroupMamba
+
+__all__ = ["GroupMamba"]

@@ -1,0 +1,414 @@
+"""GroupMamba: Efficient Group-Based Visual State Space Model (CVPR 2025, arXiv 2407.13772).
+
+Feature maps are ``(B, H, W, C)``, channels last, from the stem to the last stage. A convolution
+sees the same memory through :func:`convolve` as a channels-last image, so nothing is copied between
+layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Optional, Union
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from mmcv.cnn.bricks import DropPath
+from mmengine.model import BaseModule
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ...ops import Traversal, cross_traversal, selective_scan
+from ...registry import MODELS
+
+NUM_GROUPS = 4
+"""Groups of channels, one for each direction of the scan (paper, section 3.2)."""
+
+BLOCK_EPS = 1e-6
+"""LayerNorm epsilon in blocks and on stage outputs; all other LayerNorms use PyTorch's default, 1e-5."""
+
+
+@MODELS.register_module()
+class GroupMamba(BaseModule):
+    """GroupMamba backbone.
+
+    Args:
+        arch: ``'tiny'``, ``'small'``, ``'base'`` (paper, table 1), or a dict with
+            ``stem_hidden_dim``, and four values each of ``embed_dims`` (multiples of 4, at least
+            16), ``depths`` and ``mlp_ratios``.
+        in_channels: Channels of the image.
+        out_indices: Stages whose feature maps are returned, counted from 0; their strides are 4, 8, 16 and 32.
+        drop_path_rate: Stochastic depth of the last block; it grows linearly from 0 at the first.
+        frozen_stages: -1 freezes nothing, 0 the stem, ``n`` the stem and the first ``n`` stages. Frozen parts stay in
+            evaluation mode.
+        with_cp: Whether to recompute each block's activations in the backward pass instead of storing them.
+        init_cfg: mmengine initialisation, for example
+            ``dict(type='Pretrained', checkpoint='groupmamba_tiny.pth', prefix='backbone.')``.
+
+    Raises:
+        ValueError: If ``arch``, ``out_indices``, ``drop_path_rate`` or ``frozen_stages`` is not as described.
+    """
+
+    arch_settings = {
+        "tiny": dict(
+            stem_hidden_dim=32,
+            embed_dims=(64, 128, 348, 448),
+            depths=(3, 4, 9, 3),
+            mlp_ratios=(8, 8, 4, 4),
+        ),
+        "small": dict(
+            stem_hidden_dim=64,
+            embed_dims=(64, 128, 348, 512),
+            depths=(3, 4, 16, 3),
+            mlp_ratios=(8, 8, 4, 4),
+        ),
+        "base": dict(
+            stem_hidden_dim=64,
+            embed_dims=(96, 192, 424, 512),
+            depths=(3, 6, 21, 3),
+            mlp_ratios=(8, 8, 4, 4),
+        ),
+    }
+
+    def __init__(
+        self,
+        arch: Union[str, dict] = "tiny",
+        in_channels: int = 3,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        drop_path_rate: float = 0.0,
+        frozen_stages: int = -1,
+        with_cp: bool = False,
+        init_cfg: Optional[dict] = None,
+    ) -> None:
+        super().__init__(init_cfg)
+        arch = self._resolve_arch(arch)
+        depths = arch["depths"]
+        self.embed_dims = tuple(arch["embed_dims"])
+        self.mlp_ratios = tuple(arch["mlp_ratios"])
+        self.out_indices = self._resolve_out_indices(out_indices, len(depths))
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f"GroupMamba: drop_path_rate must be in [0, 1); got {drop_path_rate}.")
+        if not -1 <= frozen_stages <= len(depths):
+            raise ValueError(
+                f"GroupMamba: frozen_stages must be from -1 (nothing) to {len(depths)} (everything); "
+                f"got {frozen_stages}."
+            )
+        self.in_channels = in_channels
+        self.frozen_stages = frozen_stages
+        self.with_cp = with_cp
+
+        last = max(sum(depths) - 1, 1)
+        drop_path_rates = [drop_path_rate * block / last for block in range(sum(depths))]
+        self.stages = nn.ModuleList()
+        for i in range(max(self.out_indices) + 1):
+            dim = self.embed_dims[i]
+            if i == 0:
+                embed = Stem(in_channels, arch["stem_hidden_dim"], dim)
+            else:
+                embed = DownSample(self.embed_dims[i - 1], dim)
+            first = sum(depths[:i])
+            rates = drop_path_rates[first : first + depths[i]]
+            self.stages.append(Stage(embed, dim, self.mlp_ratios[i], rates))
+        self.apply(init_parameters)
+        self._freeze_stages()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Compute the feature maps.
+
+        Args:
+            x: Images ``(B, in_channels, H, W)``, of any size.
+
+        Returns:
+            For each of ``out_indices`` a map ``(B, embed_dims[i], h, w)``, channels last in memory,
+            where ``h`` and ``w`` are ``H`` and ``W`` halved, rounding up, as often as the stride
+            says.
+
+        Raises:
+            ValueError: If ``x`` has another number of dimensions or channels.
+        """
+        return tuple(
+            x.permute(0, 3, 1, 2)
+            for i, (_, x) in enumerate(self.walk_stages(x))
+            if i in self.out_indices
+        )
+
+    def walk_stages(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield each stage's map ``(B, h, w, C)`` before and after its output norm."""
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(
+                f"GroupMamba: expected images (B, {self.in_channels}, H, W); got {tuple(x.shape)}."
+            )
+        x = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+        for stage in self.stages:
+            raw = stage(x, with_cp=self.with_cp)
+            x = stage.norm(raw)
+            yield raw, x
+
+    def train(self, mode: bool = True) -> GroupMamba:
+        """Set the training mode of all but the frozen stages."""
+        super().train(mode)
+        self._freeze_stages()
+        return self
+
+    def _freeze_stages(self) -> None:
+        frozen = [self.stages[0].embed] if self.frozen_stages >= 0 else []
+        for module in (*frozen, *self.stages[: max(self.frozen_stages, 0)]):
+            module.eval()
+            module.requires_grad_(False)
+
+    @classmethod
+    def _resolve_arch(cls, arch: Union[str, dict]) -> dict:
+        if isinstance(arch, str):
+            if arch not in cls.arch_settings:
+                raise ValueError(
+                    f"GroupMamba: unknown arch {arch!r}; known are "
+                    f"{', '.join(map(repr, cls.arch_settings))}, or a dict with stem_hidden_dim, "
+                    "embed_dims, depths and mlp_ratios."
+                )
+            return cls.arch_settings[arch]
+        keys = {"stem_hidden_dim", "embed_dims", "depths", "mlp_ratios"}
+        if set(arch) != keys:
+            raise ValueError(
+                f"GroupMamba: an arch dict has exactly the keys {sorted(keys)}; got {sorted(arch)}."
+            )
+        for key in ("embed_dims", "depths", "mlp_ratios"):
+            if len(arch[key]) != 4:
+                raise ValueError(
+                    f"GroupMamba: arch[{key!r}] needs four values, one a stage; got {arch[key]}."
+                )
+        if any(dim % NUM_GROUPS or dim < 16 for dim in arch["embed_dims"]):
+            raise ValueError(
+                "GroupMamba: every embed_dim must be a multiple of 4, for the four groups, and at least 16; got "
+                f"{arch['embed_dims']}."
+            )
+        return arch
+
+    @staticmethod
+    def _resolve_out_indices(out_indices: Sequence[int], num_stages: int) -> tuple[int, ...]:
+        if isinstance(out_indices, int):
+            out_indices = (out_indices,)
+        out_indices = tuple(out_indices)
+        valid = out_indices and all(0 <= i < num_stages for i in out_indices)
+        if not valid or list(out_indices) != sorted(set(out_indices)):
+            raise ValueError(
+                "GroupMamba: out_indices must be increasing numbers of stages from 0 to "
+                f"{num_stages - 1}; got {out_indices}."
+            )
+        return out_indices
+
+
+class Stem(nn.Module):
+    """Three convolutions and a strided one: an image to tokens at stride 4."""
+
+    def __init__(self, in_channels: int, hidden_dim: int, dim: int) -> None:
+        super().__init__()
+        layers = []
+        for kernel_size, stride in ((7, 2), (3, 1), (3, 1)):
+            layers += [
+                nn.Conv2d(
+                    in_channels, hidden_dim, kernel_size, stride, kernel_size // 2, bias=False
+                ),
+                nn.BatchNorm2d(hidden_dim),
+                nn.ReLU(inplace=True),
+            ]
+            in_channels = hidden_dim
+        self.conv = nn.Sequential(*layers)
+        self.down = DownSample(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, H, W, in_channels)`` to ``(B, H / 4, W / 4, dim)``."""
+        return self.down(convolve(self.conv, x))
+
+
+class DownSample(nn.Module):
+    """Halve the resolution."""
+
+    def __init__(self, in_dim: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_dim, dim, kernel_size=3, stride=2, padding=1)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, H, W, in_dim)`` to ``(B, H / 2, W / 2, dim)``."""
+        return self.norm(convolve(self.proj, x))
+
+
+class Stage(nn.Module):
+    """Down-sampling and blocks. ``norm`` is applied by the backbone, which also needs the map before it."""
+
+    def __init__(
+        self, embed: nn.Module, dim: int, mlp_ratio: float, drop_path_rates: Sequence[float]
+    ) -> None:
+        super().__init__()
+        self.embed = embed
+        self.blocks = nn.ModuleList(Block(dim, mlp_ratio, rate) for rate in drop_path_rates)
+        self.norm = nn.LayerNorm(dim, eps=BLOCK_EPS)
+
+    def forward(self, x: Tensor, with_cp: bool = False) -> Tensor:
+        """``(B, H, W, in_dim)`` to ``(B, h, w, dim)``, before ``norm``."""
+        x = self.embed(x)
+        traversal = cross_traversal(x.shape[1], x.shape[2], x.device)
+        for block in self.blocks:
+            if with_cp and x.requires_grad:
+                x = checkpoint(block, x, traversal, use_reentrant=False)
+            else:
+                x = block(x, traversal)
+        return x
+
+
+class Block(nn.Module):
+    """Modulated group mamba and feed-forward network, each with a residual connection (paper, figure 2)."""
+
+    def __init__(self, dim: int, mlp_ratio: float, drop_path_rate: float) -> None:
+        super().__init__()
+        self.mixer = ModulatedGroupMamba(dim)
+        self.norm = nn.LayerNorm(dim, eps=BLOCK_EPS)
+        self.ffn = ConvFFN(dim, round(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path_rate)
+
+    def forward(self, x: Tensor, traversal: Traversal) -> Tensor:
+        """``(B, H, W, dim)`` to the same shape."""
+        x = x + self.drop_path(self.mixer(x, traversal))
+        return x + self.drop_path(self.ffn(self.norm(x)))
+
+
+class ModulatedGroupMamba(nn.Module):
+    """Grouped scan with channel affinity modulation (paper, sections 3.2 and 3.3)."""
+
+    def __init__(self, dim: int, reduction: int = 16) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.affinity = nn.Sequential(
+            nn.Linear(dim, dim // reduction),
+            nn.ReLU(inplace=True),
+            nn.Linear(dim // reduction, dim),
+            nn.Sigmoid(),
+        )
+        self.scan = GroupedVSSS(dim)
+        self.skip_scale = nn.Parameter(torch.ones(1))
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, traversal: Traversal) -> Tensor:
+        """``(B, H, W, dim)`` to the same shape."""
+        x = self.norm(x)
+        affinity = self.affinity(x.mean((1, 2), keepdim=True))
+        x = self.scan(x, traversal) * self.skip_scale * x * affinity
+        return self.proj(self.norm(x))  # the same norm once more, as published
+
+
+class GroupedVSSS(nn.Module):
+    """Visual single selective scan on each of four groups of channels, all groups at once (paper, figure 2c).
+
+    With ``d = dim / 4`` channels a group, every projection is a 1x1 convolution in four groups.
+    """
+
+    def __init__(self, dim: int, d_state: int = 1) -> None:
+        super().__init__()
+        d = dim // NUM_GROUPS
+        self.dt_rank = math.ceil(d / 16)
+        self.d_state = d_state
+        self.in_proj = grouped_linear(dim, dim)
+        self.gate_proj = grouped_linear(dim, dim)
+        self.conv = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim)
+        self.x_proj = grouped_linear(dim, NUM_GROUPS * (self.dt_rank + 2 * d_state))
+        self.dt_proj = grouped_linear(NUM_GROUPS * self.dt_rank, dim)
+        self.dt_bias = nn.Parameter(torch.empty(NUM_GROUPS, d))
+        self.A_logs = nn.Parameter(torch.empty(NUM_GROUPS, d, d_state))
+        self.Ds = nn.Parameter(torch.empty(NUM_GROUPS, d))
+        self.norm = GroupedLayerNorm(NUM_GROUPS, d)
+        self.out_proj = grouped_linear(dim, dim)
+
+    def reset_parameters(self) -> None:
+        """Step sizes log-uniform in [0.001, 0.1], ``A = -(1 .. d_state)``, ``D = 1`` (Mamba, section 3.6)."""
+        dt = torch.exp(
+            torch.empty_like(self.dt_bias).uniform_(math.log(0.001), math.log(0.1))
+        ).clamp(min=1e-4)
+        with torch.no_grad():
+            self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+            self.A_logs.copy_(torch.arange(1, self.d_state + 1).log())
+            self.Ds.fill_(1.0)
+        bound = self.dt_rank**-0.5
+        nn.init.uniform_(self.dt_proj.weight, -bound, bound)
+        nn.init.kaiming_uniform_(self.x_proj.weight, a=math.sqrt(5))
+        for proj in (self.in_proj, self.gate_proj, self.out_proj):
+            nn.init.trunc_normal_(proj.weight, std=0.02)
+
+    def forward(self, x: Tensor, traversal: Traversal) -> Tensor:
+        """``(B, H, W, dim)`` to the same shape."""
+        gate = F.silu(convolve(self.gate_proj, x))
+        x = F.silu(convolve(self.conv, convolve(self.in_proj, x)))
+        dt, B, C = split_groups(convolve(self.x_proj, x)).split(
+            (self.dt_rank, self.d_state, self.d_state), dim=-1
+        )
+        delta = convolve(self.dt_proj, dt.flatten(2).unflatten(1, x.shape[1:3]))
+        y = selective_scan(
+            split_groups(x),
+            split_groups(delta),
+            -torch.exp(self.A_logs),
+            B,
+            C,
+            self.Ds,
+            self.dt_bias,
+            traversal=traversal,
+        )
+        y = self.norm(y).flatten(2).unflatten(1, x.shape[1:3])
+        return convolve(self.out_proj, y * gate)
+
+
+class GroupedLayerNorm(nn.Module):
+    """A LayerNorm of its own on each group of channels."""
+
+    def __init__(self, groups: int, channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(groups, channels))
+        self.bias = nn.Parameter(torch.zeros(groups, channels))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., groups, channels)`` to the same shape."""
+        return F.layer_norm(x, x.shape[-1:], eps=self.eps) * self.weight + self.bias
+
+
+class ConvFFN(nn.Module):
+    """Feed-forward network with a depthwise convolution between its linear layers (PVT v2, section 3.3)."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.conv = nn.Conv2d(hidden_dim, hidden_dim, kernel_size=3, padding=1, groups=hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, H, W, dim)`` to the same shape."""
+        return self.fc2(F.gelu(convolve(self.conv, self.fc1(x))))
+
+
+def convolve(conv: nn.Module, x: Tensor) -> Tensor:
+    """Apply a convolution to a channels-last map ``(B, H, W, C)`` without moving memory."""
+    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def grouped_linear(in_features: int, out_features: int) -> nn.Conv2d:
+    """A linear layer without bias of its own for each group of channels."""
+    return nn.Conv2d(in_features, out_features, kernel_size=1, groups=NUM_GROUPS, bias=False)
+
+
+def split_groups(x: Tensor) -> Tensor:
+    """``(B, H, W, 4 * d)`` to tokens in groups ``(B, H * W, 4, d)``."""
+    return x.flatten(1, 2).unflatten(-1, (NUM_GROUPS, -1))
+
+
+def init_parameters(module: nn.Module) -> None:
+    """Initialise one module's own parameters as the published training code does; for ``nn.Module.apply``."""
+    if isinstance(module, GroupedVSSS):
+        module.reset_parameters()
+    elif isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d):
+        fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
+        nn.init.normal_(module.weight, std=math.sqrt(2.0 / fan_out))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,239 @@
+"""Weights under the names of the published models, turned into weights under ours."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections import OrderedDict
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from .backbones.group_mamba import NUM_GROUPS, GroupMamba
+from .classifiers import GroupMambaClassifier
+
+WRAPPINGS = ("model_ema", "state_dict_ema", "model", "state_dict")
+"""Keys under which training scripts store a model's weights, in the order in which they are looked for.
+
+Averaged weights come first: the published accuracies are theirs.
+"""
+
+
+class _PlainDict:
+    """Stands for a configuration class in a checkpoint; what is unpickled is an ``OrderedDict``."""
+
+    def __new__(cls, *args) -> OrderedDict:
+        return OrderedDict(*args)
+
+
+def inert_globals() -> AbstractContextManager:
+    """Allow ``torch.load(weights_only=True)`` the training settings that published checkpoints hold beside the weights.
+
+    They are read as plain containers; no code of the packages that wrote them is imported or run.
+    """
+    return torch.serialization.safe_globals(
+        [(_PlainDict, "yacs.config.CfgNode"), argparse.Namespace]
+    )
+
+
+class Conversion(NamedTuple):
+    """What became of a published checkpoint.
+
+    Attributes:
+        state_dict: Converted weights; the backbone's begin with ``backbone.``.
+        arch: The ``arch`` of the backbone that they fit: a name, or a dict where no name is known.
+        unused: Published names that have no place in our model.
+        missing: Names of our model for which the checkpoint holds nothing.
+    """
+
+    state_dict: dict[str, Tensor]
+    arch: object
+    unused: list[str]
+    missing: list[str]
+
+
+def unwrap(checkpoint: Mapping, key: Optional[str] = None) -> dict[str, Tensor]:
+    """Find the weights in what a checkpoint file holds.
+
+    Args:
+        checkpoint: Weights by name, or such a mapping under one of :data:`WRAPPINGS`.
+        key: Under which key to look instead.
+
+    Returns:
+        Weights by name, without ``module.`` before them.
+
+    Raises:
+        ValueError: If there are no weights to be found.
+    """
+    if key is None:
+        key = next((k for k in WRAPPINGS if isinstance(checkpoint.get(k), Mapping)), None)
+    if key is not None:
+        if not isinstance(checkpoint.get(key), Mapping):
+            raise ValueError(
+                f"The checkpoint holds no weights under {key!r}; its keys are: {', '.join(map(str, checkpoint))}."
+            )
+        checkpoint = checkpoint[key]
+    weights = {
+        name.removeprefix("module."): value
+        for name, value in checkpoint.items()
+        if isinstance(value, Tensor)
+    }
+    if not weights:
+        raise ValueError(
+            f"The checkpoint holds no weights, neither directly nor under {', '.join(WRAPPINGS)}; its keys are: "
+            f"{', '.join(map(str, checkpoint))}."
+        )
+    return weights
+
+
+def convert_groupmamba(published: Mapping[str, Tensor]) -> Conversion:
+    """Convert a published GroupMamba classification model.
+
+    Args:
+        published: Weights under the published names.
+
+    Returns:
+        Weights of a :class:`~mmvssm.models.classifiers.GroupMambaClassifier`.
+
+    Raises:
+        ValueError: If the weights aren't those of a GroupMamba.
+    """
+    arch = _groupmamba_arch(published)
+    groups: dict[str, dict[int, Tensor]] = {}
+    state_dict, origin = {}, {}
+    for name, value in published.items():
+        match = re.fullmatch(r"(.*)\.mamba_g([1-4])\.(.*)", name)
+        if match:
+            stem, group, leaf = match.groups()
+            groups.setdefault(f"{stem}|{leaf}", {})[int(group)] = value
+        else:
+            ours = _rename(name)
+            state_dict[ours], origin[ours] = value, [name]
+    for key, parts in groups.items():
+        stem, leaf = key.split("|")
+        names = [f"{stem}.mamba_g{g}.{leaf}" for g in sorted(parts)]
+        if len(parts) == NUM_GROUPS and leaf in _MERGE:
+            for leaf_ours, value in _MERGE[leaf]([parts[g] for g in sorted(parts)]).items():
+                ours = f"{_rename(stem + '.')}scan.{leaf_ours}"
+                state_dict[ours], origin[ours] = value, names
+        else:
+            for name in names:
+                origin[name] = [name]
+                state_dict[name] = parts[int(name.split(".mamba_g")[1][0])]
+
+    heads = [published[k].shape[0] for k in ("head.weight", "dist_head.weight") if k in published]
+    with torch.device("meta"):
+        model = GroupMambaClassifier(arch, num_classes=heads[0] if heads else 1000)
+    expected = model.state_dict()
+    unused = sorted(
+        {
+            name
+            for ours, names in origin.items()
+            for name in names
+            if ours not in expected or expected[ours].shape != state_dict[ours].shape
+        }
+    )
+    kept = {
+        name: state_dict[name].clone()
+        for name, value in expected.items()
+        if name in state_dict and state_dict[name].shape == value.shape
+    }
+    return Conversion(kept, arch, unused, [name for name in expected if name not in kept])
+
+
+_RENAMES = (
+    (r"^patch_embed1\.(proj|norm)\.", r"backbone.stages.0.embed.down.\1."),
+    (r"^dist_head\.", "distillation_head."),
+    (r"^post_network\.0\.mlp\.fc1\.", "class_block.ffn.0."),
+    (r"^post_network\.0\.mlp\.fc2\.", "class_block.ffn.2."),
+    (r"^post_network\.0\.", "class_block."),
+    (r"^(class_block\.)attn\.", r"\1mixer."),
+    (r"\.attn\.", ".mixer."),
+    (r"\.mixer\.fc1\.", ".mixer.affinity.0."),
+    (r"\.mixer\.fc2\.", ".mixer.affinity.2."),
+    (r"\.mlp\.dwconv\.dwconv\.", ".ffn.conv."),
+    (r"\.mlp\.", ".ffn."),
+    (r"^(block\d\.\d+)\.norm2\.", r"\1.norm."),
+)
+_STAGE_RENAMES = (
+    (r"^patch_embed(\d)\.", "embed."),
+    (r"^block(\d)\.", "blocks."),
+    (r"^norm(\d)\.", "norm."),
+)
+
+
+def _rename(name: str) -> str:
+    for pattern, ours in _RENAMES:
+        name = re.sub(pattern, ours, name)
+    for pattern, ours in _STAGE_RENAMES:
+        match = re.match(pattern, name)
+        if match:
+            return f"backbone.stages.{int(match[1]) - 1}.{ours}{name[match.end() :]}"
+    return name
+
+
+def _stacked(leaf: str):
+    return lambda parts: {leaf: torch.stack([part.squeeze(0) for part in parts])}
+
+
+def _pointwise(leaf: str):
+    """Linear layers of the groups as one 1x1 convolution in groups."""
+    return lambda parts: {leaf: torch.cat([p.squeeze(0) for p in parts])[:, :, None, None]}
+
+
+def _in_proj(parts: list[Tensor]) -> dict[str, Tensor]:
+    value, gate = zip(*(part.chunk(2) for part in parts))
+    return {
+        **_pointwise("in_proj.weight")(list(value)),
+        **_pointwise("gate_proj.weight")(list(gate)),
+    }
+
+
+_MERGE = {
+    "in_proj.weight": _in_proj,
+    "conv2d.weight": lambda parts: {"conv.weight": torch.cat(parts)},
+    "conv2d.bias": lambda parts: {"conv.bias": torch.cat(parts)},
+    "x_proj_weight": _pointwise("x_proj.weight"),
+    "dt_projs_weight": _pointwise("dt_proj.weight"),
+    "dt_projs_bias": _stacked("dt_bias"),
+    "A_logs": lambda parts: {"A_logs": torch.stack(parts)},
+    "Ds": lambda parts: {"Ds": torch.stack(parts)},
+    "out_norm.weight": lambda parts: {"norm.weight": torch.stack(parts)},
+    "out_norm.bias": lambda parts: {"norm.bias": torch.stack(parts)},
+    "out_proj.weight": _pointwise("out_proj.weight"),
+}
+"""For each parameter of a published group, ours in which the four groups' are merged."""
+
+
+def _groupmamba_arch(published: Mapping[str, Tensor]) -> object:
+    """Read the arch off the shapes."""
+    try:
+        stages = range(1, 5)
+        blocks = [re.match(r"block(\d)\.(\d+)\.", name) for name in published]
+        dims = tuple(published[f"norm{i}.weight"].shape[0] for i in stages)
+        arch = dict(
+            stem_hidden_dim=published["patch_embed1.conv.0.weight"].shape[0],
+            embed_dims=dims,
+            depths=tuple(
+                1 + max(int(b[2]) for b in blocks if b and b[1] == str(i)) for i in stages
+            ),
+            mlp_ratios=tuple(
+                published[f"block{i}.0.mlp.fc1.weight"].shape[0] / dim
+                for i, dim in zip(stages, dims)
+            ),
+        )
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            "These are not the weights of a published GroupMamba model: expected names such as "
+            "patch_embed1.conv.0.weight, norm1.weight and block1.0.mlp.fc1.weight; found "
+            f"{', '.join(list(published)[:3])} ..."
+        ) from error
+    known = GroupMamba.arch_settings.items()
+    return next((name for name, settings in known if settings == arch), arch)
+
+
+CONVERTERS = {"groupmamba": convert_groupmamba}
+"""Converters by the name of the published model."""

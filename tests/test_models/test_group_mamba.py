@@ -1,0 +1,301 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+
+from mmvssm.engine.flops import count
+from mmvssm.models import GroupMamba, GroupMambaClassifier
+from mmvssm.models.backbones.group_mamba import GroupedVSSS, split_groups
+from mmvssm.models.published import convert_groupmamba
+from mmvssm.ops import cross_traversal
+from mmvssm.ops.reference import selective_scan_reference
+
+GOLDEN = Path(__file__).parents[1] / "golden/groupmamba_small.npz"
+MINI = dict(
+    stem_hidden_dim=8, embed_dims=(16, 32, 48, 64), depths=(1, 2, 1, 1), mlp_ratios=(2, 2, 2, 2)
+)
+
+
+@pytest.fixture(scope="module")
+def golden():
+    values = np.load(GOLDEN)
+    weights = {k[2:]: torch.from_numpy(values[k]) for k in values.files if k.startswith("w/")}
+    return values, weights
+
+
+def test_feature_maps_of_the_published_model(golden):
+    values, weights = golden
+    conversion = convert_groupmamba(weights)
+    assert not conversion.unused and not conversion.missing
+    config = json.loads(str(values["config"]))
+    for key in ("stem_hidden_dim", "embed_dims", "depths", "mlp_ratios"):
+        assert np.array_equal(conversion.arch[key], config[key])
+    model = GroupMambaClassifier(conversion.arch, config["num_classes"]).eval()
+    model.load_state_dict(conversion.state_dict)
+    x = torch.from_numpy(values["x"])
+    with torch.no_grad():
+        maps, logits = model.backbone(x), model(x)
+    assert len(maps) == 1  # a classifier's backbone returns the last map only
+    model.backbone.out_indices = (0, 1, 2, 3)
+    with torch.no_grad():
+        maps = model.backbone(x)
+    for i, feature_map in enumerate(maps):
+        expected = torch.from_numpy(values[f"feat{i + 1}"])
+        torch.testing.assert_close(feature_map, expected, atol=1e-4, rtol=0)
+    expected = torch.from_numpy(values["logits"])
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "arch, both_heads, one_head, gflops",
+    [
+        ("tiny", 23_361_917, 22_912_917, 4.67),
+        ("small", 34_781_555, 34_268_555, 7.23),
+        ("base", 57_150_838, 56_637_838, 14.10),
+    ],
+)
+def test_published_parameters_and_flops(arch, both_heads, one_head, gflops):
+    model = GroupMambaClassifier(arch).eval()
+    cost = count(model, lambda: model(torch.zeros(1, 3, 224, 224)))
+    assert cost["total"].parameters == both_heads
+    assert both_heads - cost["distillation_head"].parameters == one_head
+    assert cost["total"].flops / 1e9 == pytest.approx(gflops, rel=0.01)
+    parts = sum(c.flops for name, c in cost.items() if name != "total")
+    assert parts == pytest.approx(cost["total"].flops, rel=1e-6)
+    with torch.device("meta"):
+        single = GroupMambaClassifier(arch, distillation=False)
+    assert sum(p.numel() for p in single.parameters()) == one_head
+
+
+def test_flops_of_one_scan_layer_by_hand():
+    layer = GroupedVSSS(64)  # 4 groups of 16 channels, dt_rank 1, d_state 1
+    traversal = cross_traversal(6, 5)
+    cost = count(layer, lambda: layer(torch.zeros(2, 6, 5, 64), traversal))["total"]
+    tokens = 2 * 6 * 5
+    linear = 4 * 16 * (3 * 16 + 3 + 1)  # in, gate and out; x_proj to (dt, B, C); dt_proj
+    scan = 4 * (9 * 16 * 1 + 16)
+    assert cost.scan_flops == tokens * scan
+    assert cost.flops == tokens * (linear + 64 * 9 + scan)
+
+
+@pytest.mark.parametrize("size", [(64, 96), (65, 97), (33, 7), (1, 1)])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_any_input_size(size, batch):
+    model = GroupMamba(MINI).eval()
+    with torch.no_grad():
+        maps = model(torch.randn(batch, 3, *size))
+    height, width = size
+    height, width = (height + 1) // 2, (width + 1) // 2  # the stem's first convolution
+    for feature_map, dim in zip(maps, MINI["embed_dims"]):
+        height, width = (height + 1) // 2, (width + 1) // 2
+        assert feature_map.shape == (batch, dim, height, width)
+        assert feature_map.isfinite().all()
+
+
+def test_non_contiguous_and_channels_last_images():
+    model = GroupMamba(MINI).eval()
+    x = torch.randn(2, 3, 48, 40)
+    with torch.no_grad():
+        expected = model(x)
+        for same in (
+            x.contiguous(memory_format=torch.channels_last),
+            x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2),
+            torch.cat([x, x], 3)[..., :40],
+        ):
+            for a, e in zip(model(same), expected):
+                torch.testing.assert_close(a, e, atol=1e-5, rtol=1e-5)
+
+
+def test_images_of_a_batch_do_not_mix():
+    model = GroupMamba(MINI).eval()
+    x = torch.randn(2, 3, 40, 56)
+    with torch.no_grad():
+        for together, alone in zip(model(x), model(x[1:])):
+            torch.testing.assert_close(together[1:], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_scan_layer_gradients_on_a_non_square_map():
+    """Against four separate layers that flip and transpose the map, as the paper draws it."""
+    torch.manual_seed(0)
+    layer = GroupedVSSS(16).double()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    x = torch.randn(2, 3, 5, 16, dtype=torch.float64, requires_grad=True)
+    y = layer(x, cross_traversal(3, 5))
+
+    outputs = []
+    for g in range(4):
+        d = slice(4 * g, 4 * g + 4)
+
+        def grouped(conv, z, g=g):
+            return F.linear(z, conv.weight.unflatten(0, (4, -1))[g, :, :, 0, 0])
+
+        gate = F.silu(grouped(layer.gate_proj, x[..., d]))
+        z = grouped(layer.in_proj, x[..., d]).permute(0, 3, 1, 2)
+        z = F.silu(F.conv2d(z, layer.conv.weight[d], layer.conv.bias[d], padding=1, groups=4))
+        z = z.permute(0, 2, 3, 1)  # (B, H, W, 4)
+        if g % 2:
+            z = z.transpose(1, 2)
+        walk = z.flatten(1, 2)
+        if g >= 2:
+            walk = walk.flip(1)
+        dt, B, C = grouped(layer.x_proj, walk).split((1, 1, 1), -1)
+        scanned = selective_scan_reference(
+            walk[:, :, None],
+            grouped(layer.dt_proj, dt)[:, :, None],
+            -layer.A_logs[g : g + 1].exp(),
+            B[:, :, None],
+            C[:, :, None],
+            layer.Ds[g : g + 1],
+            layer.dt_bias[g : g + 1],
+        )[:, :, 0]
+        if g >= 2:
+            scanned = scanned.flip(1)
+        if g % 2:
+            scanned = scanned.unflatten(1, (5, 3)).transpose(1, 2).flatten(1, 2)
+        normed = F.layer_norm(scanned, (4,), layer.norm.weight[g], layer.norm.bias[g])
+        outputs.append(grouped(layer.out_proj, normed.unflatten(1, (3, 5)) * gate))
+    expected = torch.cat(outputs, -1)
+    torch.testing.assert_close(y, expected, atol=1e-10, rtol=1e-10)
+    weight = torch.randn_like(y)
+    wanted = [x, *layer.parameters()]
+    for actual, reference in zip(
+        torch.autograd.grad((y * weight).sum(), wanted),
+        torch.autograd.grad((expected * weight).sum(), wanted),
+    ):
+        torch.testing.assert_close(actual, reference, atol=1e-10, rtol=1e-10)
+
+
+def test_split_groups():
+    x = torch.arange(2 * 3 * 8.0).view(1, 2, 3, 8)
+    assert split_groups(x).shape == (1, 6, 4, 2)
+    assert split_groups(x)[0, 4, 2].tolist() == x[0, 1, 1, 4:6].tolist()
+
+
+def test_out_indices_build_only_what_is_needed():
+    model = GroupMamba(MINI, out_indices=(0, 2))
+    assert len(model.stages) == 3
+    maps = model(torch.randn(1, 3, 32, 32))
+    assert [m.shape[1] for m in maps] == [16, 48]
+
+
+@pytest.mark.parametrize("frozen_stages", [-1, 0, 2, 4])
+def test_frozen_stages(frozen_stages):
+    model = GroupMamba(MINI, frozen_stages=frozen_stages, drop_path_rate=0.2).train()
+    loss = sum(m.square().mean() for m in model(torch.randn(2, 3, 64, 64)))
+    if frozen_stages < 4:
+        loss.backward()
+    for i, stage in enumerate(model.stages):
+        frozen = i < frozen_stages
+        assert stage.training is not frozen
+        assert all((p.grad is None) is frozen for p in stage.blocks.parameters())
+    stem = model.stages[0].embed
+    assert stem.training is (frozen_stages < 0)
+    assert all((p.grad is None) is (frozen_stages >= 0) for p in stem.parameters())
+
+
+def test_activation_checkpointing_changes_no_gradient():
+    torch.manual_seed(0)
+    plain = GroupMamba(MINI)
+    saving = GroupMamba(MINI, with_cp=True)
+    saving.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 3, 32, 48)
+    for model in (plain, saving):
+        sum(m.square().mean() for m in model(x)).backward()
+    for a, b in zip(saving.parameters(), plain.parameters()):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_drop_path_grows_linearly():
+    model = GroupMamba(MINI, drop_path_rate=0.4)
+    rates = [block.drop_path.drop_prob for stage in model.stages for block in stage.blocks]
+    assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (dict(arch="huge"), "unknown arch 'huge'; known are 'tiny', 'small', 'base'"),
+        (dict(arch=dict(embed_dims=(16,) * 4)), "exactly the keys"),
+        (dict(arch={**MINI, "depths": (1, 2)}), "needs four values"),
+        (dict(arch={**MINI, "embed_dims": (16, 30, 48, 64)}), "multiple of 4"),
+        (dict(out_indices=(0, 4)), "from 0 to 3; got"),
+        (dict(out_indices=(1, 0)), "increasing"),
+        (dict(out_indices=()), "increasing"),
+        (dict(frozen_stages=5), "frozen_stages must be from -1"),
+        (dict(drop_path_rate=1.5), "drop_path_rate must be in"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        GroupMamba(**{"arch": MINI, **arguments})
+
+
+def test_wrong_image_is_named():
+    with pytest.raises(ValueError, match=r"expected images \(B, 3, H, W\).*\(2, 1, 32, 32\)"):
+        GroupMamba(MINI)(torch.zeros(2, 1, 32, 32))
+
+
+def test_pretrained_weights_by_prefix(golden, tmp_path):
+    conversion = convert_groupmamba(golden[1])
+    path = tmp_path / "converted.pth"
+    torch.save({"state_dict": conversion.state_dict, "meta": {"arch": conversion.arch}}, path)
+    init_cfg = dict(type="Pretrained", checkpoint=str(path), prefix="backbone.")
+    model = GroupMamba(conversion.arch, init_cfg=init_cfg)
+    model.init_weights()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, conversion.state_dict[f"backbone.{name}"])
+
+
+@pytest.mark.parametrize("scope", ["mmengine", "mmdet", "mmseg"])
+def test_registered_for_every_project(scope):
+    pytest.importorskip(scope)
+    cfg = Config(dict(custom_imports=dict(imports=["mmvssm"]), backbone=dict(arch=MINI)))
+    cfg.backbone.type = "mmvssm.GroupMamba"
+    with DefaultScope.overwrite_default_scope(scope):
+        registry = MODELS
+        if scope != "mmengine":
+            registry = __import__(f"{scope}.registry", fromlist=["MODELS"]).MODELS
+        assert isinstance(registry.build(cfg.backbone), GroupMamba)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16])
+def test_autocast(dtype):
+    model = GroupMamba(MINI)
+    x = torch.randn(2, 3, 48, 40)
+    with torch.no_grad():
+        expected = model.eval()(x)
+    with torch.autocast("cpu", dtype=dtype):
+        maps = model(x)
+    for actual, reference in zip(maps, expected):
+        error = (actual.float() - reference).norm() / reference.norm()
+        assert error < 0.05
+    sum(m.float().square().mean() for m in maps).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_compile_fullgraph():
+    model = GroupMamba(MINI).eval()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = torch.randn(1, 3, 40, 56, requires_grad=True)
+    actual, expected = compiled(x), model(x)
+    for a, e in zip(actual, expected):
+        torch.testing.assert_close(a, e, atol=1e-4, rtol=1e-4)
+    (a,) = torch.autograd.grad(sum(m.square().mean() for m in actual), x)
+    (e,) = torch.autograd.grad(sum(m.square().mean() for m in expected), x)
+    torch.testing.assert_close(a, e, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_compile_fullgraph_inductor():
+    model = GroupMamba(MINI, out_indices=(0,)).eval()
+    compiled = torch.compile(model, fullgraph=True)
+    x = torch.randn(1, 3, 40, 56)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x)[0], model(x)[0], atol=1e-4, rtol=1e-4)

@@ -1,0 +1,104 @@
+"""Count parameters and FLOPs of a config's model, or of one of mmvssm's models by name.
+
+Examples:
+    python tools/analysis_tools/get_flops.py configs/groupmamba_maskrcnn_coco.py --shape 800 1280
+    python tools/analysis_tools/get_flops.py GroupMambaClassifier --cfg-options arch=small --shape 224 224
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.registry import MODELS, init_default_scope
+from prettytable import PrettyTable
+from torch import nn
+
+import mmvssm  # noqa: F401  (registers the models)
+from mmvssm.engine.errors import UserError, run_tool, user_mistakes
+from mmvssm.engine.flops import count
+
+
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", help="a config file, or the name of a model such as GroupMamba")
+    parser.add_argument(
+        "--shape",
+        type=int,
+        nargs="+",
+        default=None,
+        metavar="N",
+        help="height and width, or one number for both; by default 800 1280 for detectors, "
+        "512 2048 for segmenters, 224 for the rest",
+    )
+    parser.add_argument(
+        "--cfg-options", nargs="+", action=DictAction, default={}, help="override settings"
+    )
+    return parser.parse_args()
+
+
+def build(args: argparse.Namespace) -> nn.Module:
+    """Build the model that the command line names, with random weights."""
+    if not args.model.endswith(".py"):
+        with user_mistakes():
+            return MODELS.build(dict(type=f"mmvssm.{args.model}", **args.cfg_options))
+    if not Path(args.model).is_file():
+        raise UserError(f"there is no config file {args.model}")
+    with user_mistakes(f"cannot build the model of {args.model}"):
+        cfg = Config.fromfile(args.model)
+        cfg.merge_from_dict(args.cfg_options)
+        init_default_scope(cfg.get("default_scope", "mmengine"))
+        return MODELS.build(cfg.model)
+
+
+def default_shape(model: nn.Module) -> tuple[int, int]:
+    """The size at which papers give FLOPs."""
+    if hasattr(model, "decode_head"):
+        return 512, 2048
+    return (800, 1280) if hasattr(model, "data_preprocessor") else (224, 224)
+
+
+def run_once(model: nn.Module, image: torch.Tensor) -> object:
+    """Run a backbone, classifier, segmenter or detector, without its post-processing."""
+    if not hasattr(model, "data_preprocessor"):
+        return model(image)
+    if hasattr(model, "decode_head"):
+        return model(image, mode="tensor")
+    from mmdet.structures import DetDataSample
+
+    shape = tuple(image.shape[-2:])
+    sample = DetDataSample(
+        metainfo=dict(img_shape=shape, ori_shape=shape, pad_shape=shape, scale_factor=(1, 1))
+    )
+    return model(image, [sample], mode="tensor")
+
+
+def main() -> None:
+    """Run the tool."""
+    args = parse_args()
+    model = build(args).eval()
+    shape = tuple(args.shape * 2)[:2] if args.shape else default_shape(model)
+    image = torch.rand(1, 3, *shape)
+    costs = count(model, lambda: run_once(model, image))
+    table = PrettyTable(["part", "parameters (M)", "FLOPs (G)", "of which scan (G)"], align="r")
+    table.align["part"] = "l"
+    for name, cost in costs.items():
+        table.add_row(
+            [
+                name,
+                f"{cost.parameters / 1e6:.3f}",
+                f"{cost.flops / 1e9:.3f}",
+                f"{cost.scan_flops / 1e9:.3f}",
+            ],
+            divider=name == list(costs)[-2],
+        )
+    print(f"{args.model} at {shape[0]}x{shape[1]}, {costs['total'].parameters:,} parameters")
+    print(table)
+    print("A multiply-add counts once, the scan as 9 L D N + L D per direction.")
+
+
+if __name__ == "__main__":
+    run_tool(main)

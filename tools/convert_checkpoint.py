@@ -1,0 +1,78 @@
+"""Turn a published checkpoint into one that loads with ``init_cfg=dict(type='Pretrained', ...)``."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+import mmvssm
+from mmvssm.engine.errors import UserError, run_tool, user_mistakes
+from mmvssm.engine.safe_checkpoint import force_weights_only, load_checkpoint_safely
+from mmvssm.models.published import CONVERTERS, inert_globals, unwrap
+
+
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="Load the result with init_cfg=dict(type='Pretrained', checkpoint=DST, prefix='backbone.').",
+    )
+    parser.add_argument("model", choices=sorted(CONVERTERS), help="which published model")
+    parser.add_argument("src", metavar="SRC", help="the published checkpoint")
+    parser.add_argument("dst", metavar="DST", help="the file to write")
+    parser.add_argument(
+        "--key",
+        help="where in SRC the weights are, such as 'model'; by default averaged (EMA) weights where there are any",
+    )
+    parser.add_argument("--force", action="store_true", help="overwrite DST")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run the tool."""
+    args = parse_args()
+    dst = Path(args.dst)
+    if dst.exists() and not args.force:
+        raise UserError(f"{dst} exists already; choose another file or add --force")
+    if not dst.parent.is_dir():
+        raise UserError(f"the folder {dst.parent} for the converted checkpoint does not exist")
+    force_weights_only()
+    with user_mistakes():
+        with inert_globals():
+            checkpoint = load_checkpoint_safely(args.src)
+        weights = unwrap(checkpoint, args.key)
+        conversion = CONVERTERS[args.model](weights)
+
+    for what, names in (
+        ("used nowhere", conversion.unused),
+        ("not found, left out", conversion.missing),
+    ):
+        if names:
+            print(f"{what}:")
+            for name in names:
+                print(f"  {name}")
+    lacking = [name for name in conversion.missing if name.startswith("backbone.")]
+    if lacking:
+        raise UserError(
+            f"{args.src} lacks {len(lacking)} of the backbone's weights (listed above), so nothing was written"
+        )
+    torch.save(
+        {
+            "state_dict": conversion.state_dict,
+            "meta": {
+                "model": args.model,
+                "arch": conversion.arch,
+                "mmvssm_version": mmvssm.__version__,
+            },
+        },
+        dst,
+    )
+    print(
+        f"{dst}: {len(conversion.state_dict)} weights, arch={conversion.arch!r}; {len(conversion.unused)} names of the "
+        f"source used nowhere, {len(conversion.missing)} of ours not found. Load with\n"
+        f"  init_cfg=dict(type='Pretrained', checkpoint={str(dst)!r}, prefix='backbone.')"
+    )
+
+
+if __name__ == "__main__":
+    run_tool(main)
