@@ -111,6 +111,19 @@ def test_non_contiguous_and_channels_last_images():
                 torch.testing.assert_close(a, e, atol=1e-5, rtol=1e-5)
 
 
+def test_maps_suit_operators_that_ignore_strides():
+    """mmcv's RoIAlign silently computes something else from a map that is channels last in memory."""
+    roi_align = pytest.importorskip("mmcv.ops").roi_align
+    maps = GroupMamba(MINI).eval()(torch.randn(2, 3, 64, 96))
+    rois = torch.tensor([[0, 1.0, 1.0, 9.0, 9.0], [1, 2.0, 3.0, 12.0, 8.0]])
+    for feature_map in maps:
+        actual = roi_align(feature_map, rois, (4, 4), 0.25, 2, "avg", True)
+        copied = torch.empty(feature_map.shape).copy_(feature_map)
+        torch.testing.assert_close(actual, roi_align(copied, rois, (4, 4), 0.25, 2, "avg", True))
+    (gradient,) = torch.autograd.grad(actual.square().sum(), feature_map)
+    assert gradient.abs().sum() > 0
+
+
 def test_images_of_a_batch_do_not_mix():
     model = GroupMamba(MINI).eval()
     x = torch.randn(2, 3, 40, 56)

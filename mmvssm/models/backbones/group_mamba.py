@@ -120,15 +120,17 @@ class GroupMamba(BaseModule):
             x: Images ``(B, in_channels, H, W)``, of any size.
 
         Returns:
-            For each of ``out_indices`` a map ``(B, embed_dims[i], h, w)``, channels last in memory,
+            For each of ``out_indices`` a map ``(B, embed_dims[i], h, w)``, contiguous in memory,
             where ``h`` and ``w`` are ``H`` and ``W`` halved, rounding up, as often as the stride
             says.
 
         Raises:
             ValueError: If ``x`` has another number of dimensions or channels.
         """
+        # mmcv's RoIAlign and its like read memory as if every tensor were contiguous, and go wrong
+        # without a word on a channels-last one.
         return tuple(
-            x.permute(0, 3, 1, 2)
+            x.permute(0, 3, 1, 2).contiguous()
             for i, (_, x) in enumerate(self.walk_stages(x))
             if i in self.out_indices
         )
