@@ -1,0 +1,101 @@
+"""The Triton kernels run by Triton's interpreter, on the CPU. Collected by ``test_scan_triton.py`` only.
+
+The interpreter has to be chosen, by TRITON_INTERPRET=1, before triton is first imported, and then holds for the whole
+process: hence a process of its own.
+"""
+
+import importlib
+
+import numpy as np
+import pytest
+import torch
+from triton.runtime import interpreter
+
+from mmvssm.ops import scan_torch, scan_triton
+from support.scan_cases import CASES, GRADIENTS, Case, check, make_inputs
+
+
+@pytest.fixture(autouse=True)
+def _scan_whole_slices(monkeypatch):
+    """Triton's interpreter applies a scan's operator to one element after the other; slices give the same, sooner."""
+
+    def generic_scan(self, inputs):
+        columns = [np.moveaxis(x.handle.data, self.axis, 0) for x in inputs]
+        totals = [[column[0]] for column in columns]
+        for t in range(1, len(columns[0])):
+            earlier = [self.to_tensor(total[-1], x.dtype) for total, x in zip(totals, inputs)]
+            now = [self.to_tensor(column[t], x.dtype) for column, x in zip(columns, inputs)]
+            for total, x in zip(totals, self.combine_fn.fn(*earlier, *now)):
+                total.append(x.handle.data)
+        return [
+            self.to_tensor(np.moveaxis(np.stack(total), 0, self.axis), x.dtype)
+            for total, x in zip(totals, inputs)
+        ]
+
+    if hasattr(interpreter, "ScanOps"):
+        monkeypatch.setattr(interpreter.ScanOps, "generic_scan", generic_scan)
+
+
+def run(inputs, delta_softplus):
+    grad_y = inputs.pop("grad_y")
+    y, states = scan_triton.forward(**inputs, delta_softplus=delta_softplus)
+    gradients = scan_triton.backward(grad_y, **inputs, delta_softplus=delta_softplus, states=states)
+    return dict(y=y, **dict(zip(GRADIENTS, gradients)))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_agrees_with_the_definition(case):
+    check(case, run)
+
+
+def test_saves_the_states_that_the_contract_asks_for():
+    inputs = make_inputs(Case(2, 130, 2, 3, 2, dtype=torch.float64))
+    del inputs["grad_y"]
+    _, states = scan_triton.forward(**inputs, delta_softplus=True)
+    _, expected = scan_torch.forward(**inputs, delta_softplus=True)
+    torch.testing.assert_close(states, expected)
+
+
+def test_hands_over_in_rounds(monkeypatch):
+    """With one group of chunks a round, 600 steps take two rounds."""
+    monkeypatch.setattr(scan_triton, "_MAX_GROUPS", 1)
+    check(Case(1, 600, 1, 1, 2), run)
+
+
+def test_absent_arguments_have_empty_gradients():
+    inputs = make_inputs(Case(1, 3, 1, 1, 1, walk=None, optional=False))
+    results = run(inputs, True)
+    for name in ("D", "delta_bias", "rest"):
+        assert results[name].shape == (0,)
+
+
+def test_rest_without_gaps_has_a_zero_gradient():
+    inputs = make_inputs(Case(1, 70, 1, 2, 1))
+    inputs["gap"] = None
+    assert torch.equal(run(inputs, True)["rest"], torch.zeros(1, 2))
+
+
+def test_two_runs_agree_bit_for_bit():
+    first, second = (run(make_inputs(Case(1, 65, 1, 33, 1)), True) for _ in range(2))
+    for name, x in first.items():
+        assert torch.equal(x, second[name]), name
+
+
+def test_passes_opcheck(monkeypatch):
+    """With these kernels behind the public operator: strides, dtypes, aliasing and fake tensors are as declared."""
+    # The package's attribute of that name is the function.
+    module = importlib.import_module("mmvssm.ops.selective_scan")
+    monkeypatch.setattr(module, "_backend", lambda u: scan_triton)
+    inputs = make_inputs(Case(1, 3, 1, 33, 1))
+    grad_y = inputs.pop("grad_y")
+    names = ("u", "delta", "A", "B", "C", "D", "delta_bias", "order", "source", "gap", "rest")
+    arguments = [
+        inputs[name].requires_grad_() if inputs[name].is_floating_point() else inputs[name]
+        for name in names
+    ]
+    torch.library.opcheck(torch.ops.mmvssm.selective_scan.default, (*arguments, True))
+    arguments = [x.detach() for x in arguments]  # differentiable once
+    _, states = torch.ops.mmvssm.selective_scan(*arguments, True)
+    torch.library.opcheck(
+        torch.ops.mmvssm.selective_scan_backward.default, (grad_y, *arguments, True, states)
+    )
