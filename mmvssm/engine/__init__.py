@@ -1,0 +1,25 @@
+"""Training and testing: what mmengine, mmdet and mmseg leave to do."""
+
+from .checkpoint_hook import AtomicCheckpointHook, AtomicLocalBackend
+from .errors import UserError
+from .reproducible import ReproducibleResumeHook, SeededSampler
+from .safe_checkpoint import (
+    UnsafeCheckpointError,
+    load_checkpoint_safely,
+    register_safe_globals,
+)
+from .workers import init_worker
+
+register_safe_globals()
+
+__all__ = [
+    "AtomicCheckpointHook",
+    "AtomicLocalBackend",
+    "ReproducibleResumeHook",
+    "SeededSampler",
+    "UnsafeCheckpointError",
+    "UserError",
+    "init_worker",
+    "load_checkpoint_safely",
+    "register_safe_globals",
+]

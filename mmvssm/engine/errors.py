@@ -1,0 +1,85 @@
+"""Mistakes a user can make, told in one sentence instead of a traceback."""
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Callable
+
+TRACEBACK_VARIABLE = "MMVSSM_TRACEBACK"
+
+# Some releases of mmengine prefix what a constructor raised with "class `X` in module.path: ".
+_BUILD_PREFIX = re.compile(r"^class `[^`]+` in [\w./-]+: ")
+
+
+class UserError(Exception):
+    """Something the user can put right; its message is one clear sentence for them."""
+
+
+def one_sentence(error: BaseException) -> str:
+    """The message of ``error`` on one line, without what the config machinery wraps around it.
+
+    Args:
+        error: Any exception.
+
+    Returns:
+        A non-empty line of text.
+    """
+    # str(KeyError) is the repr of its argument, quotes included.
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    text = " ".join(text.split())
+    while _BUILD_PREFIX.match(text):
+        text = _BUILD_PREFIX.sub("", text)
+    if isinstance(error, KeyError) and " " not in text:
+        return f"the config lacks the key {text!r}"
+    return text or type(error).__name__
+
+
+@contextmanager
+def user_mistakes(doing: str = "") -> Iterator[None]:
+    """Turn whatever is raised inside into a :class:`UserError`.
+
+    For the steps that only read what the user gave (config, model definition, files), where
+    every exception is about that input.
+
+    Args:
+        doing: What was being done, put before the message, such as ``"cannot build the model"``.
+
+    Raises:
+        UserError: In place of any exception raised inside.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        sentence = one_sentence(error)
+        raise UserError(f"{doing}: {sentence}" if doing else sentence) from error
+
+
+def run_tool(main: Callable[[], None]) -> None:
+    """Run a command-line tool; a :class:`UserError` becomes one line on stderr and exit code 1.
+
+    The whole traceback appears when the environment variable ``MMVSSM_TRACEBACK`` is set to 1
+    (the tools' ``--traceback`` sets it). Of several distributed processes only the first speaks.
+
+    Args:
+        main: The tool's main function.
+    """
+    try:
+        main()
+    except UserError as error:
+        if os.environ.get(TRACEBACK_VARIABLE) == "1":
+            raise
+        if process_rank() == 0:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def process_rank() -> int:
+    """This process's rank, read from what torchrun, Slurm or MPI set; 0 outside them."""
+    for variable in ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"):
+        if variable in os.environ:
+            return int(os.environ[variable])
+    return 0

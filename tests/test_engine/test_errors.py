@@ -1,0 +1,73 @@
+"""Mistakes are told in one sentence."""
+
+import subprocess
+import sys
+
+import pytest
+from mmengine.config import Config
+
+from mmvssm.engine import UserError
+from mmvssm.engine.distributed import adapt_to_machine, init_processes
+from mmvssm.engine.errors import one_sentence, run_tool, user_mistakes
+
+
+def test_one_sentence():
+    wrapped = (
+        "class `MaskRCNN` in mmdet/models/x.py: class `GroupMamba` in mmvssm.y: no arch\n 'huge'"
+    )
+    assert one_sentence(ValueError(wrapped)) == "no arch 'huge'"
+    assert one_sentence(KeyError("X is not in the registry")) == "X is not in the registry"
+    assert one_sentence(KeyError("model")) == "the config lacks the key 'model'"
+    assert one_sentence(AssertionError()) == "AssertionError"
+
+
+def fail():
+    with user_mistakes("cannot build the model"):
+        raise ValueError("no such arch")
+
+
+def test_tool_ends_with_the_sentence(capsys, monkeypatch):
+    monkeypatch.delenv("MMVSSM_TRACEBACK", raising=False)
+    with pytest.raises(SystemExit) as caught:
+        run_tool(fail)
+    assert caught.value.code == 1
+    assert capsys.readouterr().err == "error: cannot build the model: no such arch\n"
+    monkeypatch.setenv("RANK", "1")  # one process speaks for all
+    with pytest.raises(SystemExit):
+        run_tool(fail)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("MMVSSM_TRACEBACK", "1")
+    with pytest.raises(UserError):
+        run_tool(fail)
+
+
+def test_bugs_keep_their_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run_tool(lambda: 1 / 0)
+
+
+def test_launcher_without_its_environment(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "SLURM_NODELIST"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for launcher in ("pytorch", "slurm", "mpi"):
+        with pytest.raises(UserError, match=f"--launcher {launcher} needs the environment"):
+            init_processes(Config(dict(launcher=launcher, env_cfg={})))
+
+
+def test_machine_without_gpu_gets_plain_norms(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    norm = dict(type="SyncBN", requires_grad=True)
+    cfg = Config(dict(launcher="pytorch", model=dict(backbone=dict(norm_cfg=norm), heads=[norm])))
+    adapt_to_machine(cfg)
+    assert cfg.model.backbone.norm_cfg.type == cfg.model.heads[0].type == "BN"
+    assert [hook.type for hook in cfg.custom_hooks] == ["SyncBuffersHook"]
+
+
+@pytest.mark.parametrize("tool", ["train.py", "test.py"])
+def test_help_names_every_argument(tool, request):
+    path = request.config.rootpath / "tools" / tool
+    done = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    for argument in ("--work-dir", "--data-root", "--classes", "--cfg-options", "--launcher"):
+        assert argument in done.stdout

@@ -1,0 +1,14 @@
+"""Evaluate a detector (mmdet) or a segmenter (mmseg), draw and save its predictions.
+
+python tools/test.py CONFIG CHECKPOINT --show-dir pictures
+python tools/test.py CONFIG CHECKPOINT --out predictions.pkl
+tools/dist_test.sh CONFIG CHECKPOINT 8 --tta
+"""
+
+import mmvssm  # noqa: F401
+from mmvssm.engine.command_line import test, test_parser
+from mmvssm.engine.errors import run_tool
+
+if __name__ == "__main__":
+    args = test_parser().parse_args()
+    run_tool(lambda: test(args))
