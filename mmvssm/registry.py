@@ -8,6 +8,9 @@ from mmengine import registry as root
 
 MODELS = root.Registry("model", parent=root.MODELS, scope="mmvssm", locations=["mmvssm.models"])
 HOOKS = root.Registry("hook", parent=root.HOOKS, scope="mmvssm", locations=["mmvssm.engine"])
+DATA_SAMPLERS = root.Registry(
+    "data sampler", parent=root.DATA_SAMPLERS, scope="mmvssm", locations=["mmvssm.engine"]
+)
 FUNCTIONS = root.Registry(
     "function", parent=root.FUNCTIONS, scope="mmvssm", locations=["mmvssm.engine"]
 )

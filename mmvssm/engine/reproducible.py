@@ -21,11 +21,7 @@ from mmengine.runner import IterBasedTrainLoop, Runner
 from mmengine.runner.loops import _InfiniteDataloaderIterator
 from torch.utils.data import BatchSampler, Sampler
 
-from mmvssm.registry import HOOKS
-
-DATA_SAMPLERS = root.Registry(
-    "data sampler", parent=root.DATA_SAMPLERS, scope="mmvssm", locations=["mmvssm.engine"]
-)
+from mmvssm.registry import DATA_SAMPLERS, HOOKS
 
 # Keep the two families of seeds apart.
 _SAMPLE, _STEP = 0, 1
