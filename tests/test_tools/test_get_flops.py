@@ -1,0 +1,41 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+REPO = Path(__file__).parents[2]
+
+
+def get_flops(*arguments):
+    return subprocess.run(
+        [sys.executable, "tools/analysis_tools/get_flops.py", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=REPO,
+        env={**os.environ, "PYTHONPATH": str(REPO)},
+    )
+
+
+def test_detector_by_config():
+    done = get_flops("configs/groupmamba_maskrcnn_shapes.py", "--shape", "64")
+    assert done.returncode == 0, done.stderr
+    assert "at 64x64" in done.stdout
+    rows = {line.split()[1]: line.split() for line in done.stdout.splitlines() if "|" in line}
+    assert {"backbone", "neck", "rpn_head", "roi_head", "total"} <= set(rows)
+    # Between bars: name, parameters in millions, FLOPs in billions, of which scan.
+    parameters = {name: float(row[3]) for name, row in rows.items() if name != "part"}
+    parts = sum(value for name, value in parameters.items() if name != "total")
+    assert abs(parts - parameters["total"]) < 0.01
+    assert 0 < float(rows["backbone"][5]) < float(rows["total"][5])
+
+
+def test_mistakes_in_one_sentence():
+    for arguments, words in (
+        (["NoSuchModel"], "NoSuchModel"),
+        (["configs/none.py"], "there is no config file configs/none.py"),
+        (["GroupMamba", "--cfg-options", "arch=huge"], "unknown arch 'huge'; known are 'tiny'"),
+    ):
+        done = get_flops(*arguments)
+        assert done.returncode != 0 and "Traceback" not in done.stderr
+        (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert words in sentence
