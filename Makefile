@@ -1,0 +1,97 @@
+# Everything here sets up what it needs by itself, and only once: see `make help`.
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3.11
+VENV ?= .venv
+OPENMMLAB ?= auto
+WORK_DIRS ?= work_dirs
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/.stamps
+ENVIRONMENT := $(STAMPS)/environment-$(OPENMMLAB)
+MMVSSM := $(STAMPS)/mmvssm
+
+# `env` with the variables that a run on this machine needs (none on most).
+RUN = env $$($(BIN)/python tools/install/environment.py --print-run-env) $(BIN)/python
+
+.PHONY: help setup train train-seg test test-fast lint clean
+
+help: ## Show this list.
+	@echo "Targets (each sets up $(VENV) by itself when it is missing or out of date):"
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | \
+		awk -F '|' '{ printf "%-18s %s\n", $$1, $$2 }'
+	@echo "Variables:"
+	@echo "  PYTHON=python3.11   the interpreter that $(VENV) is made with"
+	@echo "  VENV=.venv          the environment; one that exists is used, and what it has stays as it is"
+	@echo "  OPENMMLAB=auto      openmmlab (upstream), onedl (the forks), or what is already installed"
+	@echo "  ARGS='...'          further arguments of tools/train.py, or of pytest"
+
+# --- set-up ------------------------------------------------------------------------------------------
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { \
+		echo "[set-up] $(PYTHON) was not found: install Python 3.11 (with its venv module), or name" \
+			"another Python from 3.10 on with make PYTHON=/path/to/python ..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo "[set-up] $(PYTHON) is too old: name a Python from 3.10 on (3.11 was tested) with" \
+			"make PYTHON=/path/to/python ..."; exit 1; }
+	@echo "[set-up] creating $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+		echo "[set-up] $(PYTHON) cannot create environments: install its venv module (on Debian and" \
+			"Ubuntu the package python3.11-venv)."; exit 1; }
+
+$(ENVIRONMENT): tools/install/environment.py $(wildcard requirements/*.txt) | $(BIN)/python
+	@$(BIN)/python tools/install/environment.py --openmmlab $(OPENMMLAB)
+	@mkdir -p $(STAMPS) && touch $@
+
+$(MMVSSM): setup.py pyproject.toml mmvssm/version.py $(wildcard mmvssm/ops/csrc/*) | $(ENVIRONMENT)
+	@echo "[set-up] mmvssm: installing from this folder, with its CPU kernel compiled if a compiler is there"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@test -e mmvssm/ops/_scan_cpu.so || echo "[set-up] the CPU kernel was not compiled (is there a" \
+		"C++ compiler?): everything works, but scans are slower on a CPU. '$(BIN)/pip install -v" \
+		"--no-build-isolation --no-deps -e .' shows why."
+	@mkdir -p $(STAMPS) && touch $@
+
+setup: ## Set up the environment and nothing else, looking again at all that is installed.
+	@rm -rf $(STAMPS)
+	@$(MAKE) --no-print-directory $(MMVSSM)
+
+# --- the main job ------------------------------------------------------------------------------------
+
+# $(call demo,CONFIG): train, then test the best checkpoint (the last one where none is marked best)
+# with pictures of its predictions.
+define demo
+	@$(RUN) tools/train.py configs/$(1).py --work-dir $(WORK_DIRS)/$(1) $(ARGS)
+	@work=$(WORK_DIRS)/$(1); \
+	checkpoint=$$(ls -t $$work/best_*.pth 2>/dev/null | head -n 1); \
+	checkpoint=$${checkpoint:-$$(cat $$work/last_checkpoint)} && \
+	$(RUN) tools/test.py configs/$(1).py $$checkpoint --work-dir $$work/test \
+		--show-dir $(abspath $(WORK_DIRS)/$(1))/pictures && \
+	printf '\n%s\n%s\n%s\n' "Checkpoint: $$checkpoint" "Pictures:   $$work/pictures" \
+		"Results:    $$work/test (the metrics of the test), $$work (the log of the training)"
+endef
+
+train: $(ENVIRONMENT) $(MMVSSM) ## Train and test GroupMamba Mask R-CNN on the generated shapes.
+	$(call demo,groupmamba_maskrcnn_shapes)
+
+train-seg: $(ENVIRONMENT) $(MMVSSM) ## The same for GroupMamba UperNet (semantic segmentation).
+	$(call demo,groupmamba_upernet_shapes)
+
+# --- checks ------------------------------------------------------------------------------------------
+
+test: $(ENVIRONMENT) $(MMVSSM) ## Run all tests (those for a GPU are skipped where there is none).
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-fast: $(ENVIRONMENT) $(MMVSSM) ## Run the tests that take less than about 20 seconds each.
+	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+lint: $(ENVIRONMENT) ## Check style and format.
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+clean: ## Remove what builds and tests left behind (not the environment, data or work_dirs).
+	rm -rf build dist *.egg-info mmvssm/ops/_scan_cpu.so .pytest_cache .ruff_cache .hypothesis $(MMVSSM)
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

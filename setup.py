@@ -1,0 +1,120 @@
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+HERE = Path(__file__).resolve().parent
+
+# A plain shared library for ctypes: it knows neither Python nor torch, so torch need not be there
+# when it is compiled and one build serves every version of both. What it uses of a CPU beyond the
+# baseline is decided when it runs, hence no -march.
+CPU_KERNEL = Extension("mmvssm.ops._scan_cpu", ["mmvssm/ops/csrc/scan_cpu.cpp"], optional=True)
+COMPILE_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-shared"]
+
+
+class BuildFailed(Exception):
+    """Why there is no compiled kernel, in a few words."""
+
+
+class BuildKernel(build_ext):
+    """Compile the CPU kernel where that works; where it does not, say so and go on without."""
+
+    def get_ext_filename(self, fullname):
+        # Without Python's ABI tag: the loader asks for this very name.
+        return os.path.join(*fullname.split(".")) + ".so"
+
+    def build_extension(self, ext):
+        library = Path(self.get_ext_fullpath(ext.name))
+        # A library of an earlier build must not survive a failure: it would be packed in silence.
+        library.unlink(missing_ok=True)
+        try:
+            library.parent.mkdir(parents=True, exist_ok=True)
+            compile_kernel(HERE / ext.sources[0], library)
+        except Exception as error:  # whatever it is, mmvssm works without the kernel
+            # Past distutils' log, which is silent at its usual level.
+            print(
+                f"mmvssm: the CPU kernel was not compiled ({error}); everything works without it, "
+                "but scans on a CPU are several times slower. With g++ there, installing mmvssm "
+                "again adds it.",
+                file=sys.stderr,
+            )
+
+    def copy_extensions_to_source(self):
+        # Called for editable installations and --inplace: the same holds for the source folder.
+        for ext in self.extensions:
+            (HERE / self.get_ext_filename(ext.name)).unlink(missing_ok=True)
+        super().copy_extensions_to_source()
+
+
+def compile_kernel(source, library):
+    """Compile and link ``source`` into ``library``, with OpenMP if the compiler has it."""
+    if os.environ.get("CXX"):
+        compilers = [os.environ["CXX"]]
+    else:
+        found = filter(None, map(shutil.which, ("c++", "g++", "clang++")))
+        compilers = list({os.path.realpath(path): path for path in found}.values())
+    if not source.exists():
+        raise BuildFailed(f"{source.name} is missing")
+    if not compilers:
+        raise BuildFailed("no C++ compiler was found")
+    user_flags = os.environ.get("CXXFLAGS", "").split() + os.environ.get("LDFLAGS", "").split()
+    with tempfile.TemporaryDirectory() as folder:
+        built = Path(folder) / library.name
+        for openmp in (["-fopenmp"], []):
+            for compiler in compilers:
+                command = [*compiler.split(), *COMPILE_FLAGS, *openmp, str(source), *user_flags]
+                result = subprocess.run(
+                    [*command, "-o", str(built)], capture_output=True, text=True
+                )
+                if result.returncode == 0 and built.exists():
+                    shutil.copyfile(built, library)
+                    print(f"mmvssm: compiled the CPU kernel with {' '.join(command)}")
+                    return
+    said = [line for line in result.stderr.splitlines() if "error:" in line] or [
+        f"{compiler} ended with status {result.returncode}"
+    ]
+    raise BuildFailed(said[0].strip())
+
+
+def version():
+    """Read the version without importing the package, which would need torch."""
+    return re.search(r'"(.+)"', (HERE / "mmvssm" / "version.py").read_text().split("=")[1]).group(1)
+
+
+def requirements(name):
+    lines = (HERE / "requirements" / f"{name}.txt").read_text().splitlines()
+    return [line for line in (line.split("#")[0].strip() for line in lines) if line]
+
+
+setup(
+    name="mmvssm",
+    version=version(),
+    description="State-space (Mamba) backbones for dense prediction on OpenMMLab",
+    packages=find_packages(include=["mmvssm", "mmvssm.*"]),
+    ext_modules=[CPU_KERNEL],
+    cmdclass={"build_ext": BuildKernel},
+    python_requires=">=3.9",  # the oldest whose syntax suffices; tests/test_install.py checks it
+    install_requires=[
+        # No bounds: with one, pip might replace the torch that matches a machine's driver, and the
+        # OpenMMLab packages compiled against it.
+        "torch",
+        "numpy",
+        # mmengine, mmcv, mmdet and mmseg are needed too, but come from one of two families with the
+        # same import names (openmmlab or onedl): required by name, pip would install the one beside
+        # the other. `import mmvssm` says what is missing; the extras below install it.
+    ],
+    extras_require={
+        # Both compile mmcv's operators against the torch that is there, so that has to be installed
+        # first, and pip needs --no-build-isolation. `make` does all of it.
+        "openmmlab": requirements("openmmlab"),
+        "onedl": requirements("onedl"),
+        "tests": requirements("tests"),
+    },
+    zip_safe=False,  # the kernel is a file
+)

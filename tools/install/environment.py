@@ -1,0 +1,171 @@
+"""Set up the Python environment that this script is run with: torch, OpenMMLab, test tools.
+
+Only what is missing is installed, and nothing that is there is replaced: every installed version is
+handed to pip as a constraint, so that a package which wants another torch makes pip fail instead of
+replacing it. ``make`` calls this; it is the whole of the set-up except for mmvssm itself.
+
+    python tools/install/environment.py                    # the family that is there, else upstream
+    python tools/install/environment.py --openmmlab onedl  # the onedl-* forks
+    python tools/install/environment.py --print-run-env    # see print_run_environment()
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+
+from mmcv_operators import install_mmcv
+from packages import (
+    fail,
+    install_missing,
+    installed_versions,
+    python_says,
+    read_requirements,
+    say,
+)
+
+# Import name -> the distributions that provide it, by family. The families must never be mixed:
+# they write to the same folders of site-packages.
+PROVIDERS = {
+    "mmengine": {"openmmlab": "mmengine", "onedl": "onedl-mmengine"},
+    "mmcv": {"openmmlab": "mmcv", "onedl": "onedl-mmcv"},
+    "mmdet": {"openmmlab": "mmdet", "onedl": "onedl-mmdetection"},
+    "mmseg": {"openmmlab": "mmsegmentation", "onedl": "onedl-mmsegmentation"},
+}
+# mmcv imports cv2, and either of these provides it.
+OPENCV, OPENCV_HEADLESS = "opencv-python", "opencv-python-headless"
+
+
+def set_up(wanted_family: str) -> None:
+    """Install everything that is missing, then check that it works together.
+
+    Args:
+        wanted_family: "auto", "openmmlab" or "onedl", see :func:`choose_family`.
+
+    Raises:
+        SystemExit: something could not be installed or does not work.
+    """
+    # torch's CUDA builds name the one version of triton that they need.
+    install_missing(["torch"], "torch (hundreds of MB; with CUDA some GB)", unpinned=["triton"])
+    torch_before = torch_version()
+    say(f"torch {torch_before}, Python {sys.version.split()[0]}, in {sys.prefix}")
+
+    family = choose_family(wanted_family)
+    openmmlab = read_requirements(family)
+    # mmcv's operators can only be tried where mmengine and OpenCV are there.
+    has_opencv = not {OPENCV, OPENCV_HEADLESS}.isdisjoint(installed_versions())
+    mmengine = openmmlab.pop(PROVIDERS["mmengine"][family])
+    install_missing(["numpy", mmengine, *([] if has_opencv else [OPENCV])], "mmengine")
+    repair_opencv()
+    install_mmcv(openmmlab.pop(PROVIDERS["mmcv"][family]))
+    install_missing(openmmlab.values(), "OpenMMLab")
+    install_missing(read_requirements("tests").values(), "test tools")
+    repair_opencv()  # once more: any of them may have brought the other build
+
+    if torch_version() != torch_before:
+        fail(
+            f"torch was {torch_before} and is now {torch_version()}: a package replaced it. "
+            f"Put it back with `pip install torch=={torch_before}` and report this."
+        )
+    for module in ("mmengine", "mmcv.ops", "mmdet.models", "mmseg.models"):
+        works, why = python_says(f"import {module}")
+        if not works:
+            fail(f"`import {module}` fails in {sys.prefix}: {why}")
+    here = installed_versions()
+    names = [provider[family] for provider in PROVIDERS.values()]
+    say("ready: " + ", ".join(f"{name} {here[name]}" for name in names))
+
+
+def torch_version() -> str:
+    """Return torch's full version, with the +cpu or +cu130 that its metadata may lack."""
+    works, answer = python_says("import torch; print(torch.__version__)")
+    if not works:
+        fail(f"torch is installed in {sys.prefix} but does not import ({answer}): reinstall it.")
+    return answer
+
+
+def choose_family(wanted: str) -> str:
+    """Return the family to install: the one that is there, else the one wanted.
+
+    Args:
+        wanted: "openmmlab", "onedl", or "auto" for the one that is there, if any, else openmmlab.
+
+    Raises:
+        SystemExit: both families are there, or another one than is wanted.
+    """
+    here = installed_versions()
+    found = {
+        family: sorted(names[family] for names in PROVIDERS.values() if names[family] in here)
+        for family in ("openmmlab", "onedl")
+    }
+    if found["openmmlab"] and found["onedl"]:
+        fail(
+            f"{', '.join(found['openmmlab'])} and {', '.join(found['onedl'])} are both installed "
+            f"in {sys.prefix}, but they overwrite each other's files: remove one family with "
+            "`pip uninstall` and run this again."
+        )
+    present = next((family for family in found if found[family]), None)
+    if wanted == "auto":
+        return present or "openmmlab"
+    if present and present != wanted:
+        fail(
+            f"OPENMMLAB={wanted} was asked for, but {', '.join(found[present])} of the other "
+            f"family is installed in {sys.prefix}: use a new environment "
+            f"(make VENV=.venv-{wanted} OPENMMLAB={wanted} ...)."
+        )
+    return wanted
+
+
+def repair_opencv() -> None:
+    """Put OpenCV's headless build in place of one that misses a graphics library of the system.
+
+    Raises:
+        SystemExit: OpenCV does not import for another reason.
+    """
+    works, why = python_says("import cv2")
+    if works:
+        return
+    version = installed_versions().get(OPENCV)
+    if version is None or ".so" not in why:
+        fail(f"OpenCV does not import ({why}): reinstall {OPENCV} or {OPENCV_HEADLESS}.")
+    say(f"{OPENCV} does not load on this machine ({why}): using its headless build instead")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    subprocess.run([*pip, "uninstall", "-q", "-y", OPENCV], check=True)
+    # Both builds write the folder `cv2`; --no-deps, since nothing else is to change.
+    headless = f"{OPENCV_HEADLESS}=={version}"
+    subprocess.run([*pip, "install", "-q", "--no-deps", "--force-reinstall", headless], check=True)
+    works, why = python_says("import cv2")
+    if not works:
+        fail(f"{headless} does not import either: {why}")
+
+
+def print_run_environment() -> None:
+    """Print the variables that a training run needs here, for ``env $(...) python ...``.
+
+    A detector cannot train on a GPU with mmcv operators that exist for the CPU only: then the GPU
+    is hidden, and standard error says so.
+    """
+    works, answer = python_says(
+        "import torch; from mmcv.ops import get_compiling_cuda_version as version;"
+        "print(torch.cuda.is_available() and version() == 'not available')"
+    )
+    if works and answer == "True":
+        print(
+            "[set-up] mmcv's operators were compiled for the CPU only, so this runs on the CPU "
+            "although a GPU is here. With the CUDA toolkit of torch's CUDA version installed, "
+            "`pip uninstall mmcv` and `make setup` have them compiled again.",
+            file=sys.stderr,
+        )
+        print("CUDA_VISIBLE_DEVICES=")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--openmmlab", choices=("auto", "openmmlab", "onedl"), default="auto")
+    parser.add_argument("--print-run-env", action="store_true", help="print variables for a run")
+    arguments = parser.parse_args()
+    if arguments.print_run_env:
+        print_run_environment()
+    else:
+        set_up(arguments.openmmlab)

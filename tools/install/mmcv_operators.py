@@ -1,0 +1,207 @@
+"""Install mmcv with its operators, the one package of the set-up that may need compiling."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+from packages import (
+    distribution_of,
+    fail,
+    install_missing,
+    installed_versions,
+    python_says,
+    say,
+    setuptools_major,
+    start_pip_install,
+)
+
+GIBIBYTE = 1 << 30
+
+
+def install_mmcv(requirement: str) -> None:
+    """Install mmcv from a wheel that fits the installed torch if pip finds one, else build it.
+
+    Args:
+        requirement: the requirement line of mmcv or of its fork.
+
+    Raises:
+        SystemExit: it is there but without operators that work, or the build failed.
+    """
+    name = distribution_of(requirement)
+    here = installed_versions()
+    if name in here:
+        works, why = python_says("import mmcv.ops")
+        if not works:
+            fail(
+                f"{name} {here[name]} is installed in {sys.prefix} but its operators do not load "
+                f"({why}): remove it with `pip uninstall {name}` and run this again, and it is "
+                "built for the torch that is installed."
+            )
+        return
+    for other in ("mmcv-lite", "mmcv-full"):
+        if other in here:
+            fail(
+                f"{other} is installed in {sys.prefix} and {name} would overwrite its files: "
+                f"remove it with `pip uninstall {other}` and run this again."
+            )
+
+    # mmcv is built in this very environment (its setup.py imports torch): its tools must be here.
+    if setuptools_major() >= 80:
+        say("setuptools < 80 is needed to build mmcv: its setup.py imports pkg_resources")
+        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "setuptools<80"], check=True)
+    install_missing(["setuptools", "wheel", "ninja"], "what mmcv is built with")
+
+    environment = build_environment()
+    log = Path(sys.prefix) / "mmcv.log"
+    say(
+        f"mmcv: installing {requirement}; where no wheel fits it is compiled, which takes 10 to 20 "
+        f"minutes on 2 cores (MAX_JOBS={environment['MAX_JOBS']}; the whole output is in {log})"
+    )
+    done = pip_install_with_progress([requirement], environment, log)
+    if done and not python_says("import mmcv.ops")[0]:
+        say("mmcv: the wheel that pip found was built for another torch, so it is compiled here")
+        # Not from pip's cache either: that may be where the wheel came from.
+        fresh = ["--force-reinstall", "--no-deps", "--no-binary", name, "--no-cache-dir"]
+        done = pip_install_with_progress([*fresh, requirement], environment, log)
+    if not done and builds_for_gpu(environment):
+        say("mmcv: its CUDA operators failed to compile, so it gets those for the CPU only")
+        shutil.copy(log, log.with_name("mmcv-cuda.log"))
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+        done = pip_install_with_progress([requirement], environment, log)
+    if not done:
+        lines = log.read_text(errors="replace").splitlines()
+        print("\n".join([line for line in lines if re.search(r"\berror\b|Error:", line)][-15:]))
+        hint = "" if shutil.which(os.environ.get("CXX", "c++")) else " There is no C++ compiler."
+        fail(f"{requirement} could not be installed.{hint} The whole output of pip is in {log}.")
+
+
+# --------------------------------------------------------------------------------------------------
+# What the build is given
+
+
+def build_environment() -> dict[str, str]:
+    """Return the environment variables for building mmcv's operators on this machine."""
+    environment = {
+        **os.environ,
+        "MMCV_WITH_OPS": "1",
+        # ninja, from this environment, compiles several files at once and tells how far it is.
+        "PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", ""),
+        "PYTHONUNBUFFERED": "1",
+    }
+    environment.setdefault("MAX_JOBS", str(build_jobs()))
+    if builds_for_gpu(environment) and not has_nvcc(environment):
+        environment = add_nvcc(environment)
+    return environment
+
+
+def build_jobs() -> int:
+    """Return how many files to compile at once: one per core, with 2 GiB of memory for each."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        memory = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:
+        memory = None
+    available = int(memory.group(1)) * 1024 if memory else 4 * GIBIBYTE
+    return max(1, min(cores or 1, available // (2 * GIBIBYTE)))
+
+
+def builds_for_gpu(environment: dict[str, str]) -> bool:
+    """Tell whether mmcv's setup.py would compile its CUDA operators: torch sees a GPU."""
+    return python_says("import torch; print(torch.cuda.is_available())", environment)[1] == "True"
+
+
+def has_nvcc(environment: dict[str, str]) -> bool:
+    """Tell whether torch's build helper finds a CUDA toolkit with its compiler."""
+    code = "from torch.utils.cpp_extension import CUDA_HOME; print(CUDA_HOME or '')"
+    works, home = python_says(code, environment)
+    return works and bool(home) and (Path(home) / "bin" / "nvcc").exists()
+
+
+def add_nvcc(environment: dict[str, str]) -> dict[str, str]:
+    """Install the CUDA compiler that belongs to torch, or else leave the GPU out of the build.
+
+    torch's CUDA builds depend on a version of the distribution ``cuda-toolkit``, whose extras name
+    the compiler's parts in the versions that match.
+
+    Returns:
+        The environment variables with CUDA_HOME set, or with the GPU hidden.
+    """
+    if "cuda-toolkit" in installed_versions():
+        say("mmcv: a GPU is here but no CUDA compiler: adding torch's own version of it")
+        parts = start_pip_install(["cuda-toolkit[nvcc,crt,nvvm,cccl]"]).wait()
+        compilers = [
+            Path(file.locate()).resolve()
+            for file in (metadata.files("nvidia-cuda-nvcc") or [] if parts == 0 else [])
+            if file.name == "nvcc"
+        ]
+        if compilers:
+            home = compilers[0].parents[1]
+            # The linker looks for libcudart.so, and the package has libcudart.so.13 alone.
+            links = Path(sys.prefix) / "cuda-links"
+            links.mkdir(exist_ok=True)
+            for library in (home / "lib").glob("libcudart.so.*"):
+                link = links / "libcudart.so"
+                link.unlink(missing_ok=True)
+                link.symlink_to(library)
+            paths = [str(links), environment.get("LIBRARY_PATH", "")]
+            library_path = os.pathsep.join(filter(None, paths))
+            return {**environment, "CUDA_HOME": str(home), "LIBRARY_PATH": library_path}
+    say(
+        "mmcv: a GPU is here but no CUDA compiler (nvcc), so it gets its operators for the CPU "
+        "only. For the GPU, install the CUDA toolkit of torch's CUDA version, remove mmcv with "
+        "`pip uninstall` and run this again."
+    )
+    return {**environment, "CUDA_VISIBLE_DEVICES": ""}
+
+
+# --------------------------------------------------------------------------------------------------
+# The build itself
+
+
+def pip_install_with_progress(
+    arguments: list[str], environment: dict[str, str], log: Path, every: float = 20.0
+) -> bool:
+    """Run pip with its output in a file, and print how far the compilation is meanwhile.
+
+    Args:
+        arguments: requirement lines and options of ``pip install``.
+        environment: its environment variables.
+        log: the file; its name without suffix begins the lines printed.
+        every: seconds between two lines. On a terminal one line is rewritten every second instead.
+
+    Returns:
+        Whether pip succeeded.
+    """
+    terminal = sys.stdout.isatty()
+    start = shown = time.monotonic()
+    with open(log, "w") as output:
+        process = start_pip_install(
+            ["--no-build-isolation", "-v", *arguments], environment=environment, output=output
+        )
+        while process.poll() is None:
+            time.sleep(1)
+            now = time.monotonic()
+            if terminal or now - shown >= every:
+                shown = now
+                line = f"{log.stem}: {compiled_so_far(log)} ({(now - start) / 60:.1f} min)"
+                print(
+                    f"\r[set-up] {line}\033[K" if terminal else f"[set-up] {line}",
+                    flush=True,
+                    end="" if terminal else "\n",
+                )
+    if terminal:
+        print()
+    return process.returncode == 0
+
+
+def compiled_so_far(log: Path) -> str:
+    """Say how far a build is, from the ``[34/96]`` at the beginning of ninja's lines."""
+    steps = re.findall(r"^\s*\[(\d+)/(\d+)\]", log.read_text(errors="replace"), re.MULTILINE)
+    return f"compiled {steps[-1][0]} of {steps[-1][1]} files" if steps else "preparing"

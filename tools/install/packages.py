@@ -1,0 +1,135 @@
+"""What is installed in this Python environment, and pip held to leaving it as it is."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Collection, Iterable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import IO, NoReturn, Optional
+
+REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements"
+
+
+def say(message: str) -> None:
+    """Print one line at once, also into a pipe."""
+    print(f"[set-up] {message}", flush=True)
+
+
+def fail(message: str) -> NoReturn:
+    """End the set-up with one sentence that says what was wrong and what to do."""
+    sys.exit(f"[set-up] {message}")
+
+
+def python_says(code: str, environment: Optional[Mapping[str, str]] = None) -> tuple[bool, str]:
+    """Run a line of Python in a process of its own.
+
+    Returns:
+        Whether it succeeded, and the last line that it printed (of its error, if it failed).
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    lines = (result.stdout if result.returncode == 0 else result.stderr).strip().splitlines()
+    return result.returncode == 0, lines[-1] if lines else ""
+
+
+def canonical(name: str) -> str:
+    """Return a distribution's name as package indexes compare it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def installed_versions() -> dict[str, str]:
+    """Return ``{distribution: version}`` of everything that this interpreter can import."""
+    versions: dict[str, str] = {}
+    for dist in metadata.distributions():
+        name = dist.metadata["Name"]
+        if name:  # a half-deleted package leaves a folder without a name
+            versions.setdefault(canonical(name), dist.version)
+    return versions
+
+
+def setuptools_major() -> int:
+    """Return the major version of setuptools, 0 where there is none."""
+    return int(installed_versions().get("setuptools", "0").split(".")[0])
+
+
+def distribution_of(requirement: str) -> str:
+    """Return the canonical name in front of a requirement's version and markers."""
+    return canonical(re.match(r"[A-Za-z0-9._-]+", requirement).group())
+
+
+def read_requirements(name: str) -> dict[str, str]:
+    """Return ``{distribution: requirement line}`` of ``requirements/{name}.txt``."""
+    text = (REQUIREMENTS / f"{name}.txt").read_text()
+    lines = (line.split("#")[0].strip() for line in text.splitlines())
+    return {distribution_of(line): line for line in lines if line}
+
+
+def constraints(unpinned: Collection[str] = ()) -> list[str]:
+    """Return pip's constraints: what is installed as it is, what is not as it was tested.
+
+    Args:
+        unpinned: distributions that pip may choose freely if they are not installed.
+    """
+    kept = installed_versions()
+    if setuptools_major() < 80:
+        # A new environment's setuptools may be older than torch wants; versions.txt bounds it.
+        kept.pop("setuptools", None)
+    tested = read_requirements("versions")
+    return [f"{name}=={version}" for name, version in kept.items()] + [
+        line for name, line in tested.items() if name not in kept and name not in unpinned
+    ]
+
+
+def start_pip_install(
+    requirements: Iterable[str],
+    *,
+    unpinned: Collection[str] = (),
+    environment: Optional[Mapping[str, str]] = None,
+    output: Optional[IO[str]] = None,
+) -> subprocess.Popen:
+    """Start a ``pip install`` that fails rather than replace anything that is installed.
+
+    Args:
+        requirements: requirement lines and options.
+        unpinned: see :func:`constraints`.
+        environment: environment variables instead of this process's.
+        output: a file for what pip prints, instead of this process's output.
+    """
+    file = Path(sys.prefix) / "constraints.txt"
+    file.write_text("\n".join(constraints(unpinned)) + "\n")
+    command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check"]
+    return subprocess.Popen(
+        [*command, "-c", str(file), *requirements],
+        stdout=output,
+        stderr=subprocess.STDOUT if output else None,
+        env=environment or os.environ,
+    )
+
+
+def install_missing(requirements: Iterable[str], what: str, unpinned: Collection[str] = ()) -> None:
+    """Install those requirements whose distribution is not there in any version.
+
+    Args:
+        requirements: requirement lines.
+        what: what they are, for messages.
+        unpinned: see :func:`constraints`.
+
+    Raises:
+        SystemExit: pip failed.
+    """
+    here = installed_versions()
+    missing = [line for line in requirements if distribution_of(line) not in here]
+    if not missing:
+        return
+    say(f"{what}: installing {', '.join(missing)}")
+    if start_pip_install(missing, unpinned=unpinned).wait() != 0:
+        fail(
+            f"pip could not install {what}; its message is above. If it speaks of conflicting "
+            "versions, a package that is already installed stands in the way: use a new "
+            "environment (make VENV=DIR ...)."
+        )
