@@ -1,0 +1,8 @@
+"""Mask R-CNN with a GroupMamba-B backbone on COCO; all else as for GroupMamba-T."""
+
+_base_ = "./groupmamba_maskrcnn_coco.py"
+
+model = dict(
+    backbone=dict(arch="base", drop_path_rate=0.5),
+    neck=dict(in_channels=[96, 192, 424, 512]),
+)

@@ -1,0 +1,201 @@
+"""Every config loads, fits together, builds, trains and is optimised as the recipes say."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+from torch import nn
+
+import mmvssm.registry
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+NAMES = sorted(path.stem for path in CONFIGS.glob("*.py"))
+LIBRARIES = {"maskrcnn": "mmdet", "upernet": "mmseg"}
+
+
+def load(name):
+    scope = next(scope for method, scope in LIBRARIES.items() if f"_{method}_" in name)
+    library = pytest.importorskip(scope)
+    cfg = Config.fromfile(CONFIGS / f"{name}.py")
+    assert cfg.default_scope == scope == library.__name__
+    return cfg
+
+
+def use_scope(cfg):
+    """Register the library's modules and make its scope the current one."""
+    if cfg.default_scope == "mmdet":
+        from mmdet.utils import register_all_modules
+    else:
+        from mmseg.utils import register_all_modules
+    register_all_modules(init_default_scope=False)
+    return DefaultScope.overwrite_default_scope(cfg.default_scope)
+
+
+def build(cfg):
+    with use_scope(cfg):
+        return MODELS.build(cfg.model)
+
+
+def build_optimizer(cfg, model):
+    from mmengine.optim import build_optim_wrapper
+
+    with use_scope(cfg):
+        return build_optim_wrapper(model, cfg.optim_wrapper).optimizer
+
+
+def is_large(name):
+    return not name.endswith("shapes")
+
+
+def with_large_marked_slow(names):
+    return [pytest.param(n, marks=pytest.mark.slow if is_large(n) else ()) for n in names]
+
+
+def test_the_promised_configs_are_there():
+    recipes = ("maskrcnn_coco", "upernet_ade20k")
+    promised = {f"groupmamba{size}_{r}" for size in ("", "_small", "_base") for r in recipes}
+    assert set(NAMES) >= promised | {"groupmamba_maskrcnn_shapes", "groupmamba_upernet_shapes"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+class TestText:
+    """What can be read off a config without building the model."""
+
+    def test_channels_agree(self, name):
+        model = load(name).model
+        arch = model.backbone.arch
+        if isinstance(arch, str):
+            arch = mmvssm.registry.MODELS.get(model.backbone.type).arch_settings[arch]
+        widths = list(arch["embed_dims"])
+        if "neck" in model:
+            assert list(model.neck.in_channels) == widths
+        else:
+            assert list(model.decode_head.in_channels) == widths
+            assert model.auxiliary_head.in_channels == widths[model.auxiliary_head.in_index]
+
+    def test_starts_without_hosted_weights_but_can_be_given_some(self, name):
+        cfg = load(name)
+        assert cfg.model.backbone.get("init_cfg") is None
+        assert cfg.model.get("pretrained") is None
+        cfg.merge_from_dict(
+            {
+                "model.backbone.init_cfg.type": "Pretrained",
+                "model.backbone.init_cfg.checkpoint": "absent.pth",
+                "model.backbone.init_cfg.prefix": "backbone.",
+            }
+        )
+        with pytest.raises(FileNotFoundError, match=r"absent\.pth"):
+            build(cfg).backbone.init_weights()
+
+    def test_says_what_it_is(self, name):
+        assert (CONFIGS / f"{name}.py").read_text().startswith('"""')
+
+
+class TestRecipes:
+    @pytest.mark.parametrize("size", ["", "_small", "_base"])
+    def test_maskrcnn_coco(self, size):
+        cfg = load(f"groupmamba{size}_maskrcnn_coco")
+        assert cfg.train_cfg.max_epochs == 12
+        assert cfg.param_scheduler[1].milestones == [8, 11]
+        assert cfg.train_pipeline[2].scale == (1333, 800)
+        assert cfg.optim_wrapper.optimizer.type == "AdamW"
+        assert (cfg.optim_wrapper.optimizer.lr, cfg.optim_wrapper.optimizer.weight_decay) == (
+            1e-4,
+            0.05,
+        )
+        assert cfg.auto_scale_lr.base_batch_size == 16
+
+    @pytest.mark.parametrize("size", ["", "_small", "_base"])
+    def test_upernet_ade20k(self, size):
+        cfg = load(f"groupmamba{size}_upernet_ade20k")
+        assert cfg.train_cfg.max_iters == cfg.param_scheduler[1].end == 160_000
+        assert cfg.param_scheduler[0].end == cfg.param_scheduler[1].begin == 1500
+        assert cfg.optim_wrapper.optimizer.type == "AdamW"
+        assert (cfg.optim_wrapper.optimizer.lr, cfg.optim_wrapper.optimizer.weight_decay) == (
+            6e-5,
+            0.01,
+        )
+        assert cfg.model.decode_head.num_classes == cfg.model.auxiliary_head.num_classes == 150
+        assert cfg.auto_scale_lr.base_batch_size == 16
+
+    def test_ade20k_augmentation_scales_the_single_scale_test(self):
+        cfg = load("groupmamba_upernet_ade20k")
+        (augmentation,) = (t for t in cfg.tta_pipeline if t.type == "TestTimeAug")
+        resizes, flips, *_ = augmentation.transforms
+        assert cfg.test_pipeline[1].scale in [resize.scale for resize in resizes]
+        assert len(resizes) == 6
+        assert [flip.prob for flip in flips] == [0.0, 1.0]
+        assert cfg.tta_model.type == "SegTTAModel"
+
+    @pytest.mark.parametrize("name", ["groupmamba_maskrcnn_shapes", "groupmamba_upernet_shapes"])
+    def test_shapes_knows_the_generator(self, name):
+        from mmvssm.datasets import ShapesGenerator
+        from mmvssm.datasets.shapes import CLASSES
+
+        cfg = load(name)
+        generator = mmvssm.registry.TASK_UTILS.build(cfg.prepare_data)
+        assert isinstance(generator, ShapesGenerator)
+        assert generator.image_size == cfg.image_size
+        for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+            assert Path(loader.dataset.data_root).absolute() == generator.root
+            classes = loader.dataset.metainfo.classes
+            assert classes[-5:] == CLASSES
+            assert len(classes) == cfg.num_classes == len(loader.dataset.metainfo.palette)
+
+
+@pytest.mark.parametrize("name", with_large_marked_slow(NAMES))
+class TestModel:
+    def test_optimizer_spares_norms_and_scan_parameters(self, name):
+        cfg = load(name)
+        model = build(cfg)
+        optimizer = build_optimizer(cfg, model)
+        decay = {
+            id(parameter): group["weight_decay"]
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+        assert len(decay) == len(list(model.parameters()))
+
+        norms = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+        spared = {id(p) for m in model.modules() if isinstance(m, norms) for p in m.parameters()}
+        scans = {id(p) for n, p in model.named_parameters() if n.endswith(("A_logs", "Ds"))}
+        assert norms and scans
+        for parameter, value in decay.items():
+            expected = (
+                0.0 if parameter in spared | scans else cfg.optim_wrapper.optimizer.weight_decay
+            )
+            assert value == expected
+
+
+@pytest.mark.parametrize("name", ["groupmamba_maskrcnn_shapes", "groupmamba_upernet_shapes"])
+class TestShapes:
+    def test_loss_falls(self, name, tmp_path, monkeypatch):
+        """Eight steps on one batch, through the real pipeline and optimiser."""
+        from mmengine.runner import Runner
+
+        from mmvssm.datasets import ShapesGenerator
+
+        cfg = load(name)
+        root = ShapesGenerator(tmp_path / "shapes", 4, 1, cfg.image_size).ensure()
+        cfg.train_dataloader.update(batch_size=4, num_workers=0)
+        cfg.train_dataloader.dataset.data_root = str(root)
+        torch.manual_seed(0)
+        with use_scope(cfg):
+            (batch,) = Runner.build_dataloader(
+                dict(cfg.train_dataloader, sampler=dict(type="DefaultSampler", shuffle=False)),
+                seed=0,
+            )
+            model = build(cfg).train()
+            optimizer = build_optimizer(cfg, model)
+            totals = []
+            for _ in range(8):
+                losses = model(**model.data_preprocessor(batch, True), mode="loss")
+                total, _ = model.parse_losses(losses)
+                optimizer.zero_grad()
+                total.backward()
+                optimizer.step()
+                totals.append(total.item())
+        assert all(value == value for value in totals)
+        assert min(totals[-2:]) < 0.8 * totals[0]

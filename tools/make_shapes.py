@@ -1,0 +1,33 @@
+"""Write the embedded data set, which the shapes configs also do by themselves when first used."""
+
+import argparse
+import sys
+
+from mmvssm.datasets import ShapesGenerator
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--root", default="data/shapes", help="folder of the data set")
+    parser.add_argument("--num-train", type=int, default=800, help="number of training images")
+    parser.add_argument("--num-val", type=int, default=100, help="number of validation images")
+    parser.add_argument("--image-size", type=int, default=160, help="height and width in pixels")
+    parser.add_argument("--seed", type=int, default=0, help="chooses the scenes")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Write the data set, or say in one sentence why not."""
+    args = parse_args()
+    try:
+        root = ShapesGenerator(**vars(args)).ensure()
+    except (ValueError, OSError) as error:
+        sys.exit(f"make_shapes: {error}")
+    print(f"The data set is in {root}")
+
+
+if __name__ == "__main__":
+    main()
