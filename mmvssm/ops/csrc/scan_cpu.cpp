@@ -1,0 +1,425 @@
+// The selective scan on CPUs, forward and backward.
+//
+// For each image, walk k and channel d, with i = order[t] and j = source[t] the tokens of step t and N states n:
+//
+//     step_t    = softplus(delta[j, d] + delta_bias[d])
+//     elapsed_t = step_t + gap_t rest[d]
+//     h_t[n]    = exp(elapsed_t A[d, n]) h_{t-1}[n] + step_t u[i, d] B[j, n]            h_{-1} = 0
+//     y[i, d]   = sum_n C[j, n] h_t[n] + D[d] u[i, d]
+//
+// and backwards, with g_t = dL/dh_t and dy = dL/dy[i, d]:
+//
+//     g_t[n]       = C[j, n] dy + exp(elapsed_{t+1} A[d, n]) g_{t+1}[n]                 g_L = 0
+//     x_t[n]       = g_t[n] h_{t-1}[n] exp(elapsed_t A[d, n])
+//     dL/delapsed  = sum_n x_t[n] A[d, n]              dL/dA[d, n] = sum_t x_t[n] elapsed_t
+//     dL/dstep     = dL/delapsed + u sum_n g_t[n] B[j, n]
+//     dL/du        = D dy + step_t sum_n g_t[n] B[j, n]
+//     dL/dB[j, n]  = sum_d g_t[n] step_t u             dL/dC[j, n] = sum_d dy h_t[n]
+//
+// The work is divided into tasks: an image, a walk, some of its channels and, where those are too few for the
+// threads, a stretch of its steps. Sums over channels and over stretches are made of partial sums added in a fixed
+// order, so that two runs give the same bits. The forward pass saves the state before every kTile-th step, from which
+// the backward pass computes the others again.
+//
+// This file holds the interface, a plain C one for ctypes, and the division into tasks; scan_kernel.h is what a task
+// does. It is compiled for several instruction sets, and the machine's best is chosen when running: binaries move
+// between machines. Nothing but the standard library and, if the compiler has it, OpenMP is needed.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <type_traits>
+#include <utility>
+#include <vector>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int kTile = 64;  // CHUNK_LENGTH of scan_torch.py
+
+enum DType : int64_t { kFloat32, kBFloat16, kFloat16, kFloat64 };
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+enum Status : int { kOk, kOutOfRange, kNotAPermutation };
+constexpr int kInSource = 16;  // added to the status if the index at fault is `source`
+
+struct Task {
+  int64_t batch, walk;
+  int64_t first_channel, last_channel;  // the last one is excluded
+  int64_t start, stop;                  // steps
+  int64_t block, stretch;               // which of the channel blocks and of the stretches of steps this is
+};
+
+// (B, L, K, D) or (B, L, K, N), the last dimension contiguous. Strides count elements.
+struct Tensor {
+  void* data;
+  int64_t batch_stride, token_stride, walk_stride;
+};
+
+// int32 (K, L), shared by the images if the batch stride is 0, or (B, K, L), or null.
+struct Index {
+  const int32_t* data;
+  int64_t batch_stride, walk_stride;
+  const int32_t* walk(const Task& task) const { return walk(task.batch, task.walk); }
+  const int32_t* walk(int64_t batch, int64_t k) const {
+    return data ? data + batch * batch_stride + k * walk_stride : nullptr;
+  }
+};
+
+}  // namespace
+
+// Mirrored by scan_cpu.py, field by field. Anything changed here needs another kInterfaceVersion.
+struct Scan {
+  int64_t batch, length, walks, channels, states;
+  int64_t dtype, softplus, threads;
+  Tensor u, delta, B, C, grad_y;
+  Index order, source, gap;
+  // The following are contiguous. In the accumulation dtype: (K, D, N) and (K, D); all but A may be null.
+  const void *A, *D, *delta_bias, *rest;
+  // (B, L, K, D) in dtype, (B, K, S, D, N) in the accumulation dtype.
+  void *y, *saved_states;
+  // In dtype, the shapes of u, delta, B and C; in the accumulation dtype, those of A, D, delta_bias and rest.
+  void *grad_u, *grad_delta, *grad_B, *grad_C, *grad_A, *grad_D, *grad_delta_bias, *grad_rest;
+};
+
+namespace {
+
+constexpr int kInterfaceVersion = 1;
+
+// What the tasks of a backward pass sum up, each in a place of its own, in the accumulation dtype.
+struct Partials {
+  void *B, *C;                     // (blocks, B, L, K, N)
+  void *A, *D, *delta_bias, *rest;  // (stretches, B, K, D, N) and (stretches, B, K, D)
+  int64_t row(const Scan& scan, const Task& task, int64_t token) const {
+    return ((task.block * scan.batch + task.batch) * scan.length + token) * scan.walks + task.walk;
+  }
+  int64_t stretch(const Scan& scan, const Task& task) const {
+    return (task.stretch * scan.batch + task.batch) * scan.walks * scan.channels;
+  }
+};
+
+struct KernelFunctions {
+  int width;  // channels in a vector
+  void (*forward)(const Scan&, const Task&, const void* entry);
+  void (*forward_carry)(const Scan&, const Task&, void* end, void* elapsed);
+  void (*backward)(const Scan&, const Task&, const void* adjoint, const Partials&);
+  void (*backward_carry)(const Scan&, const Task&, void* adjoint, void* elapsed);
+  void (*sum_blocks)(const void* partials, int64_t blocks, int64_t size, int64_t first, int64_t last, void* sums);
+};
+
+// Vectors wider than the registers that the rest of this file may use never cross a function's border that remains.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wpsabi"
+#endif
+
+#if defined(__clang__)
+#define SCAN_TARGET(isa) _Pragma(SCAN_TEXT(clang attribute push(__attribute__((target(isa))), apply_to = function)))
+#define SCAN_TARGET_END _Pragma("clang attribute pop")
+#else
+#define SCAN_TARGET(isa) _Pragma("GCC push_options") _Pragma(SCAN_TEXT(GCC target(isa)))
+#define SCAN_TARGET_END _Pragma("GCC pop_options")
+#endif
+#define SCAN_TEXT(x) #x
+
+#if defined(__x86_64__)
+SCAN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+namespace avx512 {
+#define SCAN_VECTOR_BYTES 64
+#include "scan_kernel.h"
+#undef SCAN_VECTOR_BYTES
+}  // namespace avx512
+SCAN_TARGET_END
+
+SCAN_TARGET("avx2,fma")
+namespace avx2 {
+#define SCAN_VECTOR_BYTES 32
+#include "scan_kernel.h"
+#undef SCAN_VECTOR_BYTES
+}  // namespace avx2
+SCAN_TARGET_END
+#endif
+
+namespace baseline {
+#define SCAN_VECTOR_BYTES 16
+#include "scan_kernel.h"
+#undef SCAN_VECTOR_BYTES
+}  // namespace baseline
+
+enum InstructionSet : int { kBaseline, kAvx2, kAvx512 };
+
+InstructionSet best_instruction_set() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    return kAvx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
+#endif
+  return kBaseline;
+}
+
+InstructionSet instruction_set = best_instruction_set();
+
+KernelFunctions kernel_for(const Scan& scan) {
+#if defined(__x86_64__)
+  if (instruction_set == kAvx512) return avx512::choose(scan.dtype, scan.states);
+  if (instruction_set == kAvx2) return avx2::choose(scan.dtype, scan.states);
+#endif
+  return baseline::choose(scan.dtype, scan.states);
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class Function>
+void parallel_for(int64_t count, int64_t threads, const Function& function) {
+  if (threads > count) threads = count;
+#pragma omp parallel for schedule(dynamic, 1) num_threads((int)threads) if (threads > 1)
+  for (int64_t i = 0; i < count; ++i) function(i);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Checks
+// ---------------------------------------------------------------------------------------------------------------------
+
+// Every index must be a token's. Where something is written at those tokens, each must occur once per walk: a token
+// that is left out would be left uninitialised, and one that occurs twice would be written by two threads.
+Status check_walk(const int32_t* tokens, int64_t length, bool permutation) {
+  bool in_range = true;
+  for (int64_t t = 0; t < length; ++t) in_range &= tokens[t] >= 0 && tokens[t] < length;
+  if (!in_range) return kOutOfRange;
+  if (!permutation) return kOk;
+  std::vector<char> seen(length, 0);
+  for (int64_t t = 0; t < length; ++t) seen[tokens[t]] = 1;
+  return std::memchr(seen.data(), 0, length) ? kNotAPermutation : kOk;
+}
+
+Status check(const Index& index, const Scan& scan, bool permutation) {
+  if (!index.data) return kOk;
+  const int64_t images = index.batch_stride ? scan.batch : 1, count = images * scan.walks;
+  std::vector<Status> status(count);
+  parallel_for(count, count * scan.length < 1 << 15 ? 1 : scan.threads, [&](int64_t i) {
+    status[i] = check_walk(index.walk(i / scan.walks, i % scan.walks), scan.length, permutation);
+  });
+  return *std::max_element(status.begin(), status.end());
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Division of the work
+// ---------------------------------------------------------------------------------------------------------------------
+
+// Images x walks x blocks of channels x stretches of steps.
+struct Division {
+  const Scan& scan;
+  int64_t block;    // channels
+  int64_t stretch;  // steps, a multiple of kTile
+  int64_t blocks, stretches;
+
+  Division(const Scan& scan, int64_t block, int64_t stretch)
+      : scan(scan),
+        block(block),
+        stretch(stretch),
+        blocks(ceil_div(scan.channels, block)),
+        stretches(ceil_div(scan.length, stretch)) {}
+
+  int64_t tasks() const { return scan.batch * scan.walks * blocks * stretches; }
+
+  Task task(int64_t i) const {
+    Task task;
+    task.block = i % blocks, i /= blocks;
+    task.walk = i % scan.walks, i /= scan.walks;
+    task.stretch = i % stretches, i /= stretches;
+    task.batch = i;
+    task.first_channel = task.block * block;
+    task.last_channel = std::min(scan.channels, task.first_channel + block);
+    task.start = task.stretch * stretch;
+    task.stop = std::min(scan.length, task.start + stretch);
+    return task;
+  }
+};
+
+// Steps per task. Stretches cost a pass of their own over the input, so they are used only where images, walks and
+// vectors of channels leave most threads without work.
+int64_t stretch_for(const Scan& scan, int64_t tasks, int64_t worth) {
+  const int64_t tiles = ceil_div(scan.length, kTile);
+  if (scan.threads < worth * tasks || tiles < 8) return tiles * kTile;
+  const int64_t stretches = std::min(ceil_div(scan.threads, tasks), tiles / 4);
+  return ceil_div(tiles, stretches) * kTile;
+}
+
+// As few blocks of channels as keep all threads equally busy: long rows are read faster than short ones.
+Division divide_forward(const Scan& scan, int width) {
+  const int64_t walks = scan.batch * scan.walks, vectors = ceil_div(scan.channels, width);
+  int64_t best_blocks = 1, least = INT64_MAX;
+  for (int64_t blocks = 1; blocks <= vectors; ++blocks) {
+    const int64_t time = ceil_div(walks * blocks, scan.threads) * ceil_div(vectors, blocks);
+    if (time < least) least = time, best_blocks = blocks;
+  }
+  const int64_t block = ceil_div(vectors, best_blocks) * width;
+  return Division(scan, block, stretch_for(scan, walks * ceil_div(scan.channels, block), 3));
+}
+
+// Blocks depend on the shapes alone, and so do the sums over channels, whatever the number of threads. There are
+// enough of them for some threads; none is so large that its tape leaves the second-level cache, and the partial sums
+// for B and C stay smaller than u.
+Division divide_backward(const Scan& scan, int width) {
+  const int64_t walks = scan.batch * scan.walks, vectors = ceil_div(scan.channels, width);
+  const int64_t wanted = std::max(ceil_div(8, walks), ceil_div(vectors, 16));
+  const int64_t most = std::max<int64_t>(1, std::min(vectors, scan.channels / (2 * scan.states)));
+  const int64_t block = ceil_div(vectors, std::min(wanted, most)) * width;
+  return Division(scan, block, stretch_for(scan, walks * ceil_div(scan.channels, block), 2));
+}
+
+// What the stretches hand to each other: the state at their ends, or the gradient at their beginnings.
+template <class T>
+struct Carry {
+  const Division& division;
+  int64_t channels, states;
+  std::vector<T> state, elapsed;  // (B, K, stretches, D, N) and (B, K, stretches, D)
+
+  explicit Carry(const Division& division)
+      : division(division), channels(division.scan.channels), states(division.scan.states) {
+    const int64_t walks = division.scan.batch * division.scan.walks;
+    state.resize(walks * division.stretches * channels * states);
+    elapsed.resize(walks * division.stretches * channels);
+  }
+
+  int64_t place(const Task& task) const {
+    return (task.batch * division.scan.walks + task.walk) * division.stretches + task.stretch;
+  }
+  T* state_of(const Task& task) { return state.data() + place(task) * channels * states; }
+  T* elapsed_of(const Task& task) { return elapsed.data() + place(task) * channels; }
+
+  // Replaces each stretch's own contribution by what enters it. `direction` is 1 if stretches follow each other, -1
+  // if they are passed backwards.
+  void propagate(int direction) {
+    const Scan& scan = division.scan;
+    parallel_for(scan.batch * scan.walks, scan.threads, [&](int64_t i) {
+      const T* A = (const T*)scan.A + i % scan.walks * channels * states;
+      std::vector<T> entering(channels * states, 0);
+      for (int64_t count = 0; count < division.stretches; ++count) {
+        const int64_t stretch = i * division.stretches + (direction > 0 ? count : division.stretches - 1 - count);
+        for (int64_t cn = 0; cn < channels * states; ++cn) {
+          T& own = state[stretch * channels * states + cn];
+          const T leaving = own + std::exp(elapsed[stretch * channels + cn / states] * A[cn]) * entering[cn];
+          own = entering[cn];
+          entering[cn] = leaving;
+        }
+      }
+    });
+  }
+};
+
+template <class T>
+void run_forward(const Scan& scan) {
+  const KernelFunctions kernel = kernel_for(scan);
+  const Division division = divide_forward(scan, kernel.width);
+  if (division.stretches == 1) {
+    parallel_for(division.tasks(), scan.threads, [&](int64_t i) { kernel.forward(scan, division.task(i), nullptr); });
+    return;
+  }
+  Carry<T> carry(division);
+  parallel_for(division.tasks(), scan.threads, [&](int64_t i) {
+    const Task task = division.task(i);
+    if (task.stretch < division.stretches - 1)
+      kernel.forward_carry(scan, task, carry.state_of(task), carry.elapsed_of(task));
+  });
+  carry.propagate(1);
+  parallel_for(division.tasks(), scan.threads, [&](int64_t i) {
+    const Task task = division.task(i);
+    kernel.forward(scan, task, carry.state_of(task));
+  });
+}
+
+// Adds `count` arrays of `size` elements, one after the other in memory.
+template <class T>
+void sum_partials(const std::vector<T>& partials, int64_t count, int64_t size, void* to) {
+  for (int64_t i = 0; i < size && to; ++i) {
+    double sum = 0;
+    for (int64_t j = 0; j < count; ++j) sum += partials[j * size + i];
+    ((T*)to)[i] = (T)sum;
+  }
+}
+
+template <class T>
+void run_backward(const Scan& scan) {
+  const KernelFunctions kernel = kernel_for(scan);
+  const Division division = divide_backward(scan, kernel.width);
+
+  Carry<T> carry(division);
+  if (division.stretches > 1) {
+    parallel_for(division.tasks(), scan.threads, [&](int64_t i) {
+      const Task task = division.task(i);
+      if (task.stretch > 0) kernel.backward_carry(scan, task, carry.state_of(task), carry.elapsed_of(task));
+    });
+    carry.propagate(-1);
+  }
+
+  const int64_t rows = scan.batch * scan.length * scan.walks;
+  const int64_t sums = division.stretches * scan.batch, parameters = scan.walks * scan.channels;
+  const std::unique_ptr<T[]> grad_B(new T[division.blocks * rows * scan.states]);
+  const std::unique_ptr<T[]> grad_C(new T[division.blocks * rows * scan.states]);
+  std::vector<T> grad_A(sums * parameters * scan.states), grad_D(sums * parameters), grad_delta_bias(sums * parameters),
+      grad_rest(sums * parameters);
+  const Partials partials{grad_B.get(), grad_C.get(),           grad_A.data(),
+                          grad_D.data(), grad_delta_bias.data(), grad_rest.data()};
+  parallel_for(division.tasks(), scan.threads, [&](int64_t i) {
+    const Task task = division.task(i);
+    kernel.backward(scan, task, division.stretches > 1 ? carry.state_of(task) : nullptr, partials);
+  });
+
+  const int64_t grain = ceil_div(rows * scan.states, scan.threads);
+  parallel_for(scan.threads, scan.threads, [&](int64_t i) {
+    const int64_t first = std::min(rows * scan.states, i * grain), last = std::min(rows * scan.states, first + grain);
+    kernel.sum_blocks(grad_B.get(), division.blocks, rows * scan.states, first, last, scan.grad_B);
+    kernel.sum_blocks(grad_C.get(), division.blocks, rows * scan.states, first, last, scan.grad_C);
+  });
+  sum_partials(grad_A, sums, parameters * scan.states, scan.grad_A);
+  sum_partials(grad_D, sums, parameters, scan.grad_D);
+  sum_partials(grad_delta_bias, sums, parameters, scan.grad_delta_bias);
+  sum_partials(grad_rest, sums, parameters, scan.grad_rest);
+}
+
+}  // namespace
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Interface
+// ---------------------------------------------------------------------------------------------------------------------
+
+extern "C" {
+
+int scan_interface_version() { return kInterfaceVersion; }
+
+int64_t scan_interface_size() { return sizeof(Scan); }
+
+// Restricts the instruction set (0 baseline, 1 AVX2, 2 AVX-512), for tests; returns the one now in use.
+int scan_limit_instruction_set(int limit) {
+  const InstructionSet best = best_instruction_set();
+  instruction_set = limit < best ? (InstructionSet)limit : best;
+  return instruction_set;
+}
+
+int scan_forward(const Scan* scan) {
+  if (const Status status = check(scan->order, *scan, true)) return status;
+  if (const Status status = check(scan->source, *scan, false)) return kInSource + status;
+  scan->dtype == kFloat64 ? run_forward<double>(*scan) : run_forward<float>(*scan);
+  return kOk;
+}
+
+int scan_backward(const Scan* scan) {
+  if (const Status status = check(scan->order, *scan, true)) return status;
+  if (const Status status = check(scan->source, *scan, true)) return kInSource + status;
+  scan->dtype == kFloat64 ? run_backward<double>(*scan) : run_backward<float>(*scan);
+  return kOk;
+}
+
+}  // extern "C"

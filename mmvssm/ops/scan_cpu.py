@@ -1,0 +1,227 @@
+"""The selective scan in C++ for CPUs: the Python side of ``csrc/scan_cpu.cpp``.
+
+The library is built when mmvssm is installed on a machine with a C++ compiler. It has a plain C interface and knows
+nothing of Python or PyTorch, so one binary serves every version of both.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import warnings
+from pathlib import Path
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from .scan_torch import accumulation_dtype, num_chunks
+
+_INTERFACE_VERSION = 1
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+_PROBLEMS = {
+    1: (IndexError, "an index in {index} is not a token: it must lie in [0, L)."),
+    2: (ValueError, "{index} must visit every token exactly once in each walk."),
+}
+
+
+def available() -> bool:
+    """Whether the compiled kernel can be used. The first time that it cannot, a warning says why."""
+    library, reason = _load()
+    if library is None:
+        _warn_once(reason)
+    return library is not None
+
+
+def forward(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Optional[Tensor],
+    delta_bias: Optional[Tensor],
+    order: Optional[Tensor],
+    source: Optional[Tensor],
+    gap: Optional[Tensor],
+    rest: Optional[Tensor],
+    delta_softplus: bool,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`mmvssm.ops.scan_torch.forward`.
+
+    Raises:
+        IndexError: If ``order`` or ``source`` name a token that does not exist.
+        ValueError: If ``order`` does not visit every token once.
+    """
+    scan = _Scan.of(u, delta, A, B, C, D, delta_bias, order, source, gap, rest, delta_softplus)
+    batch, length, walks, channels = u.shape
+    y = scan.output("y", u.shape, scan.element_dtype)
+    states = scan.output(
+        "saved_states", (batch, walks, num_chunks(length), channels, A.shape[-1]), scan.state_dtype
+    )
+    scan.run("scan_forward")
+    return y.to(u.dtype), states
+
+
+def backward(
+    grad_y: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Optional[Tensor],
+    delta_bias: Optional[Tensor],
+    order: Optional[Tensor],
+    source: Optional[Tensor],
+    gap: Optional[Tensor],
+    rest: Optional[Tensor],
+    delta_softplus: bool,
+    states: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`mmvssm.ops.scan_torch.backward`.
+
+    Raises:
+        IndexError: If ``order`` or ``source`` name a token that does not exist.
+        ValueError: If ``order`` or ``source`` do not visit every token once.
+    """
+    scan = _Scan.of(u, delta, A, B, C, D, delta_bias, order, source, gap, rest, delta_softplus)
+    scan.input_rows("grad_y", grad_y)
+    scan.input_array("saved_states", states)
+    wide, narrow = scan.state_dtype, scan.element_dtype
+    differentiated = {
+        "u": (u, narrow),
+        "delta": (delta, narrow),
+        "A": (A, wide),
+        "B": (B, narrow),
+        "C": (C, narrow),
+        "D": (D, wide),
+        "delta_bias": (delta_bias, wide),
+        "rest": (rest, wide),
+    }
+    grads = {
+        name: u.new_empty(0) if x is None else scan.output(f"grad_{name}", x.shape, dtype)
+        for name, (x, dtype) in differentiated.items()
+    }
+    scan.run("scan_backward")
+    return tuple(
+        grads[name] if x is None else grads[name].to(x.dtype)
+        for name, (x, _) in differentiated.items()
+    )
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("batch_stride", ctypes.c_int64),
+        ("token_stride", ctypes.c_int64),
+        ("walk_stride", ctypes.c_int64),
+    ]
+
+
+class _Index(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("batch_stride", ctypes.c_int64),
+        ("walk_stride", ctypes.c_int64),
+    ]
+
+
+class _Scan(ctypes.Structure):
+    """``struct Scan`` of ``scan_cpu.cpp``, field by field, and the tensors that its pointers keep alive."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("batch", "length", "walks", "channels", "states")),
+        *((name, ctypes.c_int64) for name in ("dtype", "softplus", "threads")),
+        *((name, _Rows) for name in ("u", "delta", "B", "C", "grad_y")),
+        *((name, _Index) for name in ("order", "source", "gap")),
+        *((name, ctypes.c_void_p) for name in ("A", "D", "delta_bias", "rest")),
+        *((name, ctypes.c_void_p) for name in ("y", "saved_states")),
+        *((name, ctypes.c_void_p) for name in ("grad_u", "grad_delta", "grad_B", "grad_C")),
+        *((name, ctypes.c_void_p) for name in ("grad_A", "grad_D", "grad_delta_bias", "grad_rest")),
+    ]
+
+    @classmethod
+    def of(cls, u, delta, A, B, C, D, delta_bias, order, source, gap, rest, delta_softplus):
+        batch, length, walks, channels = u.shape
+        scan = cls(batch, length, walks, channels, A.shape[-1])
+        scan.tensors = []
+        scan.state_dtype = accumulation_dtype(u, delta, A, B, C)
+        # Where the dtypes differ, the widest.
+        dtype = functools.reduce(torch.promote_types, (x.dtype for x in (u, delta, B, C)))
+        scan.element_dtype = torch.float64 if scan.state_dtype == torch.float64 else dtype
+        scan.dtype = _DTYPES[scan.element_dtype]
+        scan.softplus = delta_softplus
+        scan.threads = torch.get_num_threads()
+        for name, x in (("u", u), ("delta", delta), ("B", B), ("C", C)):
+            scan.input_rows(name, x)
+        for name, x in (("A", A), ("D", D), ("delta_bias", delta_bias), ("rest", rest)):
+            if x is not None:
+                scan.input_array(name, x)
+        for name, x in (("order", order), ("source", source), ("gap", gap)):
+            if x is not None:
+                scan.input_index(name, x)
+        return scan
+
+    def input_rows(self, name: str, x: Tensor) -> None:
+        """``(B, L, K, D)`` or ``(B, L, K, N)`` with any strides but the last."""
+        x = x.to(self.element_dtype)
+        if x.shape[-1] > 1 and x.stride(-1) != 1:
+            x = x.contiguous()
+        self.tensors.append(x)
+        setattr(self, name, _Rows(x.data_ptr(), *x.stride()[:3]))
+
+    def input_index(self, name: str, x: Tensor) -> None:
+        """``(K, L)`` or ``(B, K, L)``."""
+        if x.stride(-1) != 1:
+            x = x.contiguous()
+        self.tensors.append(x)
+        batch_stride = x.stride(0) if x.dim() == 3 else 0
+        setattr(self, name, _Index(x.data_ptr(), batch_stride, x.stride(-2)))
+
+    def input_array(self, name: str, x: Tensor) -> None:
+        x = x.to(self.state_dtype).contiguous()
+        self.tensors.append(x)
+        setattr(self, name, x.data_ptr())
+
+    def output(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        x = torch.empty(shape, dtype=dtype)
+        self.tensors.append(x)
+        setattr(self, name, x.data_ptr())
+        return x
+
+    def run(self, function: str) -> None:
+        library, _ = _load()
+        status = getattr(library, function)(ctypes.byref(self))
+        if status:
+            error, message = _PROBLEMS[status % 16]
+            index = "traversal.order" if status < 16 else "traversal.source"
+            raise error("selective_scan: " + message.format(index=index))
+
+
+@functools.cache
+def _load() -> tuple[Optional[ctypes.CDLL], str]:
+    """The library, or None and the reason."""
+    path = Path(__file__).with_name("_scan_cpu.so")
+    if not path.exists():
+        return None, "it was not built when mmvssm was installed"
+    try:
+        library = ctypes.CDLL(str(path))
+        version, size = library.scan_interface_version(), library.scan_interface_size()
+    except (OSError, AttributeError) as error:
+        return None, f"it cannot be loaded ({error})"
+    if (version, size) != (_INTERFACE_VERSION, ctypes.sizeof(_Scan)):
+        return None, "it was built from another version of mmvssm"
+    for function in (library.scan_forward, library.scan_backward):
+        function.argtypes = [ctypes.POINTER(_Scan)]
+    return library, ""
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(
+        f"mmvssm: the compiled CPU scan is missing, {reason}. Scans on the CPU run in plain PyTorch, many "
+        "times slower. Install a C++ compiler (such as g++) and reinstall mmvssm to build it.",
+        RuntimeWarning,
+        stacklevel=2,
+    )

@@ -1,0 +1,380 @@
+"""The compiled CPU scan against the definition, for every shape, layout and option that its code treats differently."""
+
+import itertools
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+from mmvssm.ops import scan_cpu, scan_torch
+from mmvssm.ops.reference import selective_scan_reference
+
+LIBRARY, REASON = scan_cpu._load()
+needs_library = pytest.mark.skipif(
+    LIBRARY is None, reason=f"no compiled CPU scan: {REASON or 'loaded'}"
+)
+
+DIFFERENTIABLE = ("u", "delta", "A", "B", "C", "D", "delta_bias", "rest")
+ALL = frozenset(("D", "delta_bias", "order", "source", "gap", "softplus"))
+PLAIN = frozenset(("softplus",))
+
+
+def problem(batch, length, walks, channels, states, options=ALL, dtype=torch.float32, seed=0):
+    """Inputs by name; ``options`` names the optional ones that are there."""
+    random = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=random)
+
+    def uniform(low, high, *shape):
+        return torch.rand(*shape, generator=random) * (high - low) + low
+
+    def permutations(*shape):
+        return uniform(0, 1, *shape, length).argsort(-1).int()
+
+    soft = "softplus" in options
+    has_gap = "gap" in options
+    rows = (batch, length, walks)
+    return {
+        "u": normal(*rows, channels).to(dtype),
+        "delta": (normal(*rows, channels) if soft else uniform(0, 1, *rows, channels)).to(dtype),
+        "A": uniform(-2, -0.05, walks, channels, states),
+        "B": normal(*rows, states).to(dtype),
+        "C": normal(*rows, states).to(dtype),
+        "D": normal(walks, channels) if "D" in options else None,
+        "delta_bias": uniform(0, 1, walks, channels) if "delta_bias" in options else None,
+        "order": permutations(batch, walks) if "order" in options else None,
+        "source": permutations(walks) if "source" in options else None,
+        "gap": (uniform(0, 3, walks, length)).int() if has_gap else None,
+        "rest": uniform(0, 1, walks, channels) if has_gap else None,
+        "delta_softplus": soft,
+    }
+
+
+def as_float64(inputs):
+    return {
+        name: x.detach().double() if torch.is_tensor(x) and x.is_floating_point() else x
+        for name, x in inputs.items()
+    }
+
+
+def compiled(inputs, grad_y):
+    """Output and gradients by name."""
+    y, states = scan_cpu.forward(**inputs)
+    grads = scan_cpu.backward(grad_y, **inputs, states=states)
+    for name, grad in zip(DIFFERENTIABLE, grads):
+        x = inputs[name]
+        assert grad.dtype == (inputs["u"] if x is None else x).dtype
+        assert grad.shape == ((0,) if x is None else x.shape)
+        assert grad.is_contiguous()
+    assert y.dtype == inputs["u"].dtype and y.is_contiguous()
+    return {"y": y, **{name: g for name, g in zip(DIFFERENTIABLE, grads) if g.numel()}}
+
+
+def definition(inputs, grad_y):
+    inputs = {
+        name: x.requires_grad_() if torch.is_tensor(x) and x.is_floating_point() else x
+        for name, x in as_float64(inputs).items()
+    }
+    y = selective_scan_reference(**inputs)
+    y.backward(grad_y.double())
+    grads = {name: inputs[name].grad for name in DIFFERENTIABLE if inputs[name] is not None}
+    return {"y": y.detach(), **grads}
+
+
+def vectorised(inputs, grad_y):
+    """The PyTorch backend in float64: faster than the definition, and tested against it elsewhere."""
+    inputs = as_float64(inputs)
+    y, states = scan_torch.forward(**inputs)
+    grads = scan_torch.backward(grad_y.double(), **inputs, states=states)
+    return {"y": y, **{name: g for name, g in zip(DIFFERENTIABLE, grads) if g.numel()}}
+
+
+def assert_close(actual, expected, tolerance):
+    assert actual.keys() == expected.keys()
+    for name, want in expected.items():
+        error = (actual[name].double() - want).abs().max() / want.abs().max().clamp(min=1e-30)
+        assert error < tolerance, f"{name}: relative error {error:.1e}"
+
+
+def check(inputs, against=vectorised, tolerance=1e-5):
+    random = torch.Generator().manual_seed(1)
+    grad_y = torch.randn(inputs["u"].shape, generator=random).to(inputs["u"].dtype)
+    actual = compiled(inputs, grad_y)
+    assert_close(actual, against(inputs, grad_y), tolerance)
+    return actual
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def instruction_set():
+    yield LIBRARY.scan_limit_instruction_set
+    LIBRARY.scan_limit_instruction_set(2)
+
+
+@needs_library
+@pytest.mark.parametrize("channels", [1, 3, 17, 48, 87])
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 257])
+def test_equals_the_definition(length, channels):
+    states = {1: 16, 3: 2, 17: 8, 48: 16, 87: 1}[channels]
+    check(problem(3 if length < 100 else 1, length, 2, channels, states), definition)
+
+
+@needs_library
+@pytest.mark.parametrize("states", [1, 2, 5, 8, 16, 20])
+@pytest.mark.parametrize("walks", [1, 4])
+def test_states_and_walks(states, walks):
+    check(problem(2, 130, walks, 33, states))
+
+
+@needs_library
+@pytest.mark.parametrize(
+    "options",
+    [frozenset(c) for n in range(len(ALL) + 1) for c in itertools.combinations(sorted(ALL), n)],
+    ids=lambda options: "+".join(sorted(options)) or "none",
+)
+def test_every_combination_of_options(options):
+    check(problem(2, 70, 2, 19, 1, options))
+
+
+@needs_library
+@pytest.mark.parametrize("limit", [0, 1, 2])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str
+)
+def test_instruction_sets(instruction_set, limit, dtype):
+    if instruction_set(limit) != limit:
+        pytest.skip("this processor has no such instructions")
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12}.get(dtype, 1e-2)
+    for states in (1, 8, 16):
+        inputs = problem(2, 70, 2, 87, states, dtype=dtype)
+        if dtype == torch.float64:
+            inputs = as_float64(inputs)
+        check(inputs, tolerance=tolerance)
+
+
+@needs_library
+def test_float64_equals_the_definition():
+    check(as_float64(problem(1, 65, 2, 9, 3)), definition, 1e-12)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_narrow_dtypes_accumulate_in_float32(dtype):
+    # Small steps that add up: a state of the inputs' dtype would stop growing after a few hundred.
+    inputs = problem(1, 2000, 1, 16, 1, PLAIN, dtype)
+    inputs["u"].fill_(1), inputs["delta"].fill_(-6), inputs["B"].fill_(1), inputs["C"].fill_(1)
+    inputs["A"].fill_(-1e-3)
+    y, states = scan_cpu.forward(**inputs)
+    expected, _ = scan_torch.forward(**as_float64(inputs))
+    assert states.dtype == torch.float32
+    # Nothing is lost but in rounding the output.
+    assert torch.equal(y, expected.to(dtype)) or ((y - expected).abs() / expected).max() < 2**-8
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_output_is_rounded_to_nearest(dtype):
+    # A scan that does nothing but multiply by D = 1 or 1/3: the only error is that of the conversion.
+    bits = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)
+    u = bits.reshape(1024, 1, 1, 64)  # sequences of one token: nothing spreads
+    zero = torch.zeros(1024, 1, 1, 1, dtype=dtype)
+    for D in (1.0, 1 / 3):
+        skip = torch.full((1, 64), D)
+        y, _ = scan_cpu.forward(
+            u, torch.full_like(u, -torch.inf), -torch.ones(1, 64, 1), zero, zero, skip,
+            *(None,) * 5, True,
+        )  # fmt: skip
+        finite = u.isfinite()
+        assert torch.equal(y[finite], (u.float() * skip[0, 0]).to(dtype)[finite])
+    assert not y[~finite].isfinite().any()
+
+
+@needs_library
+def test_mixed_dtypes():
+    inputs = problem(1, 70, 2, 19, 4)
+    inputs["u"] = inputs["u"].bfloat16()
+    inputs["B"] = inputs["B"].bfloat16()
+    inputs["A"] = inputs["A"].bfloat16()
+    check(inputs, tolerance=1e-2)
+    inputs["delta"] = inputs["delta"].double()
+    assert scan_cpu.forward(**inputs)[1].dtype == torch.float64
+
+
+@needs_library
+def test_strides():
+    inputs = problem(2, 70, 3, 24, 2)
+    random = torch.Generator().manual_seed(2)
+    projection = torch.randn(2, 70, 3, 2 * 24 + 4, generator=random)
+    inputs["u"], inputs["delta"], inputs["B"], inputs["C"] = projection.split((24, 24, 2, 2), -1)
+    check(inputs)
+    inputs["u"] = projection[:, :, :1, :24].expand(-1, -1, 3, -1)  # shared by the walks
+    inputs["delta"] = torch.randn(3, 70, 2, 24, generator=random).permute(2, 1, 0, 3)
+    check(inputs)
+    inputs["u"] = torch.randn(24, 70, 3, 2, generator=random).permute(3, 1, 2, 0)  # channels first
+    inputs["order"] = inputs["order"].flip(-1).transpose(0, 1).contiguous().transpose(0, 1)
+    check(inputs)
+    y, states = scan_cpu.forward(**inputs)
+    ones = torch.ones(1).expand_as(y)  # the gradient that sum() sends
+    for strided, plain in zip(
+        scan_cpu.backward(ones, **inputs, states=states),
+        scan_cpu.backward(ones.contiguous(), **inputs, states=states),
+    ):
+        assert torch.equal(strided, plain)
+
+
+@needs_library
+def test_saved_states():
+    inputs = problem(2, 200, 2, 20, 3)
+    _, states = scan_cpu.forward(**inputs)
+    _, expected = scan_torch.forward(**as_float64(inputs))
+    assert_close({"states": states}, {"states": expected}, 1e-5)
+
+
+@needs_library
+@pytest.mark.parametrize("states", [1, 3, 16])
+def test_stretches_of_a_sequence_for_many_threads(threads, states):
+    # One walk of few channels cannot occupy these threads in any other way.
+    inputs = problem(1, 2113, 1, 20, states)
+    threads(1)
+    single = check(inputs)
+    threads(13)
+    many = check(inputs)
+    assert_close(many, {name: x.double() for name, x in single.items()}, 1e-5)
+
+
+@needs_library
+@pytest.mark.parametrize("states", [1, 16])
+def test_two_runs_give_the_same_bits(threads, states):
+    inputs = problem(2, 1100, 2, 150, states)
+    grad_y = torch.ones_like(inputs["u"])
+    runs = []
+    for count in (2, 2, 1, 3):
+        threads(count)
+        runs.append(compiled(inputs, grad_y))
+    for run in runs[1:]:
+        for name, x in run.items():
+            assert torch.equal(x, runs[0][name]), name
+
+
+@needs_library
+@pytest.mark.parametrize("low, high", [(-20, -15), (-1, 1), (10, 1e3)])
+@pytest.mark.parametrize("decay", [-1e-4, -1.0, -1e4])
+@pytest.mark.parametrize("options", [PLAIN, ALL], ids=["plain", "all"])
+def test_extreme_values(low, high, decay, options):
+    inputs = problem(1, 300, 2, 20, 2, options)
+    random = torch.Generator().manual_seed(3)
+    inputs["delta"] = torch.rand(1, 300, 2, 20, generator=random) * (high - low) + low
+    inputs["A"].fill_(decay)
+    for name in ("u", "B", "C"):
+        inputs[name] = inputs[name] * 1e4
+    grad_y = torch.ones_like(inputs["u"])
+    actual, expected = compiled(inputs, grad_y), vectorised(inputs, grad_y)
+    for name, want in expected.items():
+        fits = want.abs() < torch.finfo(torch.float32).max
+        assert actual[name][fits].isfinite().all(), name
+    assert_close({"y": actual["y"]}, {"y": expected["y"]}, 1e-5)
+
+
+@needs_library
+def test_nan_and_infinity():
+    inputs = problem(1, 10, 1, 20, 1, PLAIN)
+    inputs["u"][0, 4, 0, 3] = torch.nan
+    inputs["delta"][0, 4, 0, 5] = torch.nan
+    inputs["delta"][0, 6, 0, 7] = torch.inf
+    inputs["delta"][0, 6, 0, 9] = -torch.inf
+    y, _ = scan_cpu.forward(**inputs)
+    expected = selective_scan_reference(**as_float64(inputs))
+    assert torch.equal(y.isfinite(), expected.isfinite())
+    assert torch.equal(y.isnan(), expected.isnan())
+
+
+@needs_library
+def test_a_step_of_size_zero_leaves_the_state_to_the_bit():
+    inputs = problem(1, 65, 1, 20, 2, PLAIN)
+    inputs["delta"][:, 1:] = -torch.inf
+    _, states = scan_cpu.forward(**inputs)
+    inputs["delta"] = inputs["delta"][:, :1].expand(-1, 65, -1, -1).clone()
+    inputs["delta"][:, 1:64] = -torch.inf
+    assert torch.equal(states, scan_cpu.forward(**inputs)[1])
+    assert states[:, :, 1].abs().min() > 0
+
+
+@needs_library
+@pytest.mark.parametrize("name", ["order", "source"])
+@pytest.mark.parametrize("wrong", [-1, 70, 2**31 - 1])
+def test_index_out_of_range(name, wrong):
+    inputs = problem(2, 70, 2, 5, 1)
+    y, states = scan_cpu.forward(**inputs)
+    inputs[name] = inputs[name].clone()
+    inputs[name][..., -1, 69] = wrong
+    with pytest.raises(IndexError, match=f"traversal.{name}"):
+        scan_cpu.forward(**inputs)
+    with pytest.raises(IndexError, match=f"traversal.{name}"):
+        scan_cpu.backward(y, **inputs, states=states)
+
+
+@needs_library
+def test_repeated_index():
+    # Where something is written, each token must be visited once; reading a token twice is fine.
+    inputs = problem(2, 70, 2, 5, 1)
+    repeated = inputs["order"].clone()
+    repeated[1, 1, 3] = repeated[1, 1, 4]
+    with pytest.raises(ValueError, match=r"traversal.order must visit every token exactly once"):
+        scan_cpu.forward(**{**inputs, "order": repeated})
+    inputs["source"] = repeated
+    y, states = scan_cpu.forward(**inputs)
+    expected = selective_scan_reference(**as_float64(inputs))
+    assert_close({"y": y}, {"y": expected}, 1e-5)
+    with pytest.raises(ValueError, match=r"traversal.source must visit every token exactly once"):
+        scan_cpu.backward(y, **inputs, states=states)
+
+
+@needs_library
+def test_shares_the_thread_pool_of_torch():
+    code = (
+        "import torch, ctypes\n"
+        "from mmvssm.ops import scan_cpu\n"
+        "assert scan_cpu.available()\n"
+        "with open('/proc/self/maps') as maps:\n"
+        "    print({line.split()[-1] for line in maps if 'omp' in line.rsplit('/')[-1]})\n"
+    )
+    if not sys.platform.startswith("linux"):
+        pytest.skip("reads /proc")
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    runtimes = eval(run.stdout)
+    assert len([path for path in runtimes if "gomp" in path or "libomp" in path]) <= 1, runtimes
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """The module as if it were installed in an empty folder."""
+    monkeypatch.setattr(scan_cpu, "__file__", str(tmp_path / "scan_cpu.py"))
+    scan_cpu._load.cache_clear()
+    scan_cpu._warn_once.cache_clear()
+    yield tmp_path
+    monkeypatch.undo()
+    scan_cpu._load.cache_clear()
+    scan_cpu._warn_once.cache_clear()
+
+
+def test_missing_library_warns_once(elsewhere):
+    with pytest.warns(RuntimeWarning, match=r"was not built.*many times slower.*reinstall"):
+        assert not scan_cpu.available()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not scan_cpu.available()
+
+
+def test_library_that_cannot_be_loaded_warns(elsewhere):
+    (elsewhere / "_scan_cpu.so").write_bytes(b"for another machine")
+    with pytest.warns(RuntimeWarning, match="cannot be loaded"):
+        assert not scan_cpu.available()
