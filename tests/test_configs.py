@@ -161,7 +161,8 @@ class TestModel:
         norms = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
         spared = {id(p) for m in model.modules() if isinstance(m, norms) for p in m.parameters()}
         scans = {id(p) for n, p in model.named_parameters() if n.endswith(("A_logs", "Ds"))}
-        assert norms and scans
+        assert scans
+        assert {id(p) for n, p in model.named_parameters() if "norm" in n} <= spared
         for parameter, value in decay.items():
             expected = (
                 0.0 if parameter in spared | scans else cfg.optim_wrapper.optimizer.weight_decay

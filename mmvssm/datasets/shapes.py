@@ -31,7 +31,7 @@ from numpy.random import RandomState
 from mmvssm.registry import TASK_UTILS
 
 CLASSES = ("disk", "square", "triangle", "star", "ring")
-FORMAT_VERSION = 1  # raised whenever the same settings would give other bytes than before
+FORMAT_VERSION = 2  # raised whenever the same settings would give other bytes than before
 
 # Lengths are counted in eighths of a pixel; a pixel is sampled at 4 x 4 points, 2 units apart.
 UNIT = 8
@@ -51,7 +51,7 @@ SIN = np.rint(1024 * np.sin(np.deg2rad(np.arange(360)))).astype(np.int64)
 
 MIN_VISIBLE_PIXELS = 40
 MIN_VISIBLE_SHARE = 0.3  # of a shape's own pixels; what is hidden more leaves the scene
-MIN_CONTRAST = 130  # between a shape and the background, summed over the channels
+MIN_VIVIDNESS = 110  # of a shape: its largest channel less its smallest
 
 
 @dataclass(frozen=True)
@@ -95,12 +95,11 @@ class Scene:
 
 def draw_scene(rng: RandomState, size: int) -> Scene:
     """Draw one scene of ``size`` x ``size`` pixels."""
-    colour = _integers(rng, 40, 216, 3)
-    image = _texture(rng, size, colour)
+    image = _texture(rng, size, _muted_colour(rng))
     shapes = _drop_hidden([_random_shape(rng, size) for _ in range(_integer(rng, 2, 8))])
     owner = np.full((size, size), -1)
     for index, shape in enumerate(shapes):
-        fill = _texture(rng, size, _contrasting_colour(rng, colour))
+        fill = _texture(rng, size, _vivid_colour(rng))
         alpha = shape.coverage[..., None]
         image = (fill * alpha + image * (SAMPLES**2 - alpha)) // SAMPLES**2
         owner[shape.mask] = index
@@ -209,10 +208,16 @@ def _blotches(rng: RandomState, size: int, cell: int, strength: int) -> np.ndarr
     return (rows[:, whole] * (cell - part) + rows[:, whole + 1] * part) // cell**2
 
 
-def _contrasting_colour(rng: RandomState, other: np.ndarray) -> np.ndarray:
+def _muted_colour(rng: RandomState) -> np.ndarray:
+    """An RGB colour near grey, for backgrounds."""
+    return _integer(rng, 60, 196) + _integers(rng, -16, 16, 3)
+
+
+def _vivid_colour(rng: RandomState) -> np.ndarray:
+    """An RGB colour far from grey, for shapes, so that they stand out wherever they are."""
     while True:
         colour = _integers(rng, 20, 236, 3)
-        if np.abs(colour - other).sum() >= MIN_CONTRAST:
+        if np.ptp(colour) >= MIN_VIVIDNESS:
             return colour
 
 

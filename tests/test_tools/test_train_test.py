@@ -384,6 +384,7 @@ def test_annotations_of_absent_images_are_one_sentence(config, tmp_path, refused
     assert "instances_train2017.json names 1 images" in sentence and gone.name in sentence
 
 
+@pytest.mark.slow
 def test_checkpoint_of_another_architecture_is_one_sentence(trained, config, refused):
     _, detector = trained["detection"]
     path = config(SEGMENTATION)
@@ -394,6 +395,7 @@ def test_checkpoint_of_another_architecture_is_one_sentence(trained, config, ref
         assert "it was trained with config small, backbone mmvssm.GroupMamba" in sentence
 
 
+@pytest.mark.slow
 def test_detection_tta_and_amp_without_gpu_are_refused(trained, refused):
     path, checkpoint = trained["detection"]
     assert "masks" in refused("test.py", path, checkpoint, "--tta")

@@ -358,18 +358,20 @@ class GroupedVSSS(nn.Module):
         return convolve(self.out_proj, y * gate)
 
 
-class GroupedLayerNorm(nn.Module):
-    """A LayerNorm of its own on each group of channels."""
+class GroupedLayerNorm(nn.LayerNorm):
+    """A LayerNorm of its own on each group of channels.
+
+    It is an ``nn.LayerNorm`` so that rules for norms, such as mmengine's ``norm_decay_mult``, hold for it.
+    """
 
     def __init__(self, groups: int, channels: int, eps: float = 1e-5) -> None:
-        super().__init__()
+        super().__init__(channels, eps)
         self.weight = nn.Parameter(torch.ones(groups, channels))
         self.bias = nn.Parameter(torch.zeros(groups, channels))
-        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., groups, channels)`` to the same shape."""
-        return F.layer_norm(x, x.shape[-1:], eps=self.eps) * self.weight + self.bias
+        return F.layer_norm(x, self.normalized_shape, eps=self.eps) * self.weight + self.bias
 
 
 class ConvFFN(nn.Module):
