@@ -96,7 +96,7 @@ model = dict(
 )
 
 # Schedule.
-max_epochs = 8
+max_epochs = 6
 train_cfg = dict(max_epochs=max_epochs, val_interval=2)
 optim_wrapper = dict(
     optimizer=dict(lr=1e-3),
