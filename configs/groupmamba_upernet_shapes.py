@@ -121,8 +121,8 @@ model = dict(
 )
 
 # Schedule.
-max_iters = 1600
-train_cfg = dict(max_iters=max_iters, val_interval=400)
+max_iters = 1800
+train_cfg = dict(max_iters=max_iters, val_interval=600)
 optim_wrapper = dict(optimizer=dict(lr=3e-3), clip_grad=dict(_delete_=True, max_norm=10.0))
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=50),
@@ -131,6 +131,6 @@ param_scheduler = [
 
 default_hooks = dict(
     logger=dict(interval=20),
-    checkpoint=dict(interval=400, max_keep_ckpts=2),
+    checkpoint=dict(interval=600, max_keep_ckpts=2),
     visualization=dict(draw=True, interval=10),
 )
