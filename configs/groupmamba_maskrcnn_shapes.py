@@ -118,5 +118,5 @@ param_scheduler = [
 default_hooks = dict(
     logger=dict(interval=50),
     checkpoint=dict(interval=1, max_keep_ckpts=2),
-    visualization=dict(draw=True, interval=10),
+    visualization=dict(draw=True, interval=10, score_thr=0.5),
 )
