@@ -46,7 +46,8 @@ def selective_scan_reference(
         delta_bias: Added to ``delta`` ``(K, D)``.
         order: ``(K, L)`` or ``(B, K, L)``: the token whose ``u`` step ``t`` reads and whose ``y`` it writes. A
             permutation of the tokens for each walk; by default the order in memory.
-        source: Same shapes: the token whose ``delta``, ``B`` and ``C`` step ``t`` reads; by default ``order``.
+        source: Same shapes: the token whose ``delta``, ``B`` and ``C`` step ``t`` reads, a permutation
+            too; by default ``order``.
         gap: Same shapes: how many absent grid positions the walk passed since its previous step; by default none.
         rest: Step size ``(K, D)`` at an absent position.
         delta_softplus: Whether ``delta`` passes through softplus.

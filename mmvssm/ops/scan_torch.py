@@ -51,7 +51,7 @@ def forward(
     """
     walk = _Walk.along(u, delta, A, B, C, delta_bias, order, source, gap, rest, delta_softplus)
     batch, length, walks, channels = u.shape
-    y = walk.u * _channels(D, walk.u) if D is not None else torch.zeros_like(walk.u)
+    y = walk.u * D.to(walk.u.dtype) if D is not None else torch.zeros_like(walk.u)
     states = y.new_empty((batch, walks, num_chunks(length), channels, A.shape[-1]))
     for n in range(A.shape[-1]):
         decay, drive = walk.recurrence(n)
@@ -101,7 +101,7 @@ def backward(
     """
     walk = _Walk.along(u, delta, A, B, C, delta_bias, order, source, gap, rest, delta_softplus)
     grad_y = walk.take(grad_y, walk.order)
-    grad_u = grad_y * _channels(D, walk.u) if D is not None else torch.zeros_like(walk.u)
+    grad_u = grad_y * D.to(walk.u.dtype) if D is not None else torch.zeros_like(walk.u)
     grad_step, grad_elapsed = torch.zeros_like(walk.u), torch.zeros_like(walk.u)
     grad_A = torch.empty_like(A, dtype=walk.u.dtype)
     grad_B, grad_C = torch.empty_like(walk.B), torch.empty_like(walk.C)
@@ -201,10 +201,6 @@ class _Walk(NamedTuple):
     def recurrence(self, n: int) -> tuple[Tensor, Tensor]:
         """``decay`` and ``drive`` of ``h_t = decay_t * h_{t-1} + drive_t`` for state ``n``, each ``(B, L, K, D)``."""
         return torch.exp(self.elapsed * self.A[..., n]), self.step * self.u * self.B[..., n, None]
-
-
-def _channels(x: Tensor, like: Tensor) -> Tensor:
-    return x.to(like.dtype)
 
 
 def _token_index(order: Optional[Tensor]) -> Optional[Tensor]:

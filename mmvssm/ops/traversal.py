@@ -18,7 +18,7 @@ class Traversal(NamedTuple):
         order: int32 ``(K, L)``, or ``(B, K, L)`` where images differ: the token whose value step ``t`` reads and
             whose output it writes. Each walk is a permutation of the ``L`` tokens.
         source: The token whose ``delta``, ``B`` and ``C`` step ``t`` reads, shaped like ``order``;
-            None means ``order``.
+            None means ``order``. A permutation too: gradients are written where they were read from.
         gap: int32, shaped like ``order``: how many absent grid positions lie between step ``t - 1`` and ``t``; None
             means none anywhere.
     """

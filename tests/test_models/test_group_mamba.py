@@ -132,6 +132,16 @@ def test_images_of_a_batch_do_not_mix():
             torch.testing.assert_close(together[1:], alone, atol=1e-5, rtol=1e-5)
 
 
+def test_scan_layer_on_its_own_has_no_uninitialised_parameters():
+    torch.use_deterministic_algorithms(True)  # PyTorch then fills fresh memory with NaN
+    try:
+        layer = GroupedVSSS(64, d_state=3)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(parameter.isfinite().all() for parameter in layer.parameters())
+    torch.testing.assert_close(layer.A_logs[0, 0].exp(), torch.tensor([1.0, 2.0, 3.0]))
+
+
 def test_scan_layer_gradients_on_a_non_square_map():
     """Against four separate layers that flip and transpose the map, as the paper draws it."""
     torch.manual_seed(0)

@@ -315,9 +315,10 @@ class GroupedVSSS(nn.Module):
         self.conv = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim)
         self.x_proj = grouped_linear(dim, NUM_GROUPS * (self.dt_rank + 2 * d_state))
         self.dt_proj = grouped_linear(NUM_GROUPS * self.dt_rank, dim)
-        self.dt_bias = nn.Parameter(torch.empty(NUM_GROUPS, d))
-        self.A_logs = nn.Parameter(torch.empty(NUM_GROUPS, d, d_state))
-        self.Ds = nn.Parameter(torch.empty(NUM_GROUPS, d))
+        # What training starts from is drawn by reset_parameters, through init_parameters.
+        self.dt_bias = nn.Parameter(torch.zeros(NUM_GROUPS, d))
+        self.A_logs = nn.Parameter(torch.arange(1, d_state + 1).log().repeat(NUM_GROUPS, d, 1))
+        self.Ds = nn.Parameter(torch.ones(NUM_GROUPS, d))
         self.norm = GroupedLayerNorm(NUM_GROUPS, d)
         self.out_proj = grouped_linear(dim, dim)
 
