@@ -2,6 +2,7 @@
 
 from .checkpoint_hook import AtomicCheckpointHook, AtomicLocalBackend
 from .errors import UserError
+from .keep_ratio_hook import KeepRatioWarmup
 from .reproducible import ReproducibleResumeHook, SeededSampler
 from .safe_checkpoint import (
     UnsafeCheckpointError,
@@ -15,6 +16,7 @@ register_safe_globals()
 __all__ = [
     "AtomicCheckpointHook",
     "AtomicLocalBackend",
+    "KeepRatioWarmup",
     "ReproducibleResumeHook",
     "SeededSampler",
     "UnsafeCheckpointError",

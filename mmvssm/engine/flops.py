@@ -64,4 +64,4 @@ def _counts_below(part: nn.Module, name: str, by_module: dict) -> Counter:
 
 
 def _is_scan(op: object) -> bool:
-    return str(op).startswith("mmvssm.")
+    return str(op).startswith("mmvssm.selective_scan")

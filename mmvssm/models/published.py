@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .backbones.group_mamba import NUM_GROUPS, GroupMamba
+from .backbones.plain_mamba import PlainMamba
 from .classifiers import GroupMambaClassifier
 
 WRAPPINGS = ("model_ema", "state_dict_ema", "model", "state_dict")
@@ -128,6 +130,42 @@ def convert_groupmamba(published: Mapping[str, Tensor]) -> Conversion:
     with torch.device("meta"):
         model = GroupMambaClassifier(arch, num_classes=heads[0] if heads else 1000)
     expected = model.state_dict()
+    return _fit(state_dict, origin, expected, arch)
+
+
+def convert_plainmamba(published: Mapping[str, Tensor]) -> Conversion:
+    """Convert a published PlainMamba, a classification model or a detector's or segmenter's backbone.
+
+    Args:
+        published: Weights under the published names, perhaps with ``backbone.`` before them.
+
+    Returns:
+        Weights of a :class:`~mmvssm.models.backbones.PlainMamba`, with ``backbone.`` before each name. Norms of
+        intermediate outputs are among them where the checkpoint has any.
+
+    Raises:
+        ValueError: If the weights aren't those of a PlainMamba.
+    """
+    names = {name: name.removeprefix("backbone.") for name in published}
+    weights = {names[name]: value for name, value in published.items()}
+    arch = _plainmamba_arch(weights)
+    last = max(int(m[1]) for m in (re.match(r"layers\.(\d+)\.", name) for name in weights) if m)
+    norms = [re.fullmatch(r"norm_layer(\d+)\.weight", name) for name in weights]
+    out_indices = sorted({last, *(int(m[1]) for m in norms if m)})
+    state_dict, origin = {}, {}
+    for name, value in weights.items():
+        for ours, part in _plainmamba_parts(name, value, last).items():
+            state_dict[f"backbone.{ours}"], origin[f"backbone.{ours}"] = part, [name]
+    grid = math.isqrt(weights["pos_embed"].shape[1])
+    patch_size = 2 * weights["patch_embed.projection.weight"].shape[-1]
+    with torch.device("meta"):
+        model = PlainMamba(arch, img_size=grid * patch_size, out_indices=out_indices)
+    expected = {f"backbone.{name}": value for name, value in model.state_dict().items()}
+    return _fit(state_dict, origin, expected, arch)
+
+
+def _fit(state_dict, origin, expected, arch) -> Conversion:
+    """Keep what has a place in our model; ``origin`` gives the published names of each of our names."""
     unused = sorted(
         {
             name
@@ -235,5 +273,61 @@ def _groupmamba_arch(published: Mapping[str, Tensor]) -> object:
     return next((name for name, settings in known if settings == arch), arch)
 
 
-CONVERTERS = {"groupmamba": convert_groupmamba}
+_PLAINMAMBA_RENAMES = (
+    (r"^patch_embed\.stem\.", "patch_embed.convs."),
+    (r"^patch_embed\.projection\.", "patch_embed.patches.projection."),
+    (r"^layers\.(\d+)\.mamba\.conv2d\.", r"layers.\1.mixer.conv."),
+    (r"^layers\.(\d+)\.mamba\.", r"layers.\1.mixer."),
+    (r"^layers\.(\d+)\.dw\.0\.", r"layers.\1.dwconv."),
+    (r"^layers\.(\d+)\.dw\.1\.", r"layers.\1.dwconv_norm."),
+    (r"^norm_layer(\d+)\.", r"norms.\1."),
+)
+
+
+def _plainmamba_parts(name: str, value: Tensor, last: int) -> dict[str, Tensor]:
+    """Our parameters that a published one becomes."""
+    match = re.fullmatch(r"(layers\.\d+)\.mamba\.in_proj\.(weight|bias)", name)
+    if match:
+        layer, leaf = match.groups()
+        x, gate = value.chunk(2)
+        return {f"{layer}.mixer.in_proj.{leaf}": x, f"{layer}.mixer.gate_proj.{leaf}": gate}
+    # The stem is the first of our convolutions, three modules each.
+    match = re.fullmatch(r"patch_embed\.convs\.(\d+)\.(.*)", name)
+    if match:
+        return {f"patch_embed.convs.{int(match[1]) + 3}.{match[2]}": value}
+    match = re.fullmatch(r"ln1\.(.*)", name)
+    if match:
+        return {f"norms.{last}.{match[1]}": value}
+    for pattern, ours in _PLAINMAMBA_RENAMES:
+        name = re.sub(pattern, ours, name)
+    return {name: value}
+
+
+def _plainmamba_arch(published: Mapping[str, Tensor]) -> object:
+    """Read the arch off the shapes."""
+    try:
+        layers = [re.match(r"layers\.(\d+)\.(\w+)", name) for name in published]
+        arch = dict(
+            embed_dims=published["patch_embed.projection.weight"].shape[0],
+            num_layers=1 + max(int(m[1]) for m in layers if m),
+            patch_size=2 * published["patch_embed.projection.weight"].shape[-1],
+            num_convs_patch_embed=sum(
+                value.dim() == 4
+                for name, value in published.items()
+                if name.startswith("patch_embed.convs.")
+            ),
+            layers_with_dwconv=tuple(sorted({int(m[1]) for m in layers if m and m[2] == "dw"})),
+            d_state=published["layers.0.mamba.A_log"].shape[1],
+        )
+        published["pos_embed"]
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            "These are not the weights of a published PlainMamba model: expected names such as pos_embed, "
+            f"patch_embed.projection.weight and layers.0.mamba.A_log; found {', '.join(list(published)[:3])} ..."
+        ) from error
+    known = PlainMamba.arch_settings.items()
+    return next((name for name, settings in known if settings == arch), arch)
+
+
+CONVERTERS = {"groupmamba": convert_groupmamba, "plainmamba": convert_plainmamba}
 """Converters by the name of the published model."""

@@ -21,6 +21,14 @@ from torch.utils.checkpoint import checkpoint
 
 from ...ops import Traversal, cross_traversal, selective_scan
 from ...registry import MODELS
+from .common import (
+    check_rates,
+    drop_path_schedule,
+    init_parameters,
+    init_step_size_bias,
+    resolve_arch,
+    resolve_out_indices,
+)
 
 NUM_GROUPS = 4
 """Groups of channels, one for each direction of the scan (paper, section 3.2)."""
@@ -86,20 +94,13 @@ class GroupMamba(BaseModule):
         depths = arch["depths"]
         self.embed_dims = tuple(arch["embed_dims"])
         self.mlp_ratios = tuple(arch["mlp_ratios"])
-        self.out_indices = self._resolve_out_indices(out_indices, len(depths))
-        if not 0 <= drop_path_rate < 1:
-            raise ValueError(f"GroupMamba: drop_path_rate must be in [0, 1); got {drop_path_rate}.")
-        if not -1 <= frozen_stages <= len(depths):
-            raise ValueError(
-                f"GroupMamba: frozen_stages must be from -1 (nothing) to {len(depths)} (everything); "
-                f"got {frozen_stages}."
-            )
+        self.out_indices = resolve_out_indices("GroupMamba", out_indices, len(depths), "stages")
+        check_rates("GroupMamba", drop_path_rate, frozen_stages, len(depths))
         self.in_channels = in_channels
         self.frozen_stages = frozen_stages
         self.with_cp = with_cp
 
-        last = max(sum(depths) - 1, 1)
-        drop_path_rates = [drop_path_rate * block / last for block in range(sum(depths))]
+        drop_path_rates = drop_path_schedule(drop_path_rate, sum(depths))
         self.stages = nn.ModuleList()
         for i in range(max(self.out_indices) + 1):
             dim = self.embed_dims[i]
@@ -161,19 +162,8 @@ class GroupMamba(BaseModule):
 
     @classmethod
     def _resolve_arch(cls, arch: Union[str, dict]) -> dict:
-        if isinstance(arch, str):
-            if arch not in cls.arch_settings:
-                raise ValueError(
-                    f"GroupMamba: unknown arch {arch!r}; known are "
-                    f"{', '.join(map(repr, cls.arch_settings))}, or a dict with stem_hidden_dim, "
-                    "embed_dims, depths and mlp_ratios."
-                )
-            return cls.arch_settings[arch]
-        keys = {"stem_hidden_dim", "embed_dims", "depths", "mlp_ratios"}
-        if set(arch) != keys:
-            raise ValueError(
-                f"GroupMamba: an arch dict has exactly the keys {sorted(keys)}; got {sorted(arch)}."
-            )
+        keys = ("stem_hidden_dim", "embed_dims", "depths", "mlp_ratios")
+        arch = resolve_arch("GroupMamba", arch, cls.arch_settings, keys)
         for key in ("embed_dims", "depths", "mlp_ratios"):
             if len(arch[key]) != 4:
                 raise ValueError(
@@ -185,19 +175,6 @@ class GroupMamba(BaseModule):
                 f"{arch['embed_dims']}."
             )
         return arch
-
-    @staticmethod
-    def _resolve_out_indices(out_indices: Sequence[int], num_stages: int) -> tuple[int, ...]:
-        if isinstance(out_indices, int):
-            out_indices = (out_indices,)
-        out_indices = tuple(out_indices)
-        valid = out_indices and all(0 <= i < num_stages for i in out_indices)
-        if not valid or list(out_indices) != sorted(set(out_indices)):
-            raise ValueError(
-                "GroupMamba: out_indices must be increasing numbers of stages from 0 to "
-                f"{num_stages - 1}; got {out_indices}."
-            )
-        return out_indices
 
 
 class Stem(nn.Module):
@@ -315,20 +292,17 @@ class GroupedVSSS(nn.Module):
         self.conv = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim)
         self.x_proj = grouped_linear(dim, NUM_GROUPS * (self.dt_rank + 2 * d_state))
         self.dt_proj = grouped_linear(NUM_GROUPS * self.dt_rank, dim)
-        # What training starts from is drawn by reset_parameters, through init_parameters.
+        # What training starts from is drawn by reset_scan_parameters, through init_parameters.
         self.dt_bias = nn.Parameter(torch.zeros(NUM_GROUPS, d))
         self.A_logs = nn.Parameter(torch.arange(1, d_state + 1).log().repeat(NUM_GROUPS, d, 1))
         self.Ds = nn.Parameter(torch.ones(NUM_GROUPS, d))
         self.norm = GroupedLayerNorm(NUM_GROUPS, d)
         self.out_proj = grouped_linear(dim, dim)
 
-    def reset_parameters(self) -> None:
+    def reset_scan_parameters(self) -> None:
         """Step sizes log-uniform in [0.001, 0.1], ``A = -(1 .. d_state)``, ``D = 1`` (Mamba, section 3.6)."""
-        dt = torch.exp(
-            torch.empty_like(self.dt_bias).uniform_(math.log(0.001), math.log(0.1))
-        ).clamp(min=1e-4)
+        init_step_size_bias(self.dt_bias)
         with torch.no_grad():
-            self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
             self.A_logs.copy_(torch.arange(1, self.d_state + 1).log())
             self.Ds.fill_(1.0)
         bound = self.dt_rank**-0.5
@@ -402,18 +376,3 @@ def grouped_linear(in_features: int, out_features: int) -> nn.Conv2d:
 def split_groups(x: Tensor) -> Tensor:
     """``(B, H, W, 4 * d)`` to tokens in groups ``(B, H * W, 4, d)``."""
     return x.flatten(1, 2).unflatten(-1, (NUM_GROUPS, -1))
-
-
-def init_parameters(module: nn.Module) -> None:
-    """Initialise one module's own parameters as the published training code does; for ``nn.Module.apply``."""
-    if isinstance(module, GroupedVSSS):
-        module.reset_parameters()
-    elif isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Conv2d):
-        fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
-        nn.init.normal_(module.weight, std=math.sqrt(2.0 / fan_out))
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

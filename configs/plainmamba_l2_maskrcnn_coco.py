@@ -1,0 +1,18 @@
+"""The recipe of plainmamba_maskrcnn_coco.py with PlainMamba-L2."""
+
+_base_ = ["./plainmamba_maskrcnn_coco.py"]
+
+embed_dims = 384
+model = dict(
+    backbone=dict(arch="L2", out_indices=(5, 11, 17, 23), drop_path_rate=0.2),
+    neck=[
+        dict(type="mmvssm.TokenRestoration"),
+        dict(
+            type="mmseg.Feature2Pyramid",
+            embed_dim=embed_dims,
+            rescales=[4, 2, 1, 0.5],
+            norm_cfg=dict(type="SyncBN", requires_grad=True),
+        ),
+        dict(type="FPN", in_channels=[embed_dims] * 4, out_channels=256, num_outs=5),
+    ],
+)

@@ -1,0 +1,6 @@
+"""The recipe of plainmamba_pruned_maskrcnn_coco.py with PlainMamba-L3: 41.5 % fewer FLOPs in the backbone at 224x224."""
+
+_base_ = ["./plainmamba_l3_maskrcnn_coco.py"]
+
+model = dict(backbone=dict(pruning="L3"))
+custom_hooks = [dict(type="mmvssm.KeepRatioWarmup", num_iters=14660)]

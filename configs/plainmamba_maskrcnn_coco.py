@@ -1,0 +1,58 @@
+"""Mask R-CNN with a PlainMamba-L1 backbone on COCO: 12 epochs ("1x"), 1333x800, 16 images a step.
+
+The maps of four layers, all at stride 16, become strides 4 to 32. No weights are hosted in this
+layout, so the backbone starts at random unless a converted ImageNet checkpoint is named:
+
+    python tools/convert_checkpoint.py plainmamba SRC plainmamba_l1.pth
+    python tools/train.py configs/plainmamba_maskrcnn_coco.py --cfg-options \
+        model.backbone.init_cfg.type=Pretrained model.backbone.init_cfg.prefix=backbone. \
+        model.backbone.init_cfg.checkpoint=plainmamba_l1.pth
+
+The batch of 16 is 8 GPUs with 2 images each; with another number of GPUs, pass --auto-scale-lr.
+"""
+
+_base_ = [
+    "mmdet::_base_/models/mask-rcnn_r50_fpn.py",
+    "mmdet::_base_/datasets/coco_instance.py",
+    "mmdet::_base_/schedules/schedule_1x.py",
+    "mmdet::_base_/default_runtime.py",
+]
+custom_imports = dict(imports=["mmvssm", "mmseg.models.necks"], allow_failed_imports=False)
+
+embed_dims = 192
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type="mmvssm.PlainMamba",
+        arch="L1",
+        out_indices=(5, 11, 17, 23),
+        drop_path_rate=0.1,
+    ),
+    neck=[
+        dict(type="mmvssm.TokenRestoration"),
+        dict(
+            type="mmseg.Feature2Pyramid",
+            embed_dim=embed_dims,
+            rescales=[4, 2, 1, 0.5],
+            norm_cfg=dict(type="SyncBN", requires_grad=True),
+        ),
+        dict(type="FPN", in_channels=[embed_dims] * 4, out_channels=256, num_outs=5),
+    ],
+)
+
+optim_wrapper = dict(
+    optimizer=dict(_delete_=True, type="AdamW", lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
+    paramwise_cfg=dict(
+        norm_decay_mult=0.0,
+        custom_keys={
+            "A_log": dict(decay_mult=0.0),
+            "mixer.D": dict(decay_mult=0.0),
+            "pos_embed": dict(decay_mult=0.0),
+        },
+    ),
+)
+
+param_scheduler = [
+    dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=1000),
+    dict(type="MultiStepLR", by_epoch=True, begin=0, end=12, milestones=[8, 11], gamma=0.1),
+]

@@ -1,0 +1,98 @@
+"""What the backbones have in common: checks of their arguments and initialisation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from typing import Union
+
+import torch
+from torch import Tensor, nn
+
+
+def resolve_arch(
+    owner: str, arch: Union[str, dict], settings: dict[str, dict], keys: Collection[str]
+) -> dict:
+    """Look up a named arch, or check that a dict has the right keys.
+
+    Raises:
+        ValueError: If the name is unknown or the keys are others.
+    """
+    if isinstance(arch, str):
+        if arch not in settings:
+            raise ValueError(
+                f"{owner}: unknown arch {arch!r}; known are {', '.join(map(repr, settings))}, or a "
+                f"dict with {', '.join(keys)}."
+            )
+        return settings[arch]
+    if set(arch) != set(keys):
+        raise ValueError(
+            f"{owner}: an arch dict has exactly the keys {sorted(keys)}; got {sorted(arch)}."
+        )
+    return arch
+
+
+def resolve_out_indices(
+    owner: str, out_indices: Union[int, Sequence[int]], count: int, what: str
+) -> tuple[int, ...]:
+    """Check the numbers of the parts whose outputs are wanted.
+
+    Args:
+        owner: Name of the backbone, for the message.
+        out_indices: One number or several.
+        count: How many parts there are.
+        what: What they are called, for the message.
+
+    Raises:
+        ValueError: If they aren't increasing numbers below ``count``.
+    """
+    if isinstance(out_indices, int):
+        out_indices = (out_indices,)
+    out_indices = tuple(out_indices)
+    valid = out_indices and all(0 <= i < count for i in out_indices)
+    if not valid or list(out_indices) != sorted(set(out_indices)):
+        raise ValueError(
+            f"{owner}: out_indices must be increasing numbers of {what} from 0 to {count - 1}; got {out_indices}."
+        )
+    return out_indices
+
+
+def check_rates(owner: str, drop_path_rate: float, frozen_stages: int, count: int) -> None:
+    """Check ``drop_path_rate``, and ``frozen_stages`` against the number of parts.
+
+    Raises:
+        ValueError: If one is out of range.
+    """
+    if not 0 <= drop_path_rate < 1:
+        raise ValueError(f"{owner}: drop_path_rate must be in [0, 1); got {drop_path_rate}.")
+    if not -1 <= frozen_stages <= count:
+        raise ValueError(
+            f"{owner}: frozen_stages must be from -1 (nothing) to {count} (everything); got {frozen_stages}."
+        )
+
+
+def drop_path_schedule(drop_path_rate: float, count: int) -> list[float]:
+    """Rates that grow linearly from 0 to ``drop_path_rate``."""
+    return [drop_path_rate * i / max(count - 1, 1) for i in range(count)]
+
+
+def init_parameters(module: nn.Module) -> None:
+    """Initialise one module's own parameters as the published training code does; for ``nn.Module.apply``."""
+    if hasattr(module, "reset_scan_parameters"):
+        module.reset_scan_parameters()
+    elif isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d):
+        fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
+        nn.init.normal_(module.weight, std=math.sqrt(2.0 / fan_out))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def init_step_size_bias(bias: Tensor) -> None:
+    """Fill with what softplus makes step sizes of, log-uniform in [0.001, 0.1] (Mamba, section 3.6)."""
+    dt = torch.exp(torch.empty_like(bias).uniform_(math.log(0.001), math.log(0.1))).clamp(min=1e-4)
+    with torch.no_grad():
+        bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus

@@ -1,0 +1,472 @@
+"""PlainMamba (BMVC 2024, arXiv 2403.17695), with token pruning (NeurIPS 2024, arXiv 2409.18962).
+
+Tokens are ``(B, L, C)`` from the patch embedding to the last layer. While none is pruned they fill a grid row by row,
+and a convolution sees the same memory as a channels-last image; afterwards a :class:`Layout` says
+where they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Optional, Union
+
+import torch
+import torch.nn.functional as F
+from mmcv.cnn.bricks import DropPath
+from mmcv.cnn.bricks.transformer import PatchEmbed
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ...ops import (
+    SnakeWalks,
+    neighbor_table,
+    selective_scan,
+    snake_walks,
+    sparse_depthwise_conv,
+)
+from ...registry import MODELS
+from ..pruning import PrunedTokens, TokenPruning, leave, packed_grid, select
+from .common import (
+    check_rates,
+    drop_path_schedule,
+    init_parameters,
+    init_step_size_bias,
+    resolve_arch,
+    resolve_out_indices,
+)
+
+NUM_WALKS = 4
+OUTPUT_EPS = 1e-6
+"""LayerNorm epsilon of the outputs; inside layers it is PyTorch's default, 1e-5."""
+
+
+@MODELS.register_module()
+class PlainMamba(BaseModule):
+    """PlainMamba backbone, dense or pruned.
+
+    Args:
+        arch: ``'L1'``, ``'L2'``, ``'L3'`` (paper, table 1), or a dict with ``embed_dims``, ``num_layers``,
+            ``patch_size`` (an even number), ``num_convs_patch_embed``, ``layers_with_dwconv`` (which layers a
+            depthwise convolution follows, counted from 0) and ``d_state``.
+        img_size: The size, or height and width, of the images that the position embedding is made for; it is resized
+            for others.
+        in_channels: Channels of the image.
+        out_indices: Layers whose feature maps are returned, counted from 0; by default the last.
+        drop_path_rate: Stochastic depth of the last layer; it grows linearly from 0 at the first.
+        frozen_stages: -1 freezes nothing, 0 the embeddings, ``n`` the embeddings and the first ``n`` layers. Frozen
+            parts stay in evaluation mode.
+        with_cp: Whether to recompute each layer's activations in the backward pass instead of storing them.
+        pruning: None for the dense model; or ``dict(layers=..., keep_ratio=..., metric='clip', alignment='decay')``,
+            see :class:`~mmvssm.models.pruning.TokenPruning`; or the name of one of its presets, ``'L1'``, ``'L2'`` or
+            ``'L3'``. ``layers`` are those after which tokens leave.
+        raster_source: Whether step ``i`` of every walk reads ``delta``, ``B`` and ``C`` from the ``i``-th token in
+            raster order, as the published weights expect, instead of from the token that it visits.
+        double_step_bias: Whether the bias of ``dt_proj`` counts twice, as the published weights expect.
+        init_cfg: mmengine initialisation, for example
+            ``dict(type='Pretrained', checkpoint='plainmamba_l1.pth', prefix='backbone.')``. The checkpoint's position
+            embedding is resized where ``img_size`` differs, both being square.
+
+    Raises:
+        ValueError: If an argument is not as described.
+    """
+
+    arch_settings = {
+        "L1": dict(
+            embed_dims=192,
+            num_layers=24,
+            patch_size=16,
+            num_convs_patch_embed=1,
+            layers_with_dwconv=(0,),
+            d_state=16,
+        ),
+        "L2": dict(
+            embed_dims=384,
+            num_layers=24,
+            patch_size=16,
+            num_convs_patch_embed=2,
+            layers_with_dwconv=(),
+            d_state=16,
+        ),
+        "L3": dict(
+            embed_dims=448,
+            num_layers=36,
+            patch_size=16,
+            num_convs_patch_embed=2,
+            layers_with_dwconv=(),
+            d_state=16,
+        ),
+    }
+
+    def __init__(
+        self,
+        arch: Union[str, dict] = "L1",
+        img_size: Union[int, Sequence[int]] = 224,
+        in_channels: int = 3,
+        out_indices: Optional[Union[int, Sequence[int]]] = None,
+        drop_path_rate: float = 0.0,
+        frozen_stages: int = -1,
+        with_cp: bool = False,
+        pruning: Optional[Union[str, dict]] = None,
+        raster_source: bool = True,
+        double_step_bias: bool = True,
+        init_cfg: Optional[dict] = None,
+    ) -> None:
+        super().__init__(init_cfg)
+        arch = resolve_arch("PlainMamba", arch, self.arch_settings, tuple(self.arch_settings["L1"]))
+        num_layers, patch_size = arch["num_layers"], arch["patch_size"]
+        if patch_size % 2:
+            raise ValueError(f"PlainMamba: patch_size must be even; got {patch_size}.")
+        if any(not 0 <= i < num_layers for i in arch["layers_with_dwconv"]):
+            raise ValueError(
+                f"PlainMamba: layers_with_dwconv must be from 0 to {num_layers - 1}; got "
+                f"{list(arch['layers_with_dwconv'])}."
+            )
+        self.embed_dims = arch["embed_dims"]
+        self.out_indices = resolve_out_indices(
+            "PlainMamba",
+            num_layers - 1 if out_indices is None else out_indices,
+            num_layers,
+            "layers",
+        )
+        check_rates("PlainMamba", drop_path_rate, frozen_stages, num_layers)
+        self.in_channels = in_channels
+        self.frozen_stages = frozen_stages
+        self.with_cp = with_cp
+        self.raster_source = raster_source
+        self.pruning = None if pruning is None else TokenPruning.of(pruning, num_layers)
+
+        img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        self.embed_grid = tuple(math.ceil(size / patch_size) for size in img_size)
+        self.patch_embed = ConvPatchEmbed(
+            in_channels, self.embed_dims, patch_size, arch["num_convs_patch_embed"]
+        )
+        self.pos_embed = nn.Parameter(torch.zeros(1, math.prod(self.embed_grid), self.embed_dims))
+        rates = drop_path_schedule(drop_path_rate, num_layers)
+        self.layers = nn.ModuleList(
+            PlainMambaLayer(
+                self.embed_dims,
+                arch["d_state"],
+                rates[i],
+                with_dwconv=i in arch["layers_with_dwconv"],
+                double_step_bias=double_step_bias,
+            )
+            for i in range(max(self.out_indices) + 1)
+        )
+        self.norms = nn.ModuleDict(
+            {str(i): nn.LayerNorm(self.embed_dims, eps=OUTPUT_EPS) for i in self.out_indices}
+        )
+        self.apply(init_parameters)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        self._register_load_state_dict_pre_hook(self._resize_loaded_pos_embed)
+        self._freeze_stages()
+
+    def forward(self, x: Tensor) -> tuple[Union[Tensor, PrunedTokens], ...]:
+        """Compute the feature maps.
+
+        Args:
+            x: Images ``(B, in_channels, H, W)``, of any size.
+
+        Returns:
+            For each of ``out_indices`` a map ``(B, embed_dims, ceil(H / patch_size), ceil(W / patch_size))``,
+            contiguous in memory; or, from the first layer on that had fewer tokens to work on than there are
+            positions, :class:`~mmvssm.models.pruning.PrunedTokens`, which
+            :class:`~mmvssm.models.necks.TokenRestoration` turns into maps.
+
+        Raises:
+            ValueError: If ``x`` has another number of dimensions or channels, or if ``alignment='none'`` cannot pack
+                the tokens that remain.
+        """
+        return tuple(
+            self._output(i, state)
+            for i, state in enumerate(self.walk_layers(x))
+            if i in self.out_indices
+        )
+
+    def walk_layers(self, x: Tensor) -> Iterator[LayerState]:
+        """Yield what each layer left, before the output norm."""
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(
+                f"PlainMamba: expected images (B, {self.in_channels}, H, W); got {tuple(x.shape)}."
+            )
+        tokens, grid = self.patch_embed(x)
+        tokens = tokens + self._pos_embed_for(grid)
+        layout, pruned = self._dense_layout(grid, x.device), None
+        for i, layer in enumerate(self.layers):
+            num_tokens = tokens.shape[1]
+            num_kept = num_tokens
+            if self.pruning is not None:
+                num_kept = self.pruning.num_kept(i, num_tokens, self.training)
+            if self.with_cp and tokens.requires_grad:
+                tokens, y = checkpoint(layer, tokens, layout, use_reentrant=False)
+            else:
+                tokens, y = layer(tokens, layout)
+            if num_kept == num_tokens:
+                yield LayerState(tokens, grid, pruned)
+                continue
+            importance = self.pruning.importance(y)
+            yield LayerState(tokens, grid, pruned, importance)
+            pruned = leave(tokens, pruned, grid, *select(importance, num_kept))
+            tokens, layout = pruned.tokens, self._pruned_layout(pruned)
+
+    def train(self, mode: bool = True) -> PlainMamba:
+        """Set the training mode of all but the frozen stages."""
+        super().train(mode)
+        self._freeze_stages()
+        return self
+
+    def _output(self, i: int, state: LayerState) -> Union[Tensor, PrunedTokens]:
+        norm = self.norms[str(i)]
+        tokens = norm(state.tokens)
+        if state.pruned is None:
+            # mmcv's RoIAlign and its like read memory as if every tensor were contiguous.
+            return tokens.transpose(1, 2).contiguous().unflatten(2, state.grid)
+        return PrunedTokens(
+            tokens,
+            state.pruned.positions,
+            state.grid,
+            norm(state.pruned.departed),
+            state.pruned.departed_positions,
+        )
+
+    def _dense_layout(self, grid: tuple[int, int], device: torch.device) -> Layout:
+        walks = snake_walks(*grid, raster_source=self.raster_source, device=device)
+        return Layout(walks, grid)
+
+    def _pruned_layout(self, pruned: PrunedTokens) -> Layout:
+        if self.pruning.alignment == "none":
+            grid = packed_grid(pruned.tokens.shape[1], pruned.grid)
+            return self._dense_layout(grid, pruned.tokens.device)
+        walks = snake_walks(
+            *pruned.grid,
+            pruned.positions,
+            raster_source=self.raster_source,
+            with_gaps=self.pruning.alignment == "decay",
+        )
+        sizes = {size for layer in self.layers for size in layer.kernel_sizes}
+        neighbors = {size: neighbor_table(pruned.positions, pruned.grid, size) for size in sizes}
+        return Layout(walks, None, neighbors)
+
+    def _pos_embed_for(self, grid: tuple[int, int]) -> Tensor:
+        return _resize_pos_embed(self.pos_embed, self.embed_grid, grid)
+
+    def _resize_loaded_pos_embed(self, state_dict, prefix, *args) -> None:
+        loaded = state_dict.get(prefix + "pos_embed")
+        if loaded is None or loaded.shape == self.pos_embed.shape or loaded.dim() != 3:
+            return
+        side = math.isqrt(loaded.shape[1])
+        if side * side == loaded.shape[1]:
+            state_dict[prefix + "pos_embed"] = _resize_pos_embed(
+                loaded, (side, side), self.embed_grid
+            )
+
+    def _freeze_stages(self) -> None:
+        if self.frozen_stages >= 0:
+            self.patch_embed.eval()
+            self.patch_embed.requires_grad_(False)
+            self.pos_embed.requires_grad_(False)
+        for layer in self.layers[: max(self.frozen_stages, 0)]:
+            layer.eval()
+            layer.requires_grad_(False)
+
+
+class Layout(NamedTuple):
+    """Where the tokens of a layer are.
+
+    Attributes:
+        walks: In which order to scan them.
+        grid: The height and width of the grid that they fill; None where some of it is pruned.
+        neighbors: Then, for each size of kernel, which tokens lie around which.
+    """
+
+    walks: SnakeWalks
+    grid: Optional[tuple[int, int]]
+    neighbors: Optional[dict[int, Tensor]] = None
+
+    def convolve(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
+        """Apply a depthwise convolution to tokens ``(B, L, C)``; pruned positions count as zero."""
+        if self.grid is None:
+            neighbors = self.neighbors[conv.kernel_size[0]]
+            return sparse_depthwise_conv(x, conv.weight, neighbors, conv.bias)
+        x = x.unflatten(1, self.grid).permute(0, 3, 1, 2)
+        return conv(x).permute(0, 2, 3, 1).flatten(1, 2)
+
+
+class LayerState(NamedTuple):
+    """What a layer left.
+
+    Attributes:
+        tokens: ``(B, L, C)``, those that the layer was given.
+        grid: The full grid.
+        pruned: Which tokens these are and what had left before; its own ``tokens`` are the layer's input. None if
+            nothing had left.
+        importance: ``(B, L)``, where this layer prunes; some of the tokens then go no further.
+    """
+
+    tokens: Tensor
+    grid: tuple[int, int]
+    pruned: Optional[PrunedTokens] = None
+    importance: Optional[Tensor] = None
+
+
+class ConvPatchEmbed(nn.Module):
+    """Convolutions, and then patches: an image to tokens (PlainMamba, section 3.1)."""
+
+    hidden_dim = 64
+
+    def __init__(self, in_channels: int, dim: int, patch_size: int, num_convs: int) -> None:
+        super().__init__()
+        layers = []
+        for i in range(1 + num_convs):
+            size, stride = (7, 2) if i == 0 else (3, 1)
+            layers += [
+                nn.Conv2d(in_channels, self.hidden_dim, size, stride, size // 2, bias=False),
+                nn.BatchNorm2d(self.hidden_dim),
+                nn.ReLU(inplace=True),
+            ]
+            in_channels = self.hidden_dim
+        self.convs = nn.Sequential(*layers)
+        self.patches = PatchEmbed(
+            self.hidden_dim, dim, kernel_size=patch_size // 2, stride=patch_size // 2
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """``(B, in_channels, H, W)`` to ``(B, h * w, dim)`` and ``(h, w)``."""
+        x = self.convs(x.contiguous(memory_format=torch.channels_last))
+        return self.patches(x)
+
+
+class PlainMambaLayer(nn.Module):
+    """A mixer with a residual connection, in some layers followed by a depthwise convolution."""
+
+    def __init__(
+        self,
+        dim: int,
+        d_state: int,
+        drop_path_rate: float,
+        with_dwconv: bool = False,
+        double_step_bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.mixer = PlainMambaMixer(dim, d_state, double_step_bias)
+        self.drop_path = DropPath(drop_path_rate)
+        self.dwconv = None
+        if with_dwconv:
+            self.dwconv = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim, bias=False)
+            self.dwconv_norm = nn.BatchNorm1d(dim)
+
+    @property
+    def kernel_sizes(self) -> set[int]:
+        """Sizes of the layer's depthwise convolutions."""
+        convs = (self.mixer.conv, self.dwconv)
+        return {conv.kernel_size[0] for conv in convs if conv is not None}
+
+    def forward(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        """``(B, L, dim)`` to the same shape, and the scan's output, see :class:`PlainMambaMixer`."""
+        out, y = self.mixer(self.norm(x), layout)
+        x = x + self.drop_path(out)
+        if self.dwconv is not None:
+            x = layout.convolve(self.dwconv, x)
+            x = F.gelu(self.dwconv_norm(x.flatten(0, 1)).unflatten(0, x.shape[:2]))
+        return x, y
+
+
+class PlainMambaMixer(nn.Module):
+    """Direction-aware selective scan along four continuous walks (PlainMamba, sections 3.2 and 3.3)."""
+
+    def __init__(
+        self,
+        dim: int,
+        d_state: int = 16,
+        double_step_bias: bool = True,
+        expand: int = 2,
+        conv_size: int = 7,
+    ) -> None:
+        super().__init__()
+        inner = expand * dim
+        self.d_state = d_state
+        self.dt_rank = math.ceil(dim / 16)
+        self.double_step_bias = double_step_bias
+        self.in_proj = nn.Linear(dim, inner)
+        self.gate_proj = nn.Linear(dim, inner)
+        self.conv = nn.Conv2d(inner, inner, conv_size, padding=conv_size // 2, groups=inner)
+        self.x_proj = nn.Linear(inner, self.dt_rank + 2 * d_state, bias=False)
+        self.dt_proj = nn.Linear(self.dt_rank, inner)
+        self.A_log = nn.Parameter(torch.arange(1, d_state + 1).log().repeat(inner, 1))
+        self.D = nn.Parameter(torch.ones(inner))
+        self.direction_Bs = nn.Parameter(torch.zeros(5, d_state))
+        self.out_proj = nn.Linear(inner, dim)
+
+    def reset_scan_parameters(self) -> None:
+        """Step sizes log-uniform in [0.001, 0.1], ``A = -(1 .. d_state)``, ``D = 1`` (Mamba, section 3.6)."""
+        init_step_size_bias(self.dt_proj.bias)
+        bound = self.dt_rank**-0.5
+        nn.init.uniform_(self.dt_proj.weight, -bound, bound)
+        with torch.no_grad():
+            self.A_log.copy_(torch.arange(1, self.d_state + 1).log())
+            self.D.fill_(1.0)
+        nn.init.trunc_normal_(self.direction_Bs, std=0.02)
+
+    def forward(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        """Mix tokens.
+
+        Args:
+            x: ``(B, L, dim)``.
+            layout: Where they are.
+
+        Returns:
+            ``(B, L, dim)``, and the scan's output before the gate, summed over the walks, ``(B, L, 2 * dim)``.
+        """
+        gate = F.silu(self.gate_proj(x))
+        x = F.silu(layout.convolve(self.conv, self.in_proj(x)))
+        dt, B, C = self.x_proj(x).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
+        y = self.scan(x, F.linear(dt, self.dt_proj.weight), B, C, layout.walks)
+        return self.out_proj(y * gate), y
+
+    def scan(self, x: Tensor, delta: Tensor, B: Tensor, C: Tensor, walks: SnakeWalks) -> Tensor:
+        """Scan along the four walks, which share all but the direction in B, and sum.
+
+        Args:
+            x: ``(B, L, 2 * dim)``.
+            delta: The same shape, without bias.
+            B: ``(B, L, d_state)``.
+            C: ``(B, L, d_state)``.
+            walks: Over the ``L`` tokens.
+
+        Returns:
+            ``(B, L, 2 * dim)``.
+        """
+        step_bias = self.dt_proj.bias * (2 if self.double_step_bias else 1)
+        # Of a token of value zero all projections but the biases are zero.
+        rest = None if walks.traversal.gap is None else every_walk(F.softplus(step_bias), 0)
+        direction = F.embedding(walks.arrival, self.direction_Bs).transpose(-3, -2)
+        y = selective_scan(
+            every_walk(x, 2),
+            every_walk(delta, 2),
+            every_walk(-torch.exp(self.A_log.float()), 0),
+            B[:, :, None] + direction.to(B.dtype),
+            every_walk(C, 2),
+            every_walk(self.D, 0),
+            every_walk(step_bias, 0),
+            traversal=walks.traversal,
+            rest=rest,
+        )
+        return y.sum(2)
+
+
+def every_walk(x: Tensor, dim: int) -> Tensor:
+    """The same values for each walk, a new dimension of ``x``, without a copy."""
+    shape = list(x.shape)
+    shape.insert(dim, NUM_WALKS)
+    return x.unsqueeze(dim).expand(shape)
+
+
+def _resize_pos_embed(pos_embed: Tensor, source: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """``(1, L, C)`` of one grid to another, bicubic."""
+    if tuple(source) == tuple(grid):
+        return pos_embed
+    maps = pos_embed.transpose(1, 2).unflatten(2, source)
+    maps = F.interpolate(maps, size=grid, mode="bicubic", align_corners=False)
+    return maps.flatten(2).transpose(1, 2)

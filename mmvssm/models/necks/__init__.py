@@ -1,0 +1,5 @@
+"""Necks."""
+
+from .token_restoration import TokenRestoration
+
+__all__ = ["TokenRestoration"]

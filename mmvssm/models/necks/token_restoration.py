@@ -1,0 +1,139 @@
+"""Token restoration: feature maps from what a pruned backbone leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Optional, Union
+
+import torch
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+
+from ...registry import MODELS
+from ..pruning import PrunedTokens
+
+FILLS = ("last", "zero", "mask_token")
+
+
+@MODELS.register_module()
+class TokenRestoration(BaseModule):
+    """Scatter kept tokens back to their places and fill the places of pruned ones.
+
+    Put it before the other necks, which then see maps as if from a dense backbone::
+
+        neck=[
+            dict(type='mmvssm.TokenRestoration'),
+            dict(type='mmseg.Feature2Pyramid', embed_dim=192, rescales=[4, 2, 1, 0.5]),
+            dict(type='FPN', in_channels=[192] * 4, out_channels=256, num_outs=5),
+        ]
+
+    Maps of a backbone that pruned nothing pass through unchanged.
+
+    Args:
+        fill: What goes where a token was pruned: ``'last'``, the value that the token had when it left (dense tasks
+            suffer when pruned tokens are thrown away: SViT, WACV 2024); ``'zero'``; or ``'mask_token'``, a learned
+            vector.
+        refine: Whether a depthwise 3x3 convolution, which starts as the identity, refines what was filled in from its
+            surroundings. Kept tokens stay as they are.
+        in_channels: Channels of each input, or one number for all. Only needed for ``fill='mask_token'`` and
+            ``refine=True``, whose parameters each input has of its own.
+        init_cfg: mmengine initialisation.
+
+    Raises:
+        ValueError: If ``fill`` is unknown, or ``in_channels`` is missing where it is needed.
+    """
+
+    def __init__(
+        self,
+        fill: str = "last",
+        refine: bool = False,
+        in_channels: Optional[Union[int, Sequence[int]]] = None,
+        init_cfg: Optional[dict] = None,
+    ) -> None:
+        super().__init__(init_cfg)
+        if fill not in FILLS:
+            raise ValueError(
+                f"TokenRestoration: unknown fill {fill!r}; known are {', '.join(map(repr, FILLS))}."
+            )
+        learned = refine or fill == "mask_token"
+        if learned and in_channels is None:
+            raise ValueError(
+                "TokenRestoration: fill='mask_token' and refine=True need in_channels, the channels of each of the "
+                "backbone's outputs."
+            )
+        self.fill = fill
+        self.shared = isinstance(in_channels, int)
+        channels = [in_channels] if self.shared else list(in_channels or [])
+        self.num_inputs = len(channels) if learned and not self.shared else None
+        self.mask_tokens = self.refiners = None
+        if fill == "mask_token":
+            self.mask_tokens = nn.ParameterList(torch.zeros(c) for c in channels)
+            for token in self.mask_tokens:
+                nn.init.trunc_normal_(token, std=0.02)
+        if refine:
+            self.refiners = nn.ModuleList(
+                nn.Conv2d(c, c, kernel_size=3, padding=1, groups=c) for c in channels
+            )
+            for conv in self.refiners:
+                nn.init.zeros_(conv.weight)
+                nn.init.zeros_(conv.bias)
+
+    def forward(self, inputs: Sequence[Union[Tensor, PrunedTokens]]) -> tuple[Tensor, ...]:
+        """Restore maps.
+
+        Args:
+            inputs: A backbone's outputs: maps ``(B, C, H, W)`` or
+                :class:`~mmvssm.models.pruning.PrunedTokens`.
+
+        Returns:
+            Maps ``(B, C, H, W)``, contiguous.
+
+        Raises:
+            ValueError: If there are not as many inputs as ``in_channels``.
+        """
+        if self.num_inputs not in (None, len(inputs)):
+            raise ValueError(
+                f"TokenRestoration: in_channels names {self.num_inputs} inputs, but the backbone has {len(inputs)} "
+                "outputs."
+            )
+        return tuple(self._restore(i, x) for i, x in enumerate(inputs))
+
+    def _restore(self, i: int, x: Union[Tensor, PrunedTokens]) -> Tensor:
+        which = 0 if self.shared else i
+        if isinstance(x, Tensor):
+            # In training every parameter takes part in every step, or distributed training would
+            # wait for gradients that never come; where nothing was pruned they have no effect.
+            learns = self.training and not (self.mask_tokens is None and self.refiners is None)
+            if not learns:
+                return x
+            absent = x.new_zeros((x.shape[0], 1, *x.shape[-2:]), dtype=torch.bool)
+            fill = x
+        else:
+            absent = _absent(x)
+            fill = x = self._scatter(x)
+        if self.mask_tokens is not None:
+            token = self.mask_tokens[which].to(x.dtype)
+            fill = x = torch.where(absent, token[:, None, None], x)
+        if self.refiners is not None:
+            x = torch.where(absent, fill + self.refiners[which](fill), fill)
+        return x.contiguous()
+
+    def _scatter(self, x: PrunedTokens) -> Tensor:
+        """``(B, C, H, W)`` with the last values, or zeros, where tokens were pruned."""
+        tokens, positions = x.tokens, x.positions
+        if self.fill == "last":
+            tokens = torch.cat([tokens, x.departed.to(tokens.dtype)], 1)
+            positions = torch.cat([positions, x.departed_positions], 1)
+        batch, _, channels = tokens.shape
+        first = torch.arange(batch, device=positions.device)[:, None] * (x.grid[0] * x.grid[1])
+        maps = tokens.new_zeros((batch * x.grid[0] * x.grid[1], channels))
+        maps = maps.index_copy(0, (positions + first).flatten(), tokens.flatten(0, 1))
+        return maps.view(batch, *x.grid, channels).permute(0, 3, 1, 2)
+
+
+def _absent(x: PrunedTokens) -> Tensor:
+    """``(B, 1, H, W)``: where a token was pruned."""
+    absent = torch.zeros(
+        (len(x.tokens), x.grid[0] * x.grid[1]), dtype=torch.bool, device=x.tokens.device
+    )
+    return absent.scatter(1, x.departed_positions, True).view(-1, 1, *x.grid)

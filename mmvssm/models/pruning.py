@@ -1,0 +1,242 @@
+"""Token pruning for vision state-space models (NeurIPS 2024, arXiv 2409.18962).
+
+What is kept, when, and what travels from a pruned backbone to the neck that rebuilds its maps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Callable, NoReturn, Optional, Union
+
+import torch
+from torch import Tensor
+
+METRICS: dict[str, Callable[[Tensor], Tensor]] = {
+    "clip": lambda y: y.clamp(min=0).mean(-1),
+    "value": lambda y: y.mean(-1),
+    "l1": lambda y: y.abs().mean(-1),
+    "l2": lambda y: y.square().mean(-1).sqrt(),
+}
+"""Importance of tokens ``(B, L)`` from the scan's output ``(B, L, D)`` (paper, section 4.3 and its ablation)."""
+
+ALIGNMENTS = ("decay", "hold", "none")
+"""What becomes of the hidden state where a walk passes a pruned position.
+
+``'decay'``: what a token of value zero would make of it; ``'hold'``: nothing; ``'none'``: there are no such positions,
+since the kept tokens are packed row by row into a smaller grid, and walked there.
+"""
+
+PRESETS: dict[str, dict] = {
+    "L1": dict(layers=(3, 7, 11), keep_ratio=0.6),
+    "L2": dict(layers=(3, 7, 11), keep_ratio=0.65),
+    "L3": dict(layers=(5, 11, 17), keep_ratio=0.7),
+}
+"""Settings for PlainMamba's sizes that save 40 % of its FLOPs or more."""
+
+
+class TokenPruning:
+    """When to prune, and how much.
+
+    Args:
+        layers: After which layers tokens leave, counted from 0, increasing.
+        keep_ratio: The share of its tokens, in (0, 1], that each of these layers keeps: one number, or one for each.
+        metric: How important a token is: see :data:`METRICS`.
+        alignment: See :data:`ALIGNMENTS`.
+        num_layers: How many layers there are.
+
+    Attributes:
+        progress: From 0 to 1. While training, this much of the pruning takes place: the keep ratio
+            is ``1 - progress * (1 - keep_ratio)``. Evaluation always prunes fully.
+
+    Raises:
+        ValueError: If one of the arguments is not as described.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[int],
+        keep_ratio: Union[float, Sequence[float]],
+        metric: str = "clip",
+        alignment: str = "decay",
+        *,
+        num_layers: int,
+    ) -> None:
+        layers = (layers,) if isinstance(layers, int) else tuple(layers)
+        # Tokens that leave after the last layer would save nothing.
+        in_range = all(isinstance(i, int) and 0 <= i < num_layers - 1 for i in layers)
+        if not layers or not in_range or list(layers) != sorted(set(layers)):
+            raise ValueError(
+                f"pruning: layers must be increasing numbers from 0 to {num_layers - 2}, the last layer but one; got "
+                f"{list(layers)}."
+            )
+        ratios = (
+            (keep_ratio,) * len(layers)
+            if isinstance(keep_ratio, (int, float))
+            else tuple(keep_ratio)
+        )
+        if len(ratios) != len(layers):
+            raise ValueError(
+                f"pruning: keep_ratio must be one number or as many as there are layers, {len(layers)}; got "
+                f"{len(ratios)}: {list(ratios)}."
+            )
+        if not all(0 < ratio <= 1 for ratio in ratios):
+            raise ValueError(f"pruning: keep_ratio must be in (0, 1]; got {keep_ratio}.")
+        if metric not in METRICS:
+            raise ValueError(
+                f"pruning: unknown metric {metric!r}; known are {', '.join(map(repr, METRICS))}."
+            )
+        if alignment not in ALIGNMENTS:
+            raise ValueError(
+                f"pruning: unknown alignment {alignment!r}; known are {', '.join(map(repr, ALIGNMENTS))}."
+            )
+        self.keep_ratios = dict(zip(layers, map(float, ratios)))
+        self.metric = metric
+        self.alignment = alignment
+        self.progress = 1.0
+
+    @classmethod
+    def of(cls, settings: Union[str, dict], num_layers: int) -> TokenPruning:
+        """Build from a config: a dict of arguments, or the name of one of :data:`PRESETS`."""
+        if isinstance(settings, str):
+            if settings not in PRESETS:
+                raise ValueError(
+                    f"pruning: unknown preset {settings!r}; known are {', '.join(map(repr, PRESETS))}, or a dict with "
+                    "layers and keep_ratio, and perhaps metric and alignment."
+                )
+            settings = PRESETS[settings]
+        known = {"layers", "keep_ratio", "metric", "alignment"}
+        if not {"layers", "keep_ratio"} <= set(settings) <= known:
+            raise ValueError(
+                "pruning: expected a dict with layers and keep_ratio, and perhaps metric and alignment; got the keys "
+                f"{sorted(settings)}."
+            )
+        return cls(**settings, num_layers=num_layers)
+
+    def num_kept(self, layer: int, num_tokens: int, training: bool = False) -> int:
+        """How many of ``num_tokens`` tokens go on after ``layer``: all, where it does not prune."""
+        if layer not in self.keep_ratios:
+            return num_tokens
+        ratio = self._warmed_up(self.keep_ratios[layer]) if training else self.keep_ratios[layer]
+        # 0.1 * 30 is a little more than 3 in floating point, and 4 would be kept.
+        return math.ceil(round(ratio * num_tokens, 6))
+
+    def training_keep_ratio(self) -> float:
+        """The keep ratio now used in training, the smallest where layers differ."""
+        return self._warmed_up(min(self.keep_ratios.values()))
+
+    def _warmed_up(self, ratio: float) -> float:
+        return 1 - self.progress * (1 - ratio)
+
+    def importance(self, y: Tensor) -> Tensor:
+        """Importance of tokens ``(B, L)`` from the scan's output, summed over its walks, ``(B, L, D)``."""
+        return METRICS[self.metric](y.detach().float())
+
+
+def select(importance: Tensor, num_kept: int) -> tuple[Tensor, Tensor]:
+    """Divide tokens into the most important ones and the rest, each in the order in which they were.
+
+    Args:
+        importance: ``(B, L)``. Of two equally important tokens the first is kept.
+        num_kept: How many to keep.
+
+    Returns:
+        Indices of the kept ``(B, num_kept)`` and the dropped ``(B, L - num_kept)`` tokens, int64, increasing.
+    """
+    ranked = importance.sort(dim=-1, descending=True, stable=True).indices
+    return ranked[:, :num_kept].sort(-1).values, ranked[:, num_kept:].sort(-1).values
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """The tokens ``(B, K, C)`` at ``index (B, K)`` of ``x (B, L, C)``."""
+    # Whole rows: several times as fast as torch.gather, whose index names single elements.
+    first = torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
+    return x.flatten(0, 1).index_select(0, (index + first).flatten()).unflatten(0, index.shape)
+
+
+def packed_grid(num_tokens: int, grid: tuple[int, int]) -> tuple[int, int]:
+    """The grid of exactly ``num_tokens`` positions whose shape is nearest to that of ``grid``.
+
+    Raises:
+        ValueError: If the nearest one is more than twice as long or as wide in proportion.
+    """
+    height, width = grid
+
+    def distortion(rows: int) -> float:
+        return abs(math.log(rows * rows * width / (num_tokens * height)))
+
+    rows = min((r for r in range(1, num_tokens + 1) if num_tokens % r == 0), key=distortion)
+    if distortion(rows) > math.log(2) + 1e-9:
+        raise ValueError(
+            f"pruning: alignment='none' cannot pack the {num_tokens} tokens kept of a {height}x{width} grid into a "
+            "smaller grid of a similar shape; choose a keep_ratio that leaves another number of tokens, or "
+            "alignment='decay' or 'hold'."
+        )
+    return rows, num_tokens // rows
+
+
+@dataclass(frozen=True)
+class PrunedTokens:
+    """A feature map some of whose tokens were pruned on the way.
+
+    :class:`~mmvssm.models.necks.TokenRestoration` makes a map ``(B, C, H, W)`` of it. Positions count row by row.
+
+    Attributes:
+        tokens: What the kept tokens have become ``(B, K, C)``.
+        positions: Where they are, int64 ``(B, K)``, increasing.
+        grid: Height and width of the full grid.
+        departed: What each pruned token was when it left ``(B, H * W - K, C)``.
+        departed_positions: Where they were, int64 ``(B, H * W - K)``, in the order in which they left.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    grid: tuple[int, int]
+    departed: Tensor
+    departed_positions: Tensor
+
+    def __getattr__(self, name: str) -> NoReturn:
+        # Asked for what only tensors have, such as shape or dim.
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise TypeError(_NO_NECK)
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None) -> NoReturn:
+        raise TypeError(_NO_NECK)
+
+
+_NO_NECK = (
+    "A pruned backbone's outputs are tokens, not maps: put dict(type='mmvssm.TokenRestoration') before other necks, "
+    "neck=[dict(type='mmvssm.TokenRestoration'), ...]."
+)
+
+
+def leave(
+    tokens: Tensor,
+    before: Optional[PrunedTokens],
+    grid: tuple[int, int],
+    kept: Tensor,
+    dropped: Tensor,
+) -> PrunedTokens:
+    """Let tokens leave.
+
+    Args:
+        tokens: All that are still there ``(B, K, C)``.
+        before: What had left already; None if nothing had.
+        grid: The full grid.
+        kept: Which of ``tokens`` stay, as returned by :func:`select`.
+        dropped: Which leave.
+    """
+    departed, positions = take(tokens, dropped), dropped
+    if before is None:
+        return PrunedTokens(take(tokens, kept), kept, grid, departed, positions)
+    positions = before.positions.gather(1, dropped)
+    return PrunedTokens(
+        take(tokens, kept),
+        before.positions.gather(1, kept),
+        grid,
+        torch.cat([before.departed, departed], dim=1),
+        torch.cat([before.departed_positions, positions], dim=1),
+    )

@@ -1,0 +1,218 @@
+"""Depthwise convolution over the kept tokens of a pruned grid: its public functions, checks and registration.
+
+Nothing is computed at pruned positions, and no map of the grid is ever made: the tokens stay the rows of
+``(B, K, C)``, and a table says which of them are neighbours.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Optional
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from . import sparse_depthwise_conv_cpu, sparse_depthwise_conv_torch
+
+
+def neighbor_table(positions: Tensor, grid: tuple[int, int], kernel_size: int) -> Tensor:
+    """For each kept token, which tokens lie under the taps of a kernel centred on it.
+
+    Taps are numbered row by row, as the weights of ``torch.nn.Conv2d`` lie in memory. The table serves every
+    :func:`sparse_depthwise_conv` until tokens are pruned again.
+
+    Args:
+        positions: Row-major grid positions of the kept tokens of each image ``(B, K)``, int32 or int64, increasing.
+        grid: Height and width of the grid.
+        kernel_size: Height and width of the kernel, odd.
+
+    Returns:
+        Indices in ``0 .. K-1`` of the neighbours ``(B, K, kernel_size**2)``, int32, contiguous; -1 where that place
+        is outside the grid or pruned.
+
+    Raises:
+        ValueError: If ``kernel_size`` is not odd, or the shape or dtype of ``positions`` does not fit.
+    """
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(
+            f"neighbor_table: kernel_size must be odd, to have a centre; got {kernel_size}."
+        )
+    if positions.dim() != 2 or positions.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            "neighbor_table: positions must have shape (B, K), image, kept token, and be int32 or int64; got "
+            f"{tuple(positions.shape)}, {positions.dtype}."
+        )
+    height, width = grid
+    batch, kept = positions.shape
+    # A border as wide as the kernel reaches keeps every tap inside the map, without a comparison.
+    border = kernel_size // 2
+    stride = width + 2 * border
+    positions = positions.long()
+    places = positions + 2 * border * (positions // width) + border * (stride + 1)
+    numbers = torch.arange(kept, dtype=torch.int32, device=positions.device)
+    index_map = numbers.new_full((batch, (height + 2 * border) * stride), -1)
+    index_map = index_map.scatter(1, places, numbers.expand(batch, kept))
+    reach = torch.arange(-border, border + 1, device=positions.device)
+    taps = (reach[:, None] * stride + reach).flatten()
+    under_taps = (places[:, :, None] + taps).flatten(1)
+    return index_map.gather(1, under_taps).view(batch, kept, kernel_size**2)
+
+
+def sparse_depthwise_conv(
+    x: Tensor, weight: Tensor, neighbors: Tensor, bias: Optional[Tensor] = None
+) -> Tensor:
+    """Depthwise convolution (cross-correlation, stride 1) at kept tokens only; pruned neighbours count as zero.
+
+    Equals scattering the tokens into a zero map ``(B, C, H, W)``, ``torch.nn.functional.conv2d`` with
+    ``padding=k // 2`` and ``groups=C``, and gathering at the kept positions. Sums are float32 (float64 for float64
+    inputs) whatever the dtype of the inputs, and formed in a fixed order: two runs give the same bits. ``x``,
+    ``weight`` and ``bias`` are differentiable, once.
+
+    The gradient of ``x`` relies on a symmetry that every table of :func:`neighbor_table` has: with ``T = k * k`` taps,
+    ``neighbors[b, i, t] == j`` if and only if ``neighbors[b, j, T - 1 - t] == i``. What tap ``t`` carries from one
+    token to another, tap ``T - 1 - t`` carries back, so the gradient is the same convolution with the taps reversed.
+
+    Args:
+        x: Kept tokens ``(B, K, C)``: batch, token, channel. Channels should be adjacent in memory.
+        weight: As in ``torch.nn.Conv2d(C, C, k, groups=C)``, ``(C, 1, k, k)``, ``k`` odd.
+        neighbors: By :func:`neighbor_table` for the same ``k``, ``(B, K, k * k)``, int32.
+        bias: ``(C,)``.
+
+    Returns:
+        ``(B, K, C)``, contiguous, in the dtype of ``x``. Under autocast ``x`` and ``weight`` take the autocast dtype.
+
+    Raises:
+        ValueError: If a shape, dtype or device does not fit; the message names the argument.
+    """
+    _check(x, weight, neighbors, bias)
+    return torch.ops.mmvssm.sparse_depthwise_conv(x, weight, neighbors, bias)
+
+
+def _check(x: Tensor, weight: Tensor, neighbors: Tensor, bias: Optional[Tensor]) -> None:
+    name = "sparse_depthwise_conv"
+    if x.dim() != 3 or 0 in x.shape:
+        raise ValueError(
+            f"{name}: x must have shape (B, K, C), batch, token, channel, each at least 1; got {tuple(x.shape)}."
+        )
+    batch, kept, channels = x.shape
+    size = weight.shape[-1] if weight.dim() == 4 else 0
+    if tuple(weight.shape) != (channels, 1, size, size) or size % 2 == 0:
+        raise ValueError(
+            f"{name}: weight must have shape (C, 1, k, k) = ({channels}, 1, k, k) with k odd to go with x of shape "
+            f"{tuple(x.shape)}; got {tuple(weight.shape)}."
+        )
+    if tuple(neighbors.shape) != (batch, kept, size**2):
+        raise ValueError(
+            f"{name}: neighbors must have shape (B, K, k * k) = {(batch, kept, size**2)} to go with x of shape "
+            f"{tuple(x.shape)} and weight of shape {tuple(weight.shape)}; got {tuple(neighbors.shape)}."
+        )
+    if neighbors.dtype != torch.int32:
+        raise ValueError(f"{name}: neighbors must be int32; got {neighbors.dtype}.")
+    if bias is not None and tuple(bias.shape) != (channels,):
+        raise ValueError(
+            f"{name}: bias must have shape (C,) = ({channels},) to go with x of shape {tuple(x.shape)}; got "
+            f"{tuple(bias.shape)}."
+        )
+    for argument, tensor in (("x", x), ("weight", weight), ("bias", bias)):
+        if tensor is not None and not tensor.is_floating_point():
+            raise ValueError(f"{name}: {argument} must be floating point; got {tensor.dtype}.")
+    for argument, tensor in (("weight", weight), ("neighbors", neighbors), ("bias", bias)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(
+                f"{name}: {argument} must be on the device of x, {x.device}; got {tensor.device}."
+            )
+
+
+def _backend(x: Tensor):
+    if x.device.type == "cpu" and sparse_depthwise_conv_cpu.available():
+        return sparse_depthwise_conv_cpu
+    return sparse_depthwise_conv_torch
+
+
+@torch.library.custom_op("mmvssm::sparse_depthwise_conv", mutates_args=())
+def _conv(x: Tensor, weight: Tensor, neighbors: Tensor, bias: Optional[Tensor]) -> Tensor:
+    return _backend(x).convolve(x, weight, neighbors, bias)
+
+
+@_conv.register_fake
+def _(x, weight, neighbors, bias):
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("mmvssm::sparse_depthwise_conv_backward", mutates_args=())
+def _conv_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    neighbors: Tensor,
+    bias: Optional[Tensor],
+    needs_x: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    absent = x.new_empty(0)
+    grad_x, grad_weight, grad_bias = absent, absent.clone(), absent.clone()
+    if needs_x:
+        grad_x = _backend(x).convolve(grad_y.to(x.dtype), weight, neighbors, None, reverse=True)
+    if needs_weight:
+        grad_weight = _backend(x).weight_gradient(grad_y, x, neighbors)
+        grad_weight = grad_weight.view(weight.shape).to(weight.dtype)
+    if needs_bias:
+        wide = sparse_depthwise_conv_torch.accumulation_dtype(grad_y, bias)
+        grad_bias = grad_y.sum((0, 1), dtype=wide).to(bias.dtype)
+    return grad_x, grad_weight, grad_bias
+
+
+@_conv_backward.register_fake
+def _(grad_y, x, weight, neighbors, bias, needs_x, needs_weight, needs_bias):
+    def like(tensor: Optional[Tensor], needed: bool) -> Tensor:
+        return tensor.new_empty(tensor.shape) if needed else x.new_empty(0)
+
+    return like(x, needs_x), like(weight, needs_weight), like(bias, needs_bias)
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx, grad_y: Tensor):
+    needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
+    grads = torch.ops.mmvssm.sparse_depthwise_conv_backward(grad_y, *ctx.saved_tensors, *needs)
+    grad_x, grad_weight, grad_bias = (g if needed else None for g, needed in zip(grads, needs))
+    return grad_x, grad_weight, None, grad_bias
+
+
+_conv.register_autograd(_differentiate, setup_context=_save_for_backward)
+
+
+def _register_autocast(device_type: str, dispatch_key: str) -> None:
+    def conv(x, weight, neighbors, bias):
+        dtype = torch.get_autocast_dtype(device_type)
+        x, weight = (t if t.dtype == torch.float64 else t.to(dtype) for t in (x, weight))
+        with torch.autocast(device_type, enabled=False):
+            return torch.ops.mmvssm.sparse_depthwise_conv(x, weight, neighbors, bias)
+
+    _library.impl("sparse_depthwise_conv", conv, dispatch_key)
+
+
+_library = torch.library.Library("mmvssm", "FRAGMENT")
+_register_autocast("cpu", "AutocastCPU")
+_register_autocast("cuda", "AutocastCUDA")
+
+
+@register_flop_formula(torch.ops.mmvssm.sparse_depthwise_conv)
+def sparse_depthwise_conv_flops(
+    x_shape, weight_shape, neighbors_shape, *args, out_shape=None, **kwargs
+) -> int:
+    """A multiply-add, counted as two, for every tap at every kept token: pruned neighbours are not told apart."""
+    return 2 * math.prod(neighbors_shape) * weight_shape[0]
+
+
+@register_flop_formula(torch.ops.mmvssm.sparse_depthwise_conv_backward)
+def sparse_depthwise_conv_backward_flops(
+    grad_shape, x_shape, weight_shape, neighbors_shape, bias_shape, needs_x, needs_weight, *args, **kwargs
+) -> int:
+    """As much as the forward pass for each of the gradients of ``x`` and ``weight``."""
+    once = sparse_depthwise_conv_flops(x_shape, weight_shape, neighbors_shape)
+    return (bool(needs_x) + bool(needs_weight)) * once
