@@ -131,7 +131,8 @@ class TokenPruning:
 
     def importance(self, y: Tensor) -> Tensor:
         """Importance of tokens ``(B, L)`` from the scan's output, summed over its walks, ``(B, L, D)``."""
-        return METRICS[self.metric](y.detach().float())
+        y = y.detach()
+        return METRICS[self.metric](y.float() if y.itemsize < 4 else y)
 
 
 def select(importance: Tensor, num_kept: int) -> tuple[Tensor, Tensor]:
@@ -164,7 +165,8 @@ def packed_grid(num_tokens: int, grid: tuple[int, int]) -> tuple[int, int]:
     height, width = grid
 
     def distortion(rows: int) -> float:
-        return abs(math.log(rows * rows * width / (num_tokens * height)))
+        # Rounded, so that of two equally good grids it is always the flatter one.
+        return round(abs(math.log(rows * rows * width / (num_tokens * height))), 9)
 
     rows = min((r for r in range(1, num_tokens + 1) if num_tokens % r == 0), key=distortion)
     if distortion(rows) > math.log(2) + 1e-9:

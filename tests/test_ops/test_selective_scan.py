@@ -12,7 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmvssm.ops import Traversal, cross_traversal, scan_torch, selective_scan
 from mmvssm.ops.reference import selective_scan_reference
+from support.masked_scan import compare as compare_with_masked
 
+# The package's attribute of that name is the function.
+scan_module = importlib.import_module("mmvssm.ops.selective_scan")
 GRADIENTS = ("u", "delta", "A", "B", "C", "D", "delta_bias", "rest")
 
 
@@ -207,6 +210,31 @@ def test_gap_equals_masked_dense_scan():
     compact["gap"] = torch.stack([forward_gap, backward_gap.clamp(min=0)]).int()
     compact["rest"] = rest
     torch.testing.assert_close(public(compact), expected, atol=1e-10, rtol=1e-10)
+
+
+GRIDS = [(1, 1), (1, 7), (5, 1), (6, 9), (13, 8)]
+
+
+@pytest.mark.parametrize("backend", ["public", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_pruned_walks_equal_the_masked_dense_scan(grid, dtype, backend, monkeypatch):
+    """Every direction, other tokens in each image: the state is aligned exactly, and so are all gradients."""
+    if backend == "torch":
+        monkeypatch.setattr(scan_module, "_backend", lambda u: scan_torch)
+    compare_with_masked(selective_scan, grid, batch=3, keep=0.4, dtype=dtype)
+
+
+@given(
+    height=st.integers(1, 8),
+    width=st.integers(1, 8),
+    batch=st.integers(1, 3),
+    keep=st.floats(0, 1),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=40, deadline=None)
+def test_any_pruned_walks_equal_the_masked_dense_scan(height, width, batch, keep, seed):
+    compare_with_masked(selective_scan, (height, width), batch, keep, torch.float64, seed)
 
 
 @pytest.mark.parametrize("optional", [True, False])

@@ -2,7 +2,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmvssm.ops import cross_traversal
+from mmvssm.ops import cross_traversal, snake_walks
 
 
 def test_cross_traversal_on_a_small_grid():
@@ -23,3 +23,63 @@ def test_each_walk_visits_each_token_once(height, width):
     order = cross_traversal(height, width).order
     expected = torch.arange(height * width, dtype=torch.int32).expand(4, -1)
     assert torch.equal(order.sort(-1).values, expected)
+
+
+MOVES = {1: (0, 1), 2: (0, -1), 3: (-1, 0), 4: (1, 0)}  # right, left, up, down
+SIZES = st.integers(1, 9)
+
+
+def test_snake_walks_on_a_small_grid():
+    """Tokens of a 2 x 3 grid are 0 1 2 / 3 4 5."""
+    walks = snake_walks(2, 3, raster_source=False)
+    order = [[0, 1, 2, 5, 4, 3], [3, 4, 5, 2, 1, 0], [0, 3, 4, 1, 2, 5], [5, 2, 1, 4, 3, 0]]
+    by_step = [[0, 1, 1, 4, 2, 2], [0, 1, 1, 3, 2, 2], [0, 4, 1, 3, 1, 4], [0, 3, 2, 4, 2, 3]]
+    assert walks.traversal.order.tolist() == order
+    assert walks.traversal.source is None and walks.traversal.gap is None
+    assert walks.arrival.gather(1, walks.traversal.order.long()).tolist() == by_step
+
+    # As published, the t-th step reads B from the t-th token in memory.
+    published = snake_walks(2, 3)
+    assert published.traversal.order.tolist() == order
+    assert published.traversal.source.tolist() == [[0, 1, 2, 3, 4, 5]] * 4
+    assert published.arrival.tolist() == by_step
+
+
+@given(height=SIZES, width=SIZES)
+def test_snake_walks_are_continuous_and_know_how_they_arrive(height, width):
+    walks = snake_walks(height, width)
+    assert torch.equal(
+        walks.traversal.order.sort(-1).values.long(), torch.arange(height * width).expand(4, -1)
+    )
+    assert torch.equal(walks.traversal.order[[1, 3]], walks.traversal.order[[0, 2]].flip(-1))
+    for order, arrival in zip(walks.traversal.order.tolist(), walks.arrival.tolist()):
+        assert arrival[0] == 0
+        for previous, token, code in zip(order, order[1:], arrival[1:]):
+            here, there = divmod(token, width), divmod(previous, width)
+            assert (here[0] - there[0], here[1] - there[1]) == MOVES[code]
+
+
+@given(height=SIZES, width=SIZES, seed=st.integers(0, 9), raster=st.booleans())
+def test_walks_over_kept_positions_are_the_full_walks_without_the_others(
+    height, width, seed, raster
+):
+    generator = torch.Generator().manual_seed(seed)
+    count = int(torch.randint(1, height * width + 1, (), generator=generator))
+    positions = torch.rand(2, height * width, generator=generator).argsort(-1)[:, :count]
+    positions = positions.sort(-1).values
+    full = snake_walks(height, width, raster_source=False)
+    walks = snake_walks(height, width, positions, raster_source=raster)
+    assert walks.traversal.order.dtype == walks.traversal.gap.dtype == torch.int32
+    for b, kept in enumerate(positions.tolist()):
+        for k, full_order in enumerate(full.traversal.order.tolist()):
+            steps = [t for t, token in enumerate(full_order) if token in kept]
+            order = [kept.index(full_order[t]) for t in steps]
+            assert walks.traversal.order[b, k].tolist() == order
+            gaps = [t - before - 1 for t, before in zip(steps, [-1, *steps])]
+            assert walks.traversal.gap[b, k].tolist() == gaps
+            by_step = [full.arrival[k, full_order[t]].item() for t in steps]
+            source = list(range(count)) if raster else order
+            assert walks.arrival[b, k, source].tolist() == by_step
+            if raster:
+                assert walks.traversal.source[b, k].tolist() == source
+    assert snake_walks(height, width, positions, with_gaps=False).traversal.gap is None

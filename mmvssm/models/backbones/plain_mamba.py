@@ -445,7 +445,7 @@ class PlainMambaMixer(nn.Module):
         y = selective_scan(
             every_walk(x, 2),
             every_walk(delta, 2),
-            every_walk(-torch.exp(self.A_log.float()), 0),
+            every_walk(-torch.exp(self.A_log), 0),
             B[:, :, None] + direction.to(B.dtype),
             every_walk(C, 2),
             every_walk(self.D, 0),

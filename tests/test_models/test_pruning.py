@@ -1,0 +1,163 @@
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmvssm.models.pruning import PrunedTokens, TokenPruning, leave, packed_grid, select, take
+
+
+def pruning(**settings):
+    return TokenPruning.of(dict(layers=[2, 5], keep_ratio=0.5) | settings, num_layers=8)
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        (dict(keep_ratio=0), r"keep_ratio must be in \(0, 1\]; got 0"),
+        (dict(keep_ratio=1.5), r"keep_ratio must be in \(0, 1\]; got 1.5"),
+        (dict(keep_ratio=[0.5, -0.1]), r"keep_ratio must be in \(0, 1\]; got \[0.5, -0.1\]"),
+        (dict(keep_ratio=float("nan")), r"keep_ratio must be in \(0, 1\]; got nan"),
+        (dict(keep_ratio=[0.5]), "as many as there are layers, 2; got 1"),
+        (dict(keep_ratio=[0.5] * 3), "as many as there are layers, 2; got 3"),
+        (
+            dict(layers=[5, 2]),
+            r"increasing numbers from 0 to 6, the last layer but one; got \[5, 2\]",
+        ),
+        (dict(layers=[2, 2]), r"increasing numbers from 0 to 6.*got \[2, 2\]"),
+        (dict(layers=[2, 7]), r"increasing numbers from 0 to 6.*got \[2, 7\]"),
+        (dict(layers=[-1, 2]), r"increasing numbers from 0 to 6.*got \[-1, 2\]"),
+        (dict(layers=[]), r"increasing numbers from 0 to 6.*got \[\]"),
+        (dict(metric="max"), "unknown metric 'max'; known are 'clip', 'value', 'l1', 'l2'"),
+        (dict(alignment="align"), "unknown alignment 'align'; known are 'decay', 'hold', 'none'"),
+        (dict(ratio=1), r"expected a dict with layers and keep_ratio, .* got the keys"),
+    ],
+)
+def test_bad_settings(settings, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        pruning(**settings)
+    assert str(caught.value).count("\n") == 0
+
+
+@given(st.integers(1, 5000), st.integers(1, 100))
+def test_number_of_kept_tokens_is_rounded_up(num_tokens, percent):
+    kept = pruning(keep_ratio=percent / 100).num_kept(2, num_tokens)
+    assert kept == -(-num_tokens * percent // 100)
+
+
+def test_only_pruning_layers_prune():
+    both = pruning(keep_ratio=[0.5, 0.25])
+    assert [both.num_kept(i, 100) for i in range(8)] == [100, 100, 50, 100, 100, 25, 100, 100]
+
+
+def test_progress_matters_in_training_only():
+    gradual = pruning(keep_ratio=0.6)
+    for progress, training_ratio in ((0.0, 1.0), (0.5, 0.8), (1.0, 0.6)):
+        gradual.progress = progress
+        assert gradual.training_keep_ratio() == pytest.approx(training_ratio)
+        assert gradual.num_kept(2, 1000, training=True) == 1000 * training_ratio
+        assert gradual.num_kept(2, 1000) == 600
+
+
+@given(
+    scores=st.lists(st.integers(0, 3), min_size=1, max_size=30),
+    share=st.floats(0, 1),
+)
+def test_selection_is_by_importance_then_position(scores, share):
+    count = max(1, round(share * len(scores)))
+    importance = torch.tensor([scores, scores[::-1]], dtype=torch.float32)
+    kept, dropped = select(importance, count)
+    for row, kept_here, dropped_here in zip(importance.tolist(), kept, dropped):
+        ranked = sorted(range(len(row)), key=lambda i: (-row[i], i))
+        assert kept_here.tolist() == sorted(ranked[:count])
+        assert dropped_here.tolist() == sorted(ranked[count:])
+
+
+def test_take_with_gradient():
+    x = torch.randn(2, 5, 3, requires_grad=True)
+    index = torch.tensor([[4, 0], [1, 2]])
+    y = take(x, index)
+    assert torch.equal(y, torch.stack([x[0, [4, 0]], x[1, [1, 2]]]))
+    y.sum().backward()
+    assert x.grad[:, :, 0].tolist() == [[1, 0, 0, 0, 1], [0, 1, 1, 0, 0]]
+
+
+def test_leaving_twice():
+    tokens = torch.arange(5.0).view(1, 5, 1)
+    once = leave(tokens, None, (1, 5), torch.tensor([[0, 2, 4]]), torch.tensor([[1, 3]]))
+    twice = leave(once.tokens + 10, once, (1, 5), torch.tensor([[0, 2]]), torch.tensor([[1]]))
+    assert twice.tokens.flatten().tolist() == [10, 14]
+    assert twice.positions.tolist() == [[0, 4]]
+    assert twice.departed.flatten().tolist() == [1, 3, 12]
+    assert twice.departed_positions.tolist() == [[1, 3, 2]]
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.floats(0.05, 1))
+def test_packed_grid(height, width, share):
+    num_tokens = max(1, round(share * height * width))
+    try:
+        rows, columns = packed_grid(num_tokens, (height, width))
+    except ValueError as error:
+        assert "alignment='none' cannot pack" in str(error)
+        return
+    assert rows * columns == num_tokens
+    assert 0.4999 <= (rows / columns) / (height / width) <= 2.0001
+
+
+def test_grids_that_pack_exactly():
+    assert packed_grid(100, (14, 14)) == (10, 10)
+    assert packed_grid(96, (14, 14)) == (8, 12)
+    assert packed_grid(98, (28, 14)) == (14, 7)
+    with pytest.raises(ValueError, match="cannot pack the 97 tokens kept of a 14x14 grid"):
+        packed_grid(97, (14, 14))
+
+
+def pruned_tokens():
+    tokens = torch.randn(2, 3, 4)
+    positions = torch.tensor([[0, 1, 2], [1, 2, 3]])
+    rest = torch.tensor([[3], [0]])
+    return PrunedTokens(tokens, positions, (2, 2), torch.randn(2, 1, 4), rest)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda x: x.shape,
+        lambda x: torch.add(x, 1),
+        lambda x: torch.cat([x, x]),
+        lambda x: F.conv2d(x, torch.zeros(1, 4, 1, 1)),
+        lambda x: torch.nn.Conv2d(4, 4, 1)(x),
+        lambda x: torch.nn.ConvTranspose2d(4, 4, 2)(x),
+        lambda x: F.interpolate(x, scale_factor=2),
+    ],
+    ids=["shape", "add", "cat", "conv2d", "Conv2d", "ConvTranspose2d", "interpolate"],
+)
+def test_used_as_a_map_it_says_what_is_missing(use):
+    with pytest.raises(TypeError, match=r"TokenRestoration'\) before other necks"):
+        use(pruned_tokens())
+
+
+@pytest.mark.parametrize("neck", ["mmdet.FPN", "mmseg.Feature2Pyramid"])
+def test_necks_that_come_without_restoration_say_so(neck):
+    scope = neck.split(".")[0]
+    pytest.importorskip(scope)
+    from mmengine.registry import MODELS
+
+    settings = dict(
+        {
+            "mmdet.FPN": dict(in_channels=[4] * 4, out_channels=4, num_outs=4),
+            "mmseg.Feature2Pyramid": dict(
+                embed_dim=4, rescales=[4, 2, 1, 0.5], norm_cfg=dict(type="BN")
+            ),
+        }[neck],
+        type=neck,
+    )
+    with pytest.raises(TypeError, match="TokenRestoration"):
+        MODELS.build(settings)((pruned_tokens(),) * 4)
+
+
+def test_survives_pickling():
+    x = pruned_tokens()
+    assert torch.equal(pickle.loads(pickle.dumps(x)).tokens, x.tokens)
