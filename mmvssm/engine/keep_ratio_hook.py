@@ -25,7 +25,8 @@ class KeepRatioWarmup(Hook):
         begin: The iteration at which it starts; before, nothing is pruned.
 
     Raises:
-        ValueError: If ``num_iters`` or ``begin`` is negative, or the model prunes nothing.
+        ValueError: If ``num_iters`` or ``begin`` is negative, the model prunes nothing, or its alignment is
+            ``'none'``, which packs only some numbers of tokens into a grid.
     """
 
     # Before the logger's hooks read what is to be logged.
@@ -48,7 +49,13 @@ class KeepRatioWarmup(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Find out whether there is anything to do."""
-        if not _prunings(runner):
+        prunings = _prunings(runner)
+        if any(pruning.alignment == "none" for pruning in prunings) and self.progress(0) < 1:
+            raise ValueError(
+                "KeepRatioWarmup: alignment='none' cannot pack every number of tokens that a warm-up passes through; "
+                "set num_iters=0, or choose alignment='decay' or 'hold'."
+            )
+        if not prunings:
             raise ValueError(
                 "KeepRatioWarmup: the model has no pruned backbone; set the backbone's pruning, or remove the hook."
             )

@@ -99,6 +99,13 @@ def test_a_model_that_prunes_nothing(tmp_path):
         runner(tmp_path, pruning=None).train()
 
 
+def test_packing_has_no_warm_up(tmp_path):
+    pruning = dict(layers=[0], keep_ratio=0.5, alignment="none")
+    with pytest.raises(ValueError, match="'none' cannot pack every number of tokens"):
+        runner(tmp_path, pruning=pruning).train()
+    runner(tmp_path, 1, dict(type="mmvssm.KeepRatioWarmup", num_iters=0), pruning).train()
+
+
 def test_parameters_of_the_model_are_untouched(tmp_path):
     """The progress is no parameter and no buffer: checkpoints stay exchangeable."""
     names = set(Model(None).state_dict())

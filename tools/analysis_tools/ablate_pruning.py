@@ -1,0 +1,161 @@
+"""What matters in token pruning: train one small model in several variants, each with several seeds.
+
+Every variant is configs/plainmamba_pruned_upernet_shapes.py (96x96 images, 500 iterations) but for one choice, has
+the same budget and is evaluated on the same images. Finished runs are kept: an interrupted ablation goes on where it
+stopped when it is started again. It takes about 50 minutes on one core, and half of that on two with --jobs 2.
+
+Example:
+    python tools/analysis_tools/ablate_pruning.py --jobs 2
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from prettytable import PrettyTable, TableStyle
+
+from mmvssm.engine.errors import UserError, run_tool
+
+REPO = Path(__file__).resolve().parents[2]
+PRUNED = REPO / "configs/plainmamba_pruned_upernet_shapes.py"
+DENSE = REPO / "configs/plainmamba_upernet_shapes.py"
+
+VARIANTS = {
+    "dense": (DENSE, []),
+    "decay, clip, last": (PRUNED, []),
+    "alignment hold": (PRUNED, ["model.backbone.pruning.alignment=hold"]),
+    "alignment none": (PRUNED, ["model.backbone.pruning.alignment=none"]),
+    "metric l1": (PRUNED, ["model.backbone.pruning.metric=l1"]),
+    "metric l2": (PRUNED, ["model.backbone.pruning.metric=l2"]),
+    "metric value": (PRUNED, ["model.backbone.pruning.metric=value"]),
+    "fill zero": (PRUNED, ["model.neck.0.fill=zero"]),
+}
+"""Config and the options that make the variant."""
+
+SIZE = 96
+ITERATIONS = 500
+COMMON = [
+    f"train_dataloader.dataset.pipeline.2.scale=({SIZE},{SIZE})",
+    f"train_dataloader.dataset.pipeline.3.crop_size=({SIZE},{SIZE})",
+    f"val_dataloader.dataset.pipeline.1.scale=({SIZE},{SIZE})",
+    f"model.data_preprocessor.size=({SIZE},{SIZE})",
+    f"model.backbone.img_size={SIZE}",
+    f"train_cfg.max_iters={ITERATIONS}",
+    f"train_cfg.val_interval={ITERATIONS}",
+    f"param_scheduler.1.end={ITERATIONS}",
+    f"default_hooks.checkpoint.interval={ITERATIONS // 2}",
+    "default_hooks.visualization.draw=False",
+]
+# From scratch there are no dense weights to start from, and alignment='none' packs only some numbers of tokens.
+NO_WARM_UP = ["custom_hooks.0.num_iters=0"]
+
+
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work-dir", default="work_dirs/ablate_pruning", help="where results go")
+    parser.add_argument("--seeds", type=int, default=3, help="how many runs each variant has")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
+    parser.add_argument(
+        "--variants", nargs="+", default=list(VARIANTS), metavar="NAME", help="which; default all"
+    )
+    parser.add_argument(
+        "--cfg-options", nargs="+", default=[], help="more settings, for all variants"
+    )
+    args = parser.parse_args()
+    unknown = sorted(set(args.variants) - set(VARIANTS))
+    if unknown:
+        raise UserError(
+            f"unknown variants {', '.join(map(repr, unknown))}; known are {', '.join(map(repr, VARIANTS))}"
+        )
+    return args
+
+
+def train(variant: str, seed: int, args: argparse.Namespace) -> float:
+    """Train and evaluate one variant with one seed, unless that was done before.
+
+    Returns:
+        Its mIoU in percent.
+    """
+    folder = Path(args.work_dir) / variant.replace(", ", "_").replace(" ", "_") / f"seed{seed}"
+    result = folder / "result.json"
+    if not result.exists():
+        config, options = VARIANTS[variant]
+        options = COMMON + (NO_WARM_UP if config == PRUNED else []) + options + args.cfg_options
+        command = [sys.executable, str(REPO / "tools/train.py"), str(config)]
+        command += ["--work-dir", str(folder), "--resume"]
+        command += ["--cfg-options", f"randomness.seed={seed}", *options]
+        folder.mkdir(parents=True, exist_ok=True)
+        started = time.time()
+        with open(folder / "output.txt", "a") as output:
+            code = subprocess.run(
+                command,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            ).returncode
+        if code:
+            raise UserError(f"a run of {variant!r} failed, see {folder / 'output.txt'}")
+        result.write_text(json.dumps(dict(mIoU=_last_miou(folder), seconds=time.time() - started)))
+    miou = json.loads(result.read_text())["mIoU"]
+    print(f"{variant}, seed {seed}: {miou:.2f} mIoU", flush=True)
+    return miou
+
+
+def _last_miou(folder: Path) -> float:
+    logs = sorted(folder.glob("*/vis_data/scalars.json"))
+    records = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
+    return [record["mIoU"] for record in records if "mIoU" in record][-1]
+
+
+def report(results: dict[str, list[float]], folder: Path) -> None:
+    """Print a table; write it as JSON and as a picture."""
+    table = PrettyTable(["variant", "mIoU, mean", "spread (standard deviation)", "runs"])
+    table.set_style(TableStyle.MARKDOWN)
+    table.align["variant"] = "l"
+    for variant, mious in results.items():
+        spread = statistics.stdev(mious) if len(mious) > 1 else 0.0
+        runs = ", ".join(f"{miou:.1f}" for miou in mious)
+        table.add_row([variant, f"{statistics.mean(mious):.1f}", f"{spread:.1f}", runs])
+    print(table)
+    (folder / "results.json").write_text(json.dumps(results, indent=2))
+
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 0.45 * len(results) + 1), constrained_layout=True)
+    for row, mious in enumerate(results.values()):
+        axes.plot(mious, [row] * len(mious), "o", color="tab:blue", alpha=0.6)
+        axes.plot(statistics.mean(mious), row, "|", color="black", markersize=18)
+    axes.set_yticks(range(len(results)), list(results))
+    axes.invert_yaxis()
+    axes.set_xlabel("mIoU (each run a dot, their mean a line)")
+    axes.grid(axis="x", alpha=0.3)
+    figure.savefig(folder / "results.png", dpi=120)
+    print(f"{folder / 'results.json'} and {folder / 'results.png'} hold the same")
+
+
+def main() -> None:
+    """Run the tool."""
+    args = parse_args()
+    runs = [(variant, seed) for seed in range(args.seeds) for variant in args.variants]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        mious = list(pool.map(lambda run: train(*run, args), runs))
+    results = {variant: [] for variant in args.variants}
+    for (variant, _), miou in zip(runs, mious):
+        results[variant].append(miou)
+    report(results, Path(args.work_dir))
+
+
+if __name__ == "__main__":
+    run_tool(main)

@@ -1,0 +1,115 @@
+"""Draw which tokens a pruned backbone keeps of an image, and print what pruning saves.
+
+python tools/visualize_pruning.py configs/plainmamba_pruned_upernet_shapes.py CHECKPOINT IMAGE --out kept.png
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+import mmcv
+import torch
+from matplotlib.backend_bases import FigureCanvasBase
+from mmengine.config import Config, DictAction
+from mmengine.registry import MODELS, init_default_scope
+from torch import nn
+
+import mmvssm  # noqa: F401  (registers the models)
+from mmvssm.engine.checkpoints import check_fits, load_local
+from mmvssm.engine.errors import UserError, run_tool, user_mistakes
+from mmvssm.engine.pruning_view import (
+    draw_pruning,
+    load_image,
+    measure_saving,
+    observe_pruning,
+    patch_size,
+    pruned_backbone,
+    summarize,
+)
+from mmvssm.engine.safe_checkpoint import force_weights_only
+
+
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "config", help="a detector's or segmenter's config with model.backbone.pruning"
+    )
+    parser.add_argument(
+        "checkpoint", help="a checkpoint of that model; a dense one's weights fit too"
+    )
+    parser.add_argument("image", help="an image file")
+    parser.add_argument("--out", required=True, metavar="FILE.png", help="the picture to write")
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="what to run on, such as cpu or cuda:1; default: a GPU if there is one",
+    )
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        action=DictAction,
+        default={},
+        metavar="KEY=VALUE",
+        help="change settings of the config, such as model.backbone.pruning.keep_ratio=0.7",
+    )
+    return parser.parse_args()
+
+
+def check_files(args: argparse.Namespace) -> None:
+    """Find out what is wrong with the files before anything takes time."""
+    for what, path in (("config file", args.config), ("image", args.image)):
+        if not os.path.isfile(path):
+            raise UserError(f"there is no {what} {path}")
+    if mmcv.imread(args.image) is None:
+        raise UserError(f"{args.image} is not an image that can be read")
+    out = Path(args.out)
+    known = sorted(FigureCanvasBase.get_supported_filetypes())
+    if out.suffix[1:].lower() not in known:
+        raise UserError(f"--out {out}: the name must end in .png, or another of {', '.join(known)}")
+    if out.is_dir() or not out.parent.is_dir():
+        raise UserError(
+            f"--out {out} is a folder; name a file in it"
+            if out.is_dir()
+            else f"the folder {out.parent} for the picture does not exist"
+        )
+
+
+def load_model(cfg: Config, args: argparse.Namespace) -> nn.Module:
+    """Build the config's model and load its weights."""
+    with user_mistakes(f"cannot build the model of {args.config}"):
+        init_default_scope(cfg.get("default_scope", "mmengine"))
+        model = MODELS.build(cfg.model)
+    pruned_backbone(model)
+    check_fits(model, load_local(args.checkpoint), args.checkpoint)
+    with user_mistakes(f"cannot use --device {args.device}"):
+        return model.to(args.device).eval()
+
+
+def main() -> None:
+    """Run the tool."""
+    args = parse_args()
+    check_files(args)
+    force_weights_only()
+    with user_mistakes(f"cannot read the config {args.config}"):
+        cfg = Config.fromfile(args.config)
+    with user_mistakes("cannot apply --cfg-options"):
+        cfg.merge_from_dict(args.cfg_options)
+    model = load_model(cfg, args)
+    backbone = pruned_backbone(model)
+    with user_mistakes(f"cannot prepare {args.image} with the config's test pipeline"):
+        image, x = load_image(cfg, model, args.image)
+    with user_mistakes(f"cannot run the backbone on {args.image}"):
+        layers = observe_pruning(backbone, x)
+        saving = measure_saving(backbone, x)
+    numbers = summarize(layers, saving, args.device)
+    title = "\n".join([f"{Path(args.image).name:.50}", *numbers])
+    with user_mistakes(f"cannot write {args.out}"):
+        draw_pruning(image, layers, patch_size(backbone), title).savefig(args.out)
+    print(f"{args.image}: {'; '.join(numbers)}")
+
+
+if __name__ == "__main__":
+    run_tool(main)
