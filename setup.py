@@ -14,7 +14,11 @@ HERE = Path(__file__).resolve().parent
 # A plain shared library for ctypes: it knows neither Python nor torch, so torch need not be there
 # when it is compiled and one build serves every version of both. What it uses of a CPU beyond the
 # baseline is decided when it runs, hence no -march.
-CPU_KERNEL = Extension("mmvssm.ops._scan_cpu", ["mmvssm/ops/csrc/scan_cpu.cpp"], optional=True)
+CPU_KERNEL = Extension(
+    "mmvssm.ops._scan_cpu",
+    ["mmvssm/ops/csrc/scan_cpu.cpp", "mmvssm/ops/csrc/sparse_depthwise_conv_cpu.cpp"],
+    optional=True,
+)
 COMPILE_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-shared"]
 
 
@@ -35,13 +39,13 @@ class BuildKernel(build_ext):
         library.unlink(missing_ok=True)
         try:
             library.parent.mkdir(parents=True, exist_ok=True)
-            compile_kernel(HERE / ext.sources[0], library)
+            compile_kernel([HERE / source for source in ext.sources], library)
         except Exception as error:  # whatever it is, mmvssm works without the kernel
             # Past distutils' log, which is silent at its usual level.
             print(
                 f"mmvssm: the CPU kernel was not compiled ({error}); everything works without it, "
-                "but scans on a CPU are several times slower. With g++ there, installing mmvssm "
-                "again adds it.",
+                "but scans and sparse convolutions on a CPU are several times slower. With g++ "
+                "there, installing mmvssm again adds it.",
                 file=sys.stderr,
             )
 
@@ -52,15 +56,16 @@ class BuildKernel(build_ext):
         super().copy_extensions_to_source()
 
 
-def compile_kernel(source, library):
-    """Compile and link ``source`` into ``library``, with OpenMP if the compiler has it."""
+def compile_kernel(sources, library):
+    """Compile and link ``sources`` into ``library``, with OpenMP if the compiler has it."""
     if os.environ.get("CXX"):
         compilers = [os.environ["CXX"]]
     else:
         found = filter(None, map(shutil.which, ("c++", "g++", "clang++")))
         compilers = list({os.path.realpath(path): path for path in found}.values())
-    if not source.exists():
-        raise BuildFailed(f"{source.name} is missing")
+    missing = [source.name for source in sources if not source.exists()]
+    if missing:
+        raise BuildFailed(f"{missing[0]} is missing")
     if not compilers:
         raise BuildFailed("no C++ compiler was found")
     user_flags = os.environ.get("CXXFLAGS", "").split() + os.environ.get("LDFLAGS", "").split()
@@ -68,7 +73,8 @@ def compile_kernel(source, library):
         built = Path(folder) / library.name
         for openmp in (["-fopenmp"], []):
             for compiler in compilers:
-                command = [*compiler.split(), *COMPILE_FLAGS, *openmp, str(source), *user_flags]
+                command = [*compiler.split(), *COMPILE_FLAGS, *openmp]
+                command += [*map(str, sources), *user_flags]
                 result = subprocess.run(
                     [*command, "-o", str(built)], capture_output=True, text=True
                 )

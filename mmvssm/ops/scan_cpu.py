@@ -1,24 +1,19 @@
-"""The selective scan in C++ for CPUs: the Python side of ``csrc/scan_cpu.cpp``.
-
-The library is built when mmvssm is installed on a machine with a C++ compiler. It has a plain C interface and knows
-nothing of Python or PyTorch, so one binary serves every version of both.
-"""
+"""The selective scan in C++ for CPUs: the Python side of ``csrc/scan_cpu.cpp``."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import warnings
 from pathlib import Path
 from typing import Optional
 
 import torch
 from torch import Tensor
 
+from . import cpu_library
 from .scan_torch import accumulation_dtype, num_chunks
 
 _INTERFACE_VERSION = 1
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _PROBLEMS = {
     1: (IndexError, "an index in {index} is not a token: it must lie in [0, L)."),
     2: (ValueError, "{index} must visit every token exactly once in each walk."),
@@ -29,7 +24,7 @@ def available() -> bool:
     """Whether the compiled kernel can be used. The first time that it cannot, a warning says why."""
     library, reason = _load()
     if library is None:
-        _warn_once(reason)
+        cpu_library.warn_once(reason)
     return library is not None
 
 
@@ -150,7 +145,7 @@ class _Scan(ctypes.Structure):
         # Where the dtypes differ, the widest.
         dtype = functools.reduce(torch.promote_types, (x.dtype for x in (u, delta, B, C)))
         scan.element_dtype = torch.float64 if scan.state_dtype == torch.float64 else dtype
-        scan.dtype = _DTYPES[scan.element_dtype]
+        scan.dtype = cpu_library.DTYPES[scan.element_dtype]
         scan.softplus = delta_softplus
         scan.threads = torch.get_num_threads()
         for name, x in (("u", u), ("delta", delta), ("B", B), ("C", C)):
@@ -202,26 +197,6 @@ class _Scan(ctypes.Structure):
 @functools.cache
 def _load() -> tuple[Optional[ctypes.CDLL], str]:
     """The library, or None and the reason."""
-    path = Path(__file__).with_name("_scan_cpu.so")
-    if not path.exists():
-        return None, "it was not built when mmvssm was installed"
-    try:
-        library = ctypes.CDLL(str(path))
-        version, size = library.scan_interface_version(), library.scan_interface_size()
-    except (OSError, AttributeError) as error:
-        return None, f"it cannot be loaded ({error})"
-    if (version, size) != (_INTERFACE_VERSION, ctypes.sizeof(_Scan)):
-        return None, "it was built from another version of mmvssm"
-    for function in (library.scan_forward, library.scan_backward):
-        function.argtypes = [ctypes.POINTER(_Scan)]
-    return library, ""
-
-
-@functools.cache
-def _warn_once(reason: str) -> None:
-    warnings.warn(
-        f"mmvssm: the compiled CPU scan is missing, {reason}. Scans on the CPU run in plain PyTorch, many "
-        "times slower. Install a C++ compiler (such as g++) and reinstall mmvssm to build it.",
-        RuntimeWarning,
-        stacklevel=2,
+    return cpu_library.load(
+        Path(__file__).parent, "scan", _INTERFACE_VERSION, _Scan, ["forward", "backward"]
     )

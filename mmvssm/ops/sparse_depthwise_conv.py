@@ -13,7 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import sparse_depthwise_conv_cpu, sparse_depthwise_conv_torch
+from . import (
+    sparse_depthwise_conv_cpu,
+    sparse_depthwise_conv_torch,
+    sparse_depthwise_conv_triton,
+)
 
 
 def neighbor_table(positions: Tensor, grid: tuple[int, int], kernel_size: int) -> Tensor:
@@ -125,6 +129,8 @@ def _check(x: Tensor, weight: Tensor, neighbors: Tensor, bias: Optional[Tensor])
 
 
 def _backend(x: Tensor):
+    if x.is_cuda and sparse_depthwise_conv_triton.available():
+        return sparse_depthwise_conv_triton
     if x.device.type == "cpu" and sparse_depthwise_conv_cpu.available():
         return sparse_depthwise_conv_cpu
     return sparse_depthwise_conv_torch
@@ -211,7 +217,15 @@ def sparse_depthwise_conv_flops(
 
 @register_flop_formula(torch.ops.mmvssm.sparse_depthwise_conv_backward)
 def sparse_depthwise_conv_backward_flops(
-    grad_shape, x_shape, weight_shape, neighbors_shape, bias_shape, needs_x, needs_weight, *args, **kwargs
+    grad_shape,
+    x_shape,
+    weight_shape,
+    neighbors_shape,
+    bias_shape,
+    needs_x,
+    needs_weight,
+    *args,
+    **kwargs,
 ) -> int:
     """As much as the forward pass for each of the gradients of ``x`` and ``weight``."""
     once = sparse_depthwise_conv_flops(x_shape, weight_shape, neighbors_shape)

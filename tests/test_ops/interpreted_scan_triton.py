@@ -12,6 +12,7 @@ import torch
 from triton.runtime import interpreter
 
 from mmvssm.ops import scan_torch, scan_triton
+from support.masked_scan import compare as compare_with_masked
 from support.scan_cases import CASES, GRADIENTS, Case, check, make_inputs
 
 
@@ -79,6 +80,14 @@ def test_two_runs_agree_bit_for_bit():
     first, second = (run(make_inputs(Case(1, 65, 1, 33, 1)), True) for _ in range(2))
     for name, x in first.items():
         assert torch.equal(x, second[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("grid", [(1, 7), (6, 12)])
+def test_pruned_walks_equal_the_masked_dense_scan(grid, dtype, monkeypatch):
+    module = importlib.import_module("mmvssm.ops.selective_scan")
+    monkeypatch.setattr(module, "_backend", lambda u: scan_triton)
+    compare_with_masked(module.selective_scan, grid, batch=2, keep=0.4, dtype=dtype)
 
 
 def test_passes_opcheck(monkeypatch):

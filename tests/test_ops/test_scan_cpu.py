@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 
-from mmvssm.ops import scan_cpu, scan_torch
+from mmvssm.ops import cpu_library, scan_cpu, scan_torch
 from mmvssm.ops.reference import selective_scan_reference
 
 LIBRARY, REASON = scan_cpu._load()
@@ -359,11 +359,11 @@ def elsewhere(tmp_path, monkeypatch):
     """The module as if it were installed in an empty folder."""
     monkeypatch.setattr(scan_cpu, "__file__", str(tmp_path / "scan_cpu.py"))
     scan_cpu._load.cache_clear()
-    scan_cpu._warn_once.cache_clear()
+    cpu_library.warn_once.cache_clear()
     yield tmp_path
     monkeypatch.undo()
     scan_cpu._load.cache_clear()
-    scan_cpu._warn_once.cache_clear()
+    cpu_library.warn_once.cache_clear()
 
 
 def test_missing_library_warns_once(elsewhere):

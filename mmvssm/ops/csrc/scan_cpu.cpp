@@ -22,8 +22,7 @@
 // the backward pass computes the others again.
 //
 // This file holds the interface, a plain C one for ctypes, and the division into tasks; scan_kernel.h is what a task
-// does. It is compiled for several instruction sets, and the machine's best is chosen when running: binaries move
-// between machines. Nothing but the standard library and, if the compiler has it, OpenMP is needed.
+// does. Nothing but the standard library and, if the compiler has it, OpenMP is needed.
 
 #include <algorithm>
 #include <cmath>
@@ -34,21 +33,12 @@
 #include <type_traits>
 #include <utility>
 #include <vector>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+
+#include "dispatch.h"
 
 namespace {
 
 constexpr int kTile = 64;  // CHUNK_LENGTH of scan_torch.py
-
-enum DType : int64_t { kFloat32, kBFloat16, kFloat16, kFloat64 };
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
 
 enum Status : int { kOk, kOutOfRange, kNotAPermutation };
 constexpr int kInSource = 16;  // added to the status if the index at fault is `source`
@@ -117,58 +107,8 @@ struct KernelFunctions {
   void (*sum_blocks)(const void* partials, int64_t blocks, int64_t size, int64_t first, int64_t last, void* sums);
 };
 
-// Vectors wider than the registers that the rest of this file may use never cross a function's border that remains.
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wpsabi"
-#endif
-
-#if defined(__clang__)
-#define SCAN_TARGET(isa) _Pragma(SCAN_TEXT(clang attribute push(__attribute__((target(isa))), apply_to = function)))
-#define SCAN_TARGET_END _Pragma("clang attribute pop")
-#else
-#define SCAN_TARGET(isa) _Pragma("GCC push_options") _Pragma(SCAN_TEXT(GCC target(isa)))
-#define SCAN_TARGET_END _Pragma("GCC pop_options")
-#endif
-#define SCAN_TEXT(x) #x
-
-#if defined(__x86_64__)
-SCAN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
-namespace avx512 {
-#define SCAN_VECTOR_BYTES 64
-#include "scan_kernel.h"
-#undef SCAN_VECTOR_BYTES
-}  // namespace avx512
-SCAN_TARGET_END
-
-SCAN_TARGET("avx2,fma")
-namespace avx2 {
-#define SCAN_VECTOR_BYTES 32
-#include "scan_kernel.h"
-#undef SCAN_VECTOR_BYTES
-}  // namespace avx2
-SCAN_TARGET_END
-#endif
-
-namespace baseline {
-#define SCAN_VECTOR_BYTES 16
-#include "scan_kernel.h"
-#undef SCAN_VECTOR_BYTES
-}  // namespace baseline
-
-enum InstructionSet : int { kBaseline, kAvx2, kAvx512 };
-
-InstructionSet best_instruction_set() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
-    return kAvx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
-#endif
-  return kBaseline;
-}
-
-InstructionSet instruction_set = best_instruction_set();
+#define KERNEL "scan_kernel.h"
+#include "instruction_sets.h"
 
 KernelFunctions kernel_for(const Scan& scan) {
 #if defined(__x86_64__)
@@ -176,15 +116,6 @@ KernelFunctions kernel_for(const Scan& scan) {
   if (instruction_set == kAvx2) return avx2::choose(scan.dtype, scan.states);
 #endif
   return baseline::choose(scan.dtype, scan.states);
-}
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-template <class Function>
-void parallel_for(int64_t count, int64_t threads, const Function& function) {
-  if (threads > count) threads = count;
-#pragma omp parallel for schedule(dynamic, 1) num_threads((int)threads) if (threads > 1)
-  for (int64_t i = 0; i < count; ++i) function(i);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -402,11 +333,7 @@ int scan_interface_version() { return kInterfaceVersion; }
 int64_t scan_interface_size() { return sizeof(Scan); }
 
 // Restricts the instruction set (0 baseline, 1 AVX2, 2 AVX-512), for tests; returns the one now in use.
-int scan_limit_instruction_set(int limit) {
-  const InstructionSet best = best_instruction_set();
-  instruction_set = limit < best ? (InstructionSet)limit : best;
-  return instruction_set;
-}
+int scan_limit_instruction_set(int limit) { return limit_instruction_set(limit); }
 
 int scan_forward(const Scan* scan) {
   if (const Status status = check(scan->order, *scan, true)) return status;
