@@ -12,7 +12,15 @@ import mmvssm.registry
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.py"))
+SHAPES = [
+    f"{backbone}_{method}_shapes"
+    for backbone in ("groupmamba", "plainmamba", "plainmamba_pruned")
+    for method in ("maskrcnn", "upernet")
+]
 LIBRARIES = {"maskrcnn": "mmdet", "upernet": "mmseg"}
+
+
+SPARED = ("A_logs", "Ds", "A_log", "mixer.D", "pos_embed")
 
 
 def load(name):
@@ -56,7 +64,13 @@ def with_large_marked_slow(names):
 def test_the_promised_configs_are_there():
     recipes = ("maskrcnn_coco", "upernet_ade20k")
     promised = {f"groupmamba{size}_{r}" for size in ("", "_small", "_base") for r in recipes}
-    assert set(NAMES) >= promised | {"groupmamba_maskrcnn_shapes", "groupmamba_upernet_shapes"}
+    promised |= {
+        f"plainmamba{size}{pruned}_{recipe}"
+        for size in ("", "_l2", "_l3")
+        for pruned in ("", "_pruned")
+        for recipe in recipes
+    }
+    assert set(NAMES) == promised | set(SHAPES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -68,12 +82,34 @@ class TestText:
         arch = model.backbone.arch
         if isinstance(arch, str):
             arch = mmvssm.registry.MODELS.get(model.backbone.type).arch_settings[arch]
-        widths = list(arch["embed_dims"])
-        if "neck" in model:
-            assert list(model.neck.in_channels) == widths
+        widths = arch["embed_dims"]
+        if isinstance(widths, int):  # a plain backbone, whose maps a neck makes into a pyramid
+            restoration, pyramid, *necks = model.neck
+            assert restoration.type == "mmvssm.TokenRestoration"
+            assert (pyramid.type, pyramid.embed_dim) == ("mmseg.Feature2Pyramid", widths)
+            strides = [arch["patch_size"] / scale for scale in pyramid.rescales]
+            assert strides == [4, 8, 16, 32]
+            assert model.backbone.out_indices[-1] == arch["num_layers"] - 1
+            widths = [widths] * len(model.backbone.out_indices)
+        else:
+            widths = list(widths)
+            necks = [model.neck] if "neck" in model else []
+        if necks:
+            (fpn,) = necks
+            assert list(fpn.in_channels) == widths
+            assert fpn.out_channels == model.rpn_head.in_channels
         else:
             assert list(model.decode_head.in_channels) == widths
             assert model.auxiliary_head.in_channels == widths[model.auxiliary_head.in_index]
+
+    def test_prunes_if_its_name_says_so(self, name):
+        cfg = load(name)
+        hooks = [hook.type for hook in cfg.get("custom_hooks") or []]
+        pruned = "_pruned_" in name
+        assert (cfg.model.backbone.get("pruning") is not None) == pruned
+        assert ("mmvssm.KeepRatioWarmup" in hooks) == pruned
+        if pruned and is_large(name):
+            assert cfg.model.backbone.pruning == cfg.model.backbone.arch
 
     def test_starts_without_hosted_weights_but_can_be_given_some(self, name):
         cfg = load(name)
@@ -94,9 +130,9 @@ class TestText:
 
 
 class TestRecipes:
-    @pytest.mark.parametrize("size", ["", "_small", "_base"])
-    def test_maskrcnn_coco(self, size):
-        cfg = load(f"groupmamba{size}_maskrcnn_coco")
+    @pytest.mark.parametrize("name", [n for n in NAMES if n.endswith("maskrcnn_coco")])
+    def test_maskrcnn_coco(self, name):
+        cfg = load(name)
         assert cfg.train_cfg.max_epochs == 12
         assert cfg.param_scheduler[1].milestones == [8, 11]
         assert cfg.train_pipeline[2].scale == (1333, 800)
@@ -107,9 +143,9 @@ class TestRecipes:
         )
         assert cfg.auto_scale_lr.base_batch_size == 16
 
-    @pytest.mark.parametrize("size", ["", "_small", "_base"])
-    def test_upernet_ade20k(self, size):
-        cfg = load(f"groupmamba{size}_upernet_ade20k")
+    @pytest.mark.parametrize("name", [n for n in NAMES if n.endswith("upernet_ade20k")])
+    def test_upernet_ade20k(self, name):
+        cfg = load(name)
         assert cfg.train_cfg.max_iters == cfg.param_scheduler[1].end == 160_000
         assert cfg.param_scheduler[0].end == cfg.param_scheduler[1].begin == 1500
         assert cfg.optim_wrapper.optimizer.type == "AdamW"
@@ -129,7 +165,7 @@ class TestRecipes:
         assert [flip.prob for flip in flips] == [0.0, 1.0]
         assert cfg.tta_model.type == "SegTTAModel"
 
-    @pytest.mark.parametrize("name", ["groupmamba_maskrcnn_shapes", "groupmamba_upernet_shapes"])
+    @pytest.mark.parametrize("name", SHAPES)
     def test_shapes_knows_the_generator(self, name):
         from mmvssm.datasets import ShapesGenerator
         from mmvssm.datasets.shapes import CLASSES
@@ -160,7 +196,7 @@ class TestModel:
 
         norms = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
         spared = {id(p) for m in model.modules() if isinstance(m, norms) for p in m.parameters()}
-        scans = {id(p) for n, p in model.named_parameters() if n.endswith(("A_logs", "Ds"))}
+        scans = {id(p) for n, p in model.named_parameters() if n.endswith(SPARED)}
         assert scans
         assert {id(p) for n, p in model.named_parameters() if "norm" in n} <= spared
         for parameter, value in decay.items():
@@ -170,7 +206,7 @@ class TestModel:
             assert value == expected
 
 
-@pytest.mark.parametrize("name", ["groupmamba_maskrcnn_shapes", "groupmamba_upernet_shapes"])
+@pytest.mark.parametrize("name", SHAPES)
 class TestShapes:
     def test_loss_falls(self, name, tmp_path, monkeypatch):
         """Eight steps on one batch, through the real pipeline and optimiser."""

@@ -22,7 +22,7 @@ from mmvssm.engine.pruning_view import (
     load_image,
     measure_saving,
     observe_pruning,
-    patch_size,
+    patch_size_of,
     pruned_backbone,
     summarize,
 )
@@ -107,7 +107,7 @@ def main() -> None:
     numbers = summarize(layers, saving, args.device)
     title = "\n".join([f"{Path(args.image).name:.50}", *numbers])
     with user_mistakes(f"cannot write {args.out}"):
-        draw_pruning(image, layers, patch_size(backbone), title).savefig(args.out)
+        draw_pruning(image, layers, patch_size_of(backbone), title).savefig(args.out)
     print(f"{args.image}: {'; '.join(numbers)}")
 
 

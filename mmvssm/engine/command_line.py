@@ -4,7 +4,8 @@ import argparse
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
@@ -16,6 +17,7 @@ from mmengine.registry import MODELS, RUNNERS, init_default_scope
 from mmengine.runner import Runner
 from torch import nn
 
+from mmvssm.models.pruning import PruningError
 from mmvssm.registry import TASK_UTILS
 
 from .checkpoints import (
@@ -149,7 +151,8 @@ def train(args: argparse.Namespace) -> None:
         args: Parsed by :func:`train_parser`.
 
     Raises:
-        UserError: If the config, the data or a checkpoint will not do; nothing was written then.
+        UserError: If the config, the data or a checkpoint will not do; nothing was written then. Or if, when it
+            runs, a pruned backbone meets a neck or a grid that does not go with it.
     """
     cfg = _open_config(args)
     if args.amp:
@@ -166,7 +169,8 @@ def train(args: argparse.Namespace) -> None:
     make_reproducible(cfg)
     use_worker_init(cfg)
     runner = _build_runner(cfg)
-    runner.train()
+    with _pruning_mistakes():
+        runner.train()
     _say(f"Training is finished: checkpoints, logs and the config are in {runner.work_dir}")
     _say(f"Losses and metrics of this run: {runner.log_dir}/vis_data/scalars.json")
 
@@ -201,7 +205,8 @@ def test(args: argparse.Namespace) -> dict[str, Any]:
     # mmseg's visualization hook asks for the training iteration, and the runner would build the
     # training data set, which need not be here, to answer.
     runner._train_loop = None
-    metrics = runner.test()
+    with _pruning_mistakes():
+        metrics = runner.test()
     if is_main_process():
         path = Path(runner.work_dir) / "test_results.json"
         content = {"config": args.config, "checkpoint": args.checkpoint, "metrics": _plain(metrics)}
@@ -383,6 +388,15 @@ def _write_predictions(cfg: Config, out: str) -> None:
 def _build_runner(cfg: Config) -> Runner:
     with user_mistakes("cannot set up the run"):
         return RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+
+
+@contextmanager
+def _pruning_mistakes() -> Iterator[None]:
+    """What a pruned model finds wrong with its config shows only when it runs."""
+    try:
+        yield
+    except PruningError as error:
+        raise UserError(str(error)) from error
 
 
 def _say(text: str) -> None:

@@ -8,7 +8,7 @@ from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
-from ..models.pruning import TokenPruning
+from ..models.pruning import PruningError, TokenPruning
 from ..registry import HOOKS
 
 
@@ -25,8 +25,9 @@ class KeepRatioWarmup(Hook):
         begin: The iteration at which it starts; before, nothing is pruned.
 
     Raises:
-        ValueError: If ``num_iters`` or ``begin`` is negative, the model prunes nothing, or its alignment is
-            ``'none'``, which packs only some numbers of tokens into a grid.
+        ValueError: If ``num_iters`` or ``begin`` is negative.
+        PruningError: When training begins, if the model prunes nothing, or its alignment is ``'none'``, which packs
+            only some numbers of tokens into a grid.
     """
 
     # Before the logger's hooks read what is to be logged.
@@ -51,12 +52,12 @@ class KeepRatioWarmup(Hook):
         """Find out whether there is anything to do."""
         prunings = _prunings(runner)
         if any(pruning.alignment == "none" for pruning in prunings) and self.progress(0) < 1:
-            raise ValueError(
+            raise PruningError(
                 "KeepRatioWarmup: alignment='none' cannot pack every number of tokens that a warm-up passes through; "
                 "set num_iters=0, or choose alignment='decay' or 'hold'."
             )
         if not prunings:
-            raise ValueError(
+            raise PruningError(
                 "KeepRatioWarmup: the model has no pruned backbone; set the backbone's pruning, or remove the hook."
             )
 

@@ -15,12 +15,14 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from mmengine.config import Config, ConfigDict
 from mmengine.dataset import Compose
 from torch import Tensor, nn
 
+from ..models.backbones.plain_mamba import LayerState
 from .errors import UserError
 from .flops import count
 
@@ -96,7 +98,7 @@ def pruned_backbone(model: nn.Module) -> nn.Module:
     return backbone
 
 
-def patch_size(backbone: nn.Module) -> int:
+def patch_size_of(backbone: nn.Module) -> int:
     """Height and width in pixels of the square that a token stands for."""
     convs = (m for m in backbone.patch_embed.modules() if isinstance(m, nn.Conv2d))
     return math.prod(conv.stride[0] for conv in convs)
@@ -165,7 +167,7 @@ def observe_pruning(backbone: nn.Module, x: Tensor) -> list[PruningLayer]:
     return layers
 
 
-def _positions(state) -> np.ndarray:
+def _positions(state: LayerState) -> np.ndarray:
     return state.pruned.positions[0].cpu().numpy()
 
 
@@ -214,7 +216,8 @@ def summarize(layers: Sequence[PruningLayer], saving: Saving, device: object) ->
     times_as_fast = saving.dense_seconds / saving.pruned_seconds
     return [
         f"tokens {tokens} ({last / first:.1%} reach the end)",
-        f"backbone {saving.dense_flops / 1e9:.3f} -> {saving.pruned_flops / 1e9:.3f} GFLOPs (-{fewer_flops:.1%})",
+        f"backbone, dense -> pruned: {saving.dense_flops / 1e9:.3f} -> {saving.pruned_flops / 1e9:.3f} GFLOPs "
+        f"(-{fewer_flops:.1%})",
         f"{saving.dense_seconds * 1e3:.1f} -> {saving.pruned_seconds * 1e3:.1f} ms "
         f"({times_as_fast:.2f} times as fast, best of {saving.num_runs}, {device})",
     ]
@@ -297,7 +300,7 @@ def _outline(kept: np.ndarray, patch_size: int) -> LineCollection:
     return LineCollection(lines, colors="tab:orange", linewidths=0.8)
 
 
-def _show_tokens(ax: Axes, values: np.ndarray, canvas_shape: Sequence[int], **style):
+def _show_tokens(ax: Axes, values: np.ndarray, canvas_shape: Sequence[int], **style) -> AxesImage:
     height, width = canvas_shape[:2]
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)  # where imshow puts the image's pixels
     return ax.imshow(values, extent=extent, interpolation="nearest", **style)

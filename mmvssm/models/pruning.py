@@ -36,6 +36,10 @@ PRESETS: dict[str, dict] = {
 """Settings for PlainMamba's sizes that save 40 % of its FLOPs or more."""
 
 
+class PruningError(ValueError):
+    """Pruned tokens met a setting or a neck that does not go with them. The message says what to do."""
+
+
 class TokenPruning:
     """When to prune, and how much.
 
@@ -160,7 +164,7 @@ def packed_grid(num_tokens: int, grid: tuple[int, int]) -> tuple[int, int]:
     """The grid of exactly ``num_tokens`` positions whose shape is nearest to that of ``grid``.
 
     Raises:
-        ValueError: If the nearest one is more than twice as long or as wide in proportion.
+        PruningError: If the nearest one is more than twice as long or as wide in proportion.
     """
     height, width = grid
 
@@ -170,7 +174,7 @@ def packed_grid(num_tokens: int, grid: tuple[int, int]) -> tuple[int, int]:
 
     rows = min((r for r in range(1, num_tokens + 1) if num_tokens % r == 0), key=distortion)
     if distortion(rows) > math.log(2) + 1e-9:
-        raise ValueError(
+        raise PruningError(
             f"pruning: alignment='none' cannot pack the {num_tokens} tokens kept of a {height}x{width} grid into a "
             "smaller grid of a similar shape; choose a keep_ratio that leaves another number of tokens, or "
             "alignment='decay' or 'hold'."
@@ -202,11 +206,11 @@ class PrunedTokens:
         # Asked for what only tensors have, such as shape or dim.
         if name.startswith("__"):
             raise AttributeError(name)
-        raise TypeError(_NO_NECK)
+        raise PruningError(_NO_NECK)
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None) -> NoReturn:
-        raise TypeError(_NO_NECK)
+        raise PruningError(_NO_NECK)
 
 
 _NO_NECK = (

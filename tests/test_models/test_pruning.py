@@ -6,7 +6,15 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmvssm.models.pruning import PrunedTokens, TokenPruning, leave, packed_grid, select, take
+from mmvssm.models.pruning import (
+    PrunedTokens,
+    PruningError,
+    TokenPruning,
+    leave,
+    packed_grid,
+    select,
+    take,
+)
 
 
 def pruning(**settings):
@@ -135,7 +143,7 @@ def pruned_tokens():
     ids=["shape", "add", "cat", "conv2d", "Conv2d", "ConvTranspose2d", "interpolate"],
 )
 def test_used_as_a_map_it_says_what_is_missing(use):
-    with pytest.raises(TypeError, match=r"TokenRestoration'\) before other necks"):
+    with pytest.raises(PruningError, match=r"TokenRestoration'\) before other necks"):
         use(pruned_tokens())
 
 
@@ -154,7 +162,7 @@ def test_necks_that_come_without_restoration_say_so(neck):
         }[neck],
         type=neck,
     )
-    with pytest.raises(TypeError, match="TokenRestoration"):
+    with pytest.raises(PruningError, match="TokenRestoration"):
         MODELS.build(settings)((pruned_tokens(),) * 4)
 
 

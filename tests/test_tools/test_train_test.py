@@ -62,6 +62,34 @@ train_cfg = dict(max_iters=24, val_interval=24)
 default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=8, max_keep_ckpts=1))
 """
 
+PRUNED_BACKBONE = """
+model = dict(
+    backbone=dict(
+        _delete_=True, type="mmvssm.PlainMamba", img_size=64, out_indices=(0, 1, 2, 3), drop_path_rate=0.3,
+        arch=dict(embed_dims=16, num_layers=4, patch_size=8, num_convs_patch_embed=0, layers_with_dwconv=[0],
+                  d_state=2),
+        pruning=dict(layers=[0, 2], keep_ratio=[0.6, 0.5]),
+    ),
+    NECK
+)
+# Still under way where the run is interrupted.
+custom_hooks = [dict(type="mmvssm.KeepRatioWarmup", num_iters=20)]
+"""
+RESTORED = """dict(type="mmvssm.TokenRestoration", fill="mask_token", refine=True, in_channels=16),
+        dict(type="mmseg.Feature2Pyramid", embed_dim=16, rescales=[2, 1, 0.5, 0.25], norm_cfg=dict(type="BN")),"""
+PRUNED_DETECTION = DETECTION + PRUNED_BACKBONE.replace(
+    "NECK",
+    f"""neck=[{RESTORED}
+        dict(type="FPN", in_channels=[16] * 4, out_channels=64, num_outs=5)],""",
+)
+PRUNED_DETECTION += 'custom_imports = dict(imports=["mmvssm", "mmseg.models.necks"])\n'
+PRUNED_SEGMENTATION = SEGMENTATION + PRUNED_BACKBONE.replace(
+    "NECK",
+    f"""neck=[{RESTORED}],
+    decode_head=dict(in_channels=[16] * 4, channels=16),
+    auxiliary_head=dict(in_channels=16, channels=16),""",
+)
+
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
@@ -129,8 +157,13 @@ def members_of_session(session):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "checkpoint", "resumed_at"),
-    [(DETECTION, "epoch_2.pth", 12), (SEGMENTATION, "iter_8.pth", 8)],
-    ids=["detection", "segmentation"],
+    [
+        (DETECTION, "epoch_2.pth", 12),
+        (SEGMENTATION, "iter_8.pth", 8),
+        (PRUNED_DETECTION, "epoch_2.pth", 12),
+        (PRUNED_SEGMENTATION, "iter_8.pth", 8),
+    ],
+    ids=["detection", "segmentation", "pruned detection", "pruned segmentation"],
 )
 def test_killed_and_resumed_equals_uninterrupted(config, tmp_path, text, checkpoint, resumed_at):
     path = config(text)
@@ -194,12 +227,15 @@ class WriteWeightsOfRank(Hook):
 
 
 @pytest.mark.slow
-def test_two_gloo_processes_end_with_the_same_weights(config, tmp_path):
+@pytest.mark.parametrize("text", [DETECTION, PRUNED_DETECTION], ids=["dense", "pruned"])
+def test_two_gloo_processes_end_with_the_same_weights(config, tmp_path, text):
     (tmp_path / "write_weights.py").write_text(WEIGHTS_OF_RANKS)
     path = config(
-        DETECTION,
-        'custom_imports = dict(imports=["mmvssm", "write_weights"])\n'
-        'custom_hooks = [dict(type="WriteWeightsOfRank")]\n'
+        text,
+        'custom_imports = dict(imports=["mmvssm", "mmseg.models.necks", "write_weights"])\n'
+        + ("" if text == DETECTION else "custom_hooks += ")
+        + ("custom_hooks = " if text == DETECTION else "")
+        + '[dict(type="WriteWeightsOfRank")]\n'
         "train_cfg = dict(max_epochs=1, val_interval=1)\n",
     )
     environment = {**ENVIRONMENT, "PORT": str(free_port())}
@@ -400,3 +436,50 @@ def test_detection_tta_and_amp_without_gpu_are_refused(trained, refused):
     path, checkpoint = trained["detection"]
     assert "masks" in refused("test.py", path, checkpoint, "--tta")
     assert "GPU" in refused("train.py", path, "--amp")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("text", "options", "said"),
+    [
+        (
+            PRUNED_DETECTION,
+            [
+                "custom_hooks.0.num_iters=0",
+                "model.backbone.pruning.alignment=none",
+                "model.backbone.pruning.keep_ratio=0.4975",
+            ],
+            "cannot pack the 199 tokens kept of a 20x20 grid",
+        ),
+        (
+            PRUNED_SEGMENTATION.replace(RESTORED, RESTORED.split("\n")[1]),
+            ["custom_hooks.0.num_iters=0"],
+            "put dict(type='mmvssm.TokenRestoration') before other necks",
+        ),
+        (
+            PRUNED_SEGMENTATION,
+            ["model.backbone.pruning=None"],
+            "the model has no pruned backbone",
+        ),
+    ],
+    ids=["none that cannot be packed", "no restoration", "a warm-up of nothing"],
+)
+def test_pruning_that_does_not_fit_is_one_sentence(config, tmp_path, text, options, said):
+    code, _, err = run("train.py", config(text), "--cfg-options", *options, cwd=tmp_path)
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == 1 and len(errors) == 1 and said in errors[0], err[-2000:]
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["model.backbone.pruning.keep_ratio=1.5"], "keep_ratio must be in (0, 1]"),
+        (["model.backbone.pruning.layers=(2,0)"], "layers must be increasing numbers from 0 to 2"),
+        (["model.backbone.pruning.layers=(0,1,2)"], "as many as there are layers, 3; got 2"),
+        (["model.neck.0.fill=average"], "unknown fill 'average'"),
+    ],
+    ids=["keep_ratio", "unsorted", "lengths", "fill"],
+)
+def test_wrong_pruning_is_one_sentence(config, refused, options, said):
+    assert said in refused("train.py", config(PRUNED_SEGMENTATION), "--cfg-options", *options)

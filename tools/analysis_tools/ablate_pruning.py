@@ -1,8 +1,9 @@
-"""What matters in token pruning: train one small model in several variants, each with several seeds.
+"""What matters in token pruning: fine-tune one small dense model in several variants, with several seeds.
 
-Every variant is configs/plainmamba_pruned_upernet_shapes.py (96x96 images, 500 iterations) but for one choice, has
-the same budget and is evaluated on the same images. Finished runs are kept: an interrupted ablation goes on where it
-stopped when it is started again. It takes about 50 minutes on one core, and half of that on two with --jobs 2.
+For each seed a dense model is trained on the embedded data set, 96x96 pixels (configs/plainmamba_upernet_shapes.py).
+Every variant starts from it, has the same budget, is configs/plainmamba_pruned_upernet_shapes.py but for one choice,
+and is evaluated on the same images. Finished runs are kept: an interrupted ablation goes on where it stopped when it
+is started again. With --jobs 2 it takes about 40 minutes on two cores.
 
 Example:
     python tools/analysis_tools/ablate_pruning.py --jobs 2
@@ -14,7 +15,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -39,21 +39,28 @@ VARIANTS = {
 """Config and the options that make the variant."""
 
 SIZE = 96
-ITERATIONS = 500
+START_ITERATIONS = 1500
+ITERATIONS = 250
 COMMON = [
     f"train_dataloader.dataset.pipeline.2.scale=({SIZE},{SIZE})",
     f"train_dataloader.dataset.pipeline.3.crop_size=({SIZE},{SIZE})",
     f"val_dataloader.dataset.pipeline.1.scale=({SIZE},{SIZE})",
     f"model.data_preprocessor.size=({SIZE},{SIZE})",
     f"model.backbone.img_size={SIZE}",
-    f"train_cfg.max_iters={ITERATIONS}",
-    f"train_cfg.val_interval={ITERATIONS}",
-    f"param_scheduler.1.end={ITERATIONS}",
-    f"default_hooks.checkpoint.interval={ITERATIONS // 2}",
     "default_hooks.visualization.draw=False",
 ]
-# From scratch there are no dense weights to start from, and alignment='none' packs only some numbers of tokens.
+# alignment='none' packs only some numbers of tokens: it cannot warm up, so none of the variants does.
 NO_WARM_UP = ["custom_hooks.0.num_iters=0"]
+
+
+def schedule(iterations: int) -> list[str]:
+    """Options for a run of so many iterations."""
+    return [
+        f"train_cfg.max_iters={iterations}",
+        f"train_cfg.val_interval={iterations}",
+        f"param_scheduler.1.end={iterations}",
+        f"default_hooks.checkpoint.interval={iterations // 2}",
+    ]
 
 
 def parse_args() -> argparse.Namespace:
@@ -79,35 +86,56 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def train(variant: str, seed: int, args: argparse.Namespace) -> float:
+def start(seed: int, args: argparse.Namespace) -> Path:
+    """Train the dense model that this seed's variants start from, unless that was done before.
+
+    Returns:
+        Its checkpoint.
+    """
+    folder = Path(args.work_dir) / "start" / f"seed{seed}"
+    checkpoint = folder / f"iter_{START_ITERATIONS}.pth"
+    run(DENSE, schedule(START_ITERATIONS), seed, folder, args)
+    return checkpoint
+
+
+def fine_tune(variant: str, seed: int, checkpoint: Path, args: argparse.Namespace) -> float:
     """Train and evaluate one variant with one seed, unless that was done before.
 
     Returns:
         Its mIoU in percent.
     """
+    config, options = VARIANTS[variant]
+    options = [*schedule(ITERATIONS), *(NO_WARM_UP if config == PRUNED else []), *options]
+    options += [f"load_from={checkpoint.resolve()}", "optim_wrapper.optimizer.lr=1e-3"]
     folder = Path(args.work_dir) / variant.replace(", ", "_").replace(" ", "_") / f"seed{seed}"
+    miou = run(config, options, seed, folder, args)
+    print(f"{variant}, seed {seed}: {miou:.2f} mIoU", flush=True)
+    return miou
+
+
+def run(
+    config: Path, options: list[str], seed: int, folder: Path, args: argparse.Namespace
+) -> float:
+    """Run tools/train.py in a process of its own unless its result is there; returns the final mIoU."""
     result = folder / "result.json"
     if not result.exists():
-        config, options = VARIANTS[variant]
-        options = COMMON + (NO_WARM_UP if config == PRUNED else []) + options + args.cfg_options
         command = [sys.executable, str(REPO / "tools/train.py"), str(config)]
-        command += ["--work-dir", str(folder), "--resume"]
-        command += ["--cfg-options", f"randomness.seed={seed}", *options]
+        command += ["--work-dir", str(folder)]
+        if (folder / "last_checkpoint").exists():
+            command += ["--resume"]
+        command += ["--cfg-options", f"randomness.seed={seed}", *COMMON, *options]
         folder.mkdir(parents=True, exist_ok=True)
-        started = time.time()
         with open(folder / "output.txt", "a") as output:
             code = subprocess.run(
-                command,
+                [*command, *args.cfg_options],
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
                 stdout=output,
                 stderr=subprocess.STDOUT,
             ).returncode
         if code:
-            raise UserError(f"a run of {variant!r} failed, see {folder / 'output.txt'}")
-        result.write_text(json.dumps(dict(mIoU=_last_miou(folder), seconds=time.time() - started)))
-    miou = json.loads(result.read_text())["mIoU"]
-    print(f"{variant}, seed {seed}: {miou:.2f} mIoU", flush=True)
-    return miou
+            raise UserError(f"a run failed, see {folder / 'output.txt'}")
+        result.write_text(json.dumps(dict(mIoU=_last_miou(folder))))
+    return json.loads(result.read_text())["mIoU"]
 
 
 def _last_miou(folder: Path) -> float:
@@ -148,9 +176,11 @@ def report(results: dict[str, list[float]], folder: Path) -> None:
 def main() -> None:
     """Run the tool."""
     args = parse_args()
-    runs = [(variant, seed) for seed in range(args.seeds) for variant in args.variants]
+    seeds = range(args.seeds)
+    runs = [(variant, seed) for seed in seeds for variant in args.variants]
     with ThreadPoolExecutor(args.jobs) as pool:
-        mious = list(pool.map(lambda run: train(*run, args), runs))
+        checkpoints = list(pool.map(lambda seed: start(seed, args), seeds))
+        mious = list(pool.map(lambda run: fine_tune(*run, checkpoints[run[1]], args), runs))
     results = {variant: [] for variant in args.variants}
     for (variant, _), miou in zip(runs, mious):
         results[variant].append(miou)

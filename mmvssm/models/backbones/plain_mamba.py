@@ -175,8 +175,8 @@ class PlainMamba(BaseModule):
             :class:`~mmvssm.models.necks.TokenRestoration` turns into maps.
 
         Raises:
-            ValueError: If ``x`` has another number of dimensions or channels, or if ``alignment='none'`` cannot pack
-                the tokens that remain.
+            ValueError: If ``x`` has another number of dimensions or channels.
+            PruningError: If ``alignment='none'`` cannot pack the tokens that remain.
         """
         return tuple(
             self._output(i, state)
