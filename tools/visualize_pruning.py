@@ -69,12 +69,8 @@ def check_files(args: argparse.Namespace) -> None:
     known = sorted(FigureCanvasBase.get_supported_filetypes())
     if out.suffix[1:].lower() not in known:
         raise UserError(f"--out {out}: the name must end in .png, or another of {', '.join(known)}")
-    if out.is_dir() or not out.parent.is_dir():
-        raise UserError(
-            f"--out {out} is a folder; name a file in it"
-            if out.is_dir()
-            else f"the folder {out.parent} for the picture does not exist"
-        )
+    if not out.parent.is_dir():
+        raise UserError(f"the folder {out.parent} for the picture does not exist")
 
 
 def load_model(cfg: Config, args: argparse.Namespace) -> nn.Module:

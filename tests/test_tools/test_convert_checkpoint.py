@@ -6,9 +6,12 @@ import types
 from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from mmvssm.models import PlainMamba
+from mmvssm.models.published import convert_plainmamba
 from support.published_groupmamba import published_weights
 
 REPO = Path(__file__).parents[2]
@@ -17,9 +20,9 @@ ARCH = dict(
 )
 
 
-def convert(*arguments):
+def convert(*arguments, model="groupmamba"):
     return subprocess.run(
-        [sys.executable, REPO / "tools/convert_checkpoint.py", "groupmamba", *map(str, arguments)],
+        [sys.executable, REPO / "tools/convert_checkpoint.py", model, *map(str, arguments)],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(REPO)},
@@ -96,3 +99,46 @@ def test_incomplete_and_foreign_weights(weights, tmp_path):
     assert "backbone.stages.1.norm.bias" in done.stdout
     assert "no checkpoint file" in refused(convert(tmp_path / "absent.pth", tmp_path / "dst.pth"))
     assert not (tmp_path / "dst.pth").exists()
+
+
+def test_plainmamba_gives_the_published_maps(tmp_path):
+    """From the published names, as a detector's checkpoint has them, to a backbone's init_cfg."""
+    golden = np.load(REPO / "tests/golden/plainmamba_small.npz")
+    weights = {
+        f"backbone.{k[2:]}": torch.from_numpy(golden[k]) for k in golden.files if k[:2] == "w/"
+    }
+    torch.save({"state_dict": weights, "meta": {}}, tmp_path / "src.pth")
+    done = convert(tmp_path / "src.pth", tmp_path / "dst.pth", model="plainmamba")
+    assert done.returncode == 0, done.stderr
+    assert "0 names of the source used nowhere, 0 of ours not found" in done.stdout
+    arch = torch.load(tmp_path / "dst.pth", weights_only=True)["meta"]["arch"]
+    init_cfg = dict(type="Pretrained", checkpoint=str(tmp_path / "dst.pth"), prefix="backbone.")
+    model = PlainMamba(arch, img_size=64, out_indices=(1, 3), init_cfg=init_cfg).eval()
+    model.init_weights()
+    with torch.no_grad():
+        maps = model(torch.from_numpy(golden["x"]))
+    for i, feature_map in zip((1, 3), maps):
+        torch.testing.assert_close(
+            feature_map, torch.from_numpy(golden[f"feat{i}"]), atol=1e-4, rtol=0
+        )
+
+
+def test_plainmamba_named_arch_is_recognised():
+    model = PlainMamba("L1")
+    published = {"patch_embed.projection.weight": model.patch_embed.patches.projection.weight}
+    published |= {
+        "pos_embed": model.pos_embed,
+        "patch_embed.convs.0.weight": torch.zeros(64, 64, 3, 3),
+    }
+    for i in range(24):
+        published[f"layers.{i}.mamba.A_log"] = model.layers[i].mixer.A_log
+    published["layers.0.dw.0.weight"] = model.layers[0].dwconv.weight
+    assert convert_plainmamba(published).arch == "L1"
+
+
+def test_not_a_plainmamba(weights, tmp_path):
+    torch.save(weights, tmp_path / "src.pth")
+    done = convert(tmp_path / "src.pth", tmp_path / "dst.pth", model="plainmamba")
+    assert done.returncode == 1
+    assert "not the weights of a published PlainMamba" in done.stderr
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "dst.pth").exists()

@@ -1,0 +1,200 @@
+"""How much of the FLOPs that pruning saves it saves in time: pruned PlainMamba beside dense, in one run.
+
+Both have the same weights. Runs of the two alternate, so that whatever else the machine does hits both; the table shows
+the fastest of each, and the JSON file all of them. The ideal is what the FLOPs promise.
+
+Examples:
+    python tools/benchmark/pruning.py                                  # L1 and L3, evaluation and training
+    python tools/benchmark/pruning.py --arch L3 --shape 64 224 224 --device cuda --dtype bfloat16
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from prettytable import PrettyTable, TableStyle
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from mmvssm.engine.errors import UserError, run_tool
+from mmvssm.engine.flops import count
+from mmvssm.models import PlainMamba
+from mmvssm.models.pruning import PrunedTokens
+
+SHAPES = [(4, 224, 224), (1, 512, 512), (1, 800, 1280)]
+KINDS = {
+    "linear layers": ("aten::addmm", "aten::mm", "aten::bmm"),
+    "scan": ("mmvssm::selective_scan",),
+    "depthwise and other convolutions": (
+        "aten::mkldnn_convolution",
+        "aten::cudnn_convolution",
+        "aten::_conv_depthwise2d",
+        "mmvssm::sparse_depthwise_conv",
+    ),
+    "activations, sums, norms, copies": (
+        *("aten::silu", "aten::mul", "aten::add", "aten::sum", "aten::copy_", "aten::fill_"),
+        *("aten::native_layer_norm", "aten::native_batch_norm", "aten::exp", "aten::gelu"),
+        *("aten::add_", "aten::cat", "aten::clamp_min_", "aten::relu_", "aten::embedding"),
+    ),
+}
+"""Operators as a profile names them, by what they are for; whatever is not here is bookkeeping."""
+
+
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--arch", nargs="+", default=["L1", "L3"], help="models, pruned by preset")
+    parser.add_argument(
+        "--shape", type=int, nargs=3, action="append", metavar=("B", "H", "W"), help="repeatable"
+    )
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--runs", type=int, default=7, help="runs of each model")
+    parser.add_argument("--no-training", action="store_true", help="evaluation only")
+    parser.add_argument("--out", default="work_dirs/benchmark/pruning.json", help="where to write")
+    args = parser.parse_args()
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("there is no CUDA GPU here; leave out --device")
+    return args
+
+
+def flops(model: PlainMamba, x: Tensor) -> int:
+    """Of one forward pass, as the papers count."""
+    return count(model, lambda: model(x))["total"].flops
+
+
+def cpu_name() -> str:
+    """What this machine's processor calls itself."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def build_pair(arch: str, args: argparse.Namespace) -> dict[str, PlainMamba]:
+    """A dense model and the same pruned."""
+    torch.manual_seed(0)
+    if arch not in PlainMamba.arch_settings:
+        raise UserError(f"unknown arch {arch}; known are {', '.join(PlainMamba.arch_settings)}")
+    models = {name: PlainMamba(arch, pruning=p) for name, p in (("dense", None), ("pruned", arch))}
+    models["pruned"].load_state_dict(models["dense"].state_dict())
+    return {name: model.to(args.device).eval() for name, model in models.items()}
+
+
+def evaluate(model: PlainMamba, x: Tensor) -> None:
+    """A forward pass."""
+    with torch.no_grad():
+        model(x)
+
+
+def train(model: PlainMamba, x: Tensor) -> None:
+    """A forward and a backward pass; what departed takes part as it does below a restoration neck."""
+    (y,) = model(x)
+    loss = y.tokens.sum() + y.departed.sum() if isinstance(y, PrunedTokens) else y.sum()
+    loss.backward()
+    model.zero_grad()
+
+
+def compare(
+    step: Callable, models: dict[str, PlainMamba], x: Tensor, args: argparse.Namespace
+) -> dict[str, list[float]]:
+    """Seconds of alternating runs, by name of the model."""
+    times = {name: [] for name in models}
+    for run in range(args.runs + 1):
+        for name, model in models.items():
+            with torch.autocast(x.device.type, getattr(torch, args.dtype), args.dtype != "float32"):
+                _synchronize(x)
+                start = time.perf_counter()
+                step(model, x)
+                _synchronize(x)
+            if run:  # the first one warms up
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def _synchronize(x: Tensor) -> None:
+    if x.is_cuda:
+        torch.cuda.synchronize()
+
+
+def shares(model: PlainMamba, x: Tensor) -> dict[str, float]:
+    """Milliseconds of one evaluation by kind of operator."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        evaluate(model, x)
+    spent = {event.key: event.self_cpu_time_total / 1e3 for event in profiler.key_averages()}
+    kinds = {kind: sum(spent.get(op, 0.0) for op in ops) for kind, ops in KINDS.items()}
+    kinds["the rest"] = sum(spent.values()) - sum(kinds.values())
+    return kinds
+
+
+def main() -> None:
+    """Run the tool."""
+    args = parse_args()
+    machine = cpu_name()
+    if args.device.startswith("cuda"):
+        machine = torch.cuda.get_device_name(args.device)
+    print(f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.dtype}")
+    table = PrettyTable(
+        ["arch", "input", "pass", "dense (ms)", "pruned (ms)", "FLOPs saved", "faster", "ideal"]
+    )
+    table.set_style(TableStyle.MARKDOWN)
+    records = []
+    steps = {"evaluation": evaluate} | ({} if args.no_training else {"training": train})
+    for arch in args.arch:
+        models = build_pair(arch, args)
+        for shape in args.shape or SHAPES:
+            x = torch.rand(shape[0], 3, *shape[1:], device=args.device)
+            costs = {name: flops(model, x) for name, model in models.items()}
+            ideal = costs["dense"] / costs["pruned"]
+            for name, step in steps.items():
+                for model in models.values():
+                    model.train(step is train)
+                times = compare(step, models, x, args)
+                best = {name: min(runs) for name, runs in times.items()}
+                row = [
+                    *(arch, "x".join(map(str, shape)), name),
+                    *(f"{best[which] * 1e3:.0f}" for which in ("dense", "pruned")),
+                    *(f"{1 - 1 / ideal:.1%}", f"{best['dense'] / best['pruned']:.2f}"),
+                    f"{ideal:.2f}",
+                ]
+                table.add_row(row)
+                print(", ".join(f"{k} {v}" for k, v in zip(table.field_names, row)), flush=True)
+                records.append(dict(arch=arch, shape=shape, step=name, flops=costs, seconds=times))
+                records[-1]["medians"] = {k: statistics.median(v) for k, v in times.items()}
+            if args.device == "cpu":
+                for model in models.values():
+                    model.eval()
+                records[-1]["milliseconds"] = {k: shares(m, x) for k, m in models.items()}
+    print("\nThe fastest of", args.runs, "alternating runs each:")
+    print(table)
+    _print_shares(records)
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    about = dict(machine=machine, threads=torch.get_num_threads(), torch=torch.__version__)
+    out.write_text(json.dumps(dict(**about, dtype=args.dtype, records=records), indent=2))
+    print(f"{out} holds every run")
+
+
+def _print_shares(records: list[dict]) -> None:
+    for record in records:
+        if "milliseconds" not in record:
+            continue
+        dense, pruned = record["milliseconds"]["dense"], record["milliseconds"]["pruned"]
+        table = PrettyTable(["operators", "dense (ms)", "pruned (ms)", "faster"])
+        table.set_style(TableStyle.MARKDOWN)
+        for kind in dense:
+            ratio = dense[kind] / max(pruned[kind], 1e-9)
+            table.add_row([kind, f"{dense[kind]:.1f}", f"{pruned[kind]:.1f}", f"{ratio:.2f}"])
+        print(f"\nWhere the time goes, {record['arch']} at {'x'.join(map(str, record['shape']))}:")
+        print(table)
+
+
+if __name__ == "__main__":
+    run_tool(main)
