@@ -17,7 +17,7 @@ MMVSSM := $(STAMPS)/mmvssm
 # `env` with the variables that a run on this machine needs (none on most).
 RUN = env $$($(BIN)/python tools/install/environment.py --print-run-env) $(BIN)/python
 
-.PHONY: help setup train train-seg test test-fast lint clean
+.PHONY: help setup train train-seg train-pruned train-seg-pruned test test-fast lint clean
 
 help: ## Show this list.
 	@echo "Targets (each sets up $(VENV) by itself when it is missing or out of date):"
@@ -79,6 +79,12 @@ train: $(ENVIRONMENT) $(MMVSSM) ## Train and test GroupMamba Mask R-CNN on the g
 
 train-seg: $(ENVIRONMENT) $(MMVSSM) ## The same for GroupMamba UperNet (semantic segmentation).
 	$(call demo,groupmamba_upernet_shapes)
+
+train-pruned: $(ENVIRONMENT) $(MMVSSM) ## Mask R-CNN with a PlainMamba that prunes three quarters of its tokens.
+	$(call demo,plainmamba_pruned_maskrcnn_shapes)
+
+train-seg-pruned: $(ENVIRONMENT) $(MMVSSM) ## The same for UperNet.
+	$(call demo,plainmamba_pruned_upernet_shapes)
 
 # --- checks ------------------------------------------------------------------------------------------
 

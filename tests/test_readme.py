@@ -18,14 +18,17 @@ def test_python_snippet_prints_what_it_says(capsys):
     assert capsys.readouterr().out.split() == " ".join(promised).split()
 
 
-def test_config_snippet_builds_in_mmdet():
+@pytest.mark.parametrize("backbone", ["GroupMamba", "PlainMamba"])
+def test_config_snippets_build_in_mmdet(backbone):
     pytest.importorskip("mmdet")
+    pytest.importorskip("mmseg")
     from mmdet.registry import MODELS
 
-    (snippet,) = [code for code in PYTHON if "custom_imports" in code]
+    named = f"mmvssm.{backbone}"
+    (snippet,) = [code for code in PYTHON if "custom_imports" in code and named in code]
     base = "_base_ = ['mmdet::_base_/models/mask-rcnn_r50_fpn.py']\ndefault_scope = 'mmdet'\n"
     cfg = Config.fromstring(base + snippet, file_format=".py")
-    assert type(MODELS.build(cfg.model).backbone).__name__ == "GroupMamba"
+    assert type(MODELS.build(cfg.model).backbone).__name__ == backbone
 
 
 def test_every_file_and_command_named_is_there():
