@@ -10,7 +10,8 @@ from mmengine.registry import MODELS, DefaultScope
 
 from mmvssm.engine.flops import count
 from mmvssm.models import GroupMamba, GroupMambaClassifier
-from mmvssm.models.backbones.group_mamba import GroupedVSSS, split_groups
+from mmvssm.models.backbones import group_mamba
+from mmvssm.models.backbones.group_mamba import ConvFFN, GroupedVSSS, split_groups
 from mmvssm.models.published import convert_groupmamba
 from mmvssm.ops import cross_traversal
 from mmvssm.ops.reference import selective_scan_reference
@@ -95,6 +96,20 @@ def test_any_input_size(size, batch):
         height, width = (height + 1) // 2, (width + 1) // 2
         assert feature_map.shape == (batch, dim, height, width)
         assert feature_map.isfinite().all()
+
+
+@pytest.mark.parametrize("band_bytes", [1, 2_000, 100_000])
+@pytest.mark.parametrize("size", [(1, 1), (2, 7), (11, 5)])
+def test_feed_forward_in_bands_is_the_same(size, band_bytes, monkeypatch):
+    """From a row at a time to all at once; nothing is computed twice."""
+    ffn = ConvFFN(16, 64).eval()
+    x = torch.randn(2, *size, 16)
+    expected = ffn(x)
+    whole = count(ffn, lambda: ffn(x))["total"].flops
+    monkeypatch.setattr(group_mamba, "BAND_BYTES", band_bytes)
+    with torch.no_grad():
+        torch.testing.assert_close(ffn(x), expected, atol=1e-6, rtol=1e-6)
+    assert count(ffn, lambda: ffn(x))["total"].flops == whole
 
 
 def test_non_contiguous_and_channels_last_images():

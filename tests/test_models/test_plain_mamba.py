@@ -321,6 +321,35 @@ def test_two_runs_agree_bit_for_bit():
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
 
 
+@pytest.mark.parametrize("alignment", ["decay", "hold", "none"])
+def test_half_precision(alignment):
+    """Under autocast to bfloat16: nearly the same first maps, finite gradients, the same numbers of tokens."""
+    model = build(PRUNING | dict(alignment=alignment)).train()
+    model.patch_embed.eval()
+    x = torch.randn(2, 3, 48, 64)
+    expected = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = model(x)
+    for a, e in zip(actual, expected):
+        assert values(a).shape == values(e).shape
+    torch.testing.assert_close(actual[0].float(), expected[0], atol=0.1, rtol=0.1)
+    sum(values(y).float().square().sum() for y in actual).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("alignment", ["decay", "hold", "none"])
+def test_gpu_agrees_with_cpu(alignment):
+    model = build(PRUNING | dict(alignment=alignment))
+    x = torch.randn(2, 3, 48, 64)
+    with torch.no_grad():
+        expected = model(x)
+        actual = model.cuda()(x.cuda())
+    for a, e in zip(actual, expected):
+        torch.testing.assert_close(values(a).cpu(), values(e), atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("pruning", [None, PRUNING])
 def test_compiles_as_one_graph(pruning):
