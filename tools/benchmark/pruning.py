@@ -9,15 +9,12 @@ Examples:
 """
 
 import argparse
-import json
-import platform
 import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
 import torch
-from prettytable import PrettyTable, TableStyle
+from common import about, markdown_table, time_side_by_side, write_json
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -70,14 +67,6 @@ def flops(model: PlainMamba, x: Tensor) -> int:
     return count(model, lambda: model(x))["total"].flops
 
 
-def cpu_name() -> str:
-    """What this machine's processor calls itself."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
 def build_pair(arch: str, args: argparse.Namespace) -> dict[str, PlainMamba]:
     """A dense model and the same pruned."""
     torch.manual_seed(0)
@@ -106,22 +95,13 @@ def compare(
     step: Callable, models: dict[str, PlainMamba], x: Tensor, args: argparse.Namespace
 ) -> dict[str, list[float]]:
     """Seconds of alternating runs, by name of the model."""
-    times = {name: [] for name in models}
-    for run in range(args.runs + 1):
-        for name, model in models.items():
-            with torch.autocast(x.device.type, getattr(torch, args.dtype), args.dtype != "float32"):
-                _synchronize(x)
-                start = time.perf_counter()
-                step(model, x)
-                _synchronize(x)
-            if run:  # the first one warms up
-                times[name].append(time.perf_counter() - start)
-    return times
 
+    def run(model: PlainMamba) -> None:
+        with torch.autocast(x.device.type, getattr(torch, args.dtype), args.dtype != "float32"):
+            step(model, x)
 
-def _synchronize(x: Tensor) -> None:
-    if x.is_cuda:
-        torch.cuda.synchronize()
+    candidates = {name: partial(run, model) for name, model in models.items()}
+    return time_side_by_side(candidates, args.device, seconds=0.0, min_runs=args.runs)
 
 
 def shares(model: PlainMamba, x: Tensor) -> dict[str, float]:
@@ -137,14 +117,11 @@ def shares(model: PlainMamba, x: Tensor) -> dict[str, float]:
 def main() -> None:
     """Run the tool."""
     args = parse_args()
-    machine = cpu_name()
-    if args.device.startswith("cuda"):
-        machine = torch.cuda.get_device_name(args.device)
-    print(f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.dtype}")
-    table = PrettyTable(
+    machine = about(args.device)
+    print(", ".join(f"{name} {value}" for name, value in machine.items()), args.dtype)
+    table = markdown_table(
         ["arch", "input", "pass", "dense (ms)", "pruned (ms)", "FLOPs saved", "faster", "ideal"]
     )
-    table.set_style(TableStyle.MARKDOWN)
     records = []
     steps = {"evaluation": evaluate} | ({} if args.no_training else {"training": train})
     for arch in args.arch:
@@ -175,11 +152,7 @@ def main() -> None:
     print("\nThe fastest of", args.runs, "alternating runs each:")
     print(table)
     _print_shares(records)
-    out = Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    about = dict(machine=machine, threads=torch.get_num_threads(), torch=torch.__version__)
-    out.write_text(json.dumps(dict(**about, dtype=args.dtype, records=records), indent=2))
-    print(f"{out} holds every run")
+    write_json(args.out, dict(machine, dtype=args.dtype, records=records))
 
 
 def _print_shares(records: list[dict]) -> None:
@@ -187,8 +160,7 @@ def _print_shares(records: list[dict]) -> None:
         if "milliseconds" not in record:
             continue
         dense, pruned = record["milliseconds"]["dense"], record["milliseconds"]["pruned"]
-        table = PrettyTable(["operators", "dense (ms)", "pruned (ms)", "faster"])
-        table.set_style(TableStyle.MARKDOWN)
+        table = markdown_table(["operators", "dense (ms)", "pruned (ms)", "faster"])
         for kind in dense:
             ratio = dense[kind] / max(pruned[kind], 1e-9)
             table.add_row([kind, f"{dense[kind]:.1f}", f"{pruned[kind]:.1f}", f"{ratio:.2f}"])

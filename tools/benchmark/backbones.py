@@ -1,0 +1,195 @@
+"""Backbones beside what a user would otherwise pick: mmdet's Swin-T and ResNet-50, and a ViT of DeiT-T's size.
+
+All of them run in turn in one process, on the same images. Ratios are to the first of each group: GroupMamba-T beside
+Swin-T and ResNet-50; PlainMamba-L1 beside a ViT whose attention is torch's own scaled_dot_product_attention.
+
+Examples:
+    python tools/benchmark/backbones.py
+    python tools/benchmark/backbones.py --group groupmamba --shape 128 224 224 --device cuda --dtype bfloat16
+"""
+
+import argparse
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from common import about, copy_bandwidth, markdown_table, time_side_by_side, write_json
+from mmengine.registry import MODELS, init_default_scope
+from torch import Tensor, nn
+
+from mmvssm.engine.errors import UserError, run_tool
+from mmvssm.models import GroupMamba, PlainMamba
+
+GROUPS = {
+    "groupmamba": dict(
+        models={
+            "Swin-T": lambda: library_model("mmdet.SwinTransformer"),
+            "ResNet-50": lambda: library_model("mmdet.ResNet", depth=50),
+            "GroupMamba-T": lambda: GroupMamba("tiny"),
+        },
+        shapes=[(1, 800, 1280), (8, 224, 224), (1, 512, 2048)],
+    ),
+    "plainmamba": dict(
+        models={
+            "ViT, DeiT-T's size": lambda: PlainTransformer(),
+            "PlainMamba-L1": lambda: PlainMamba("L1"),
+            "PlainMamba-L1, pruned": lambda: PlainMamba("L1", pruning="L1"),
+        },
+        shapes=[(4, 224, 224), (1, 512, 512), (1, 1024, 1024), (1, 1536, 1536)],
+    ),
+}
+
+
+def library_model(name: str, **settings: object) -> nn.Module:
+    """Build a backbone of another library."""
+    try:
+        init_default_scope(name.split(".")[0])
+        return MODELS.build(dict(type=name, **settings))
+    except (ImportError, KeyError) as error:
+        raise UserError(f"{name} cannot be built here: {error}") from error
+
+
+class PlainTransformer(nn.Module):
+    """A vision transformer of DeiT-T's size: patches of 16, 192 channels, 12 layers, 3 heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 192, kernel_size=16, stride=16)
+        layer = nn.TransformerEncoderLayer(
+            192, nhead=3, dim_feedforward=768, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.layers = nn.TransformerEncoder(layer, num_layers=12, enable_nested_tensor=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, 3, H, W)`` to ``(B, L, 192)``."""
+        return self.layers(self.patches(x).flatten(2).transpose(1, 2))
+
+
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--group", nargs="+", default=list(GROUPS), choices=list(GROUPS))
+    parser.add_argument(
+        "--shape", type=int, nargs=3, action="append", metavar=("B", "H", "W"), help="repeatable"
+    )
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--compile", action="store_true", help="run all through torch.compile")
+    parser.add_argument("--runs", type=int, default=5, help="runs of each model")
+    parser.add_argument("--no-training", action="store_true", help="evaluation only")
+    parser.add_argument("--out", default="work_dirs/benchmark/backbones.json")
+    return parser.parse_args()
+
+
+def evaluate(model: nn.Module, x: Tensor) -> None:
+    """A forward pass."""
+    with torch.no_grad():
+        model(x)
+
+
+def train(model: nn.Module, x: Tensor) -> None:
+    """A forward and a backward pass."""
+    y = model(x)
+    maps = y if isinstance(y, (tuple, list)) else (y,)
+    sum(m.sum() if isinstance(m, Tensor) else m.tokens.sum() for m in maps).backward()
+    model.zero_grad()
+
+
+class PeakMemory:
+    """The most memory that a piece of code takes beyond what was taken before, in bytes."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.bytes = 0
+
+    def __enter__(self) -> "PeakMemory":
+        if self.device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+            return self
+        self.before = self.peak = self._resident()
+        self.done = threading.Event()
+        self.watch = threading.Thread(target=self._sample)
+        self.watch.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.device.startswith("cuda"):
+            self.bytes = torch.cuda.max_memory_allocated() - self.before
+            return
+        self.done.set()
+        self.watch.join()
+        self.bytes = self.peak - self.before
+
+    def _sample(self) -> None:
+        while not self.done.is_set():
+            self.peak = max(self.peak, self._resident())
+            time.sleep(0.002)
+
+    @staticmethod
+    def _resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def main() -> None:
+    """Run the tool."""
+    args = parse_args()
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("there is no CUDA GPU here; leave out --device")
+    machine = about(args.device)
+    print(", ".join(f"{name} {value}" for name, value in machine.items()), args.dtype)
+    bandwidth = copy_bandwidth(args.device)
+    print(f"a copy moves {bandwidth / 1e9:.1f} GB/s, read and written")
+    steps = {"evaluation": evaluate} | ({} if args.no_training else {"training": train})
+    records = []
+    table = markdown_table(["model", "input", "pass", "best (ms)", "ratio", "peak memory (MB)"])
+    for group in args.group:
+        torch.manual_seed(0)
+        models = {name: build().to(args.device) for name, build in GROUPS[group]["models"].items()}
+        first = next(iter(models))
+        for shape in args.shape or GROUPS[group]["shapes"]:
+            x = torch.rand(shape[0], 3, *shape[1:], device=args.device)
+            for name, step in steps.items():
+                for model in models.values():
+                    model.train(step is train)
+                record = dict(group=group, shape=shape, step=name)
+                record.update(measure(models, step, x, args))
+                records.append(record)
+                best = {k: min(v) for k, v in record["seconds"].items()}
+                for which in models:
+                    row = [which, "x".join(map(str, shape)), name, f"{best[which] * 1e3:.0f}"]
+                    row += [f"{best[which] / best[first]:.2f}"]
+                    row += [f"{record['peak_bytes'][which] / 1e6:.0f}"]
+                    table.add_row(row)
+                    print(", ".join(f"{k} {v}" for k, v in zip(table.field_names, row)), flush=True)
+    print(table)
+    write_json(args.out, dict(machine, copy_bytes_per_second=bandwidth, records=records))
+
+
+def measure(
+    models: dict[str, nn.Module], step: object, x: Tensor, args: argparse.Namespace
+) -> dict[str, dict]:
+    """Times and peak memory of one pass of each model."""
+
+    def run(model: nn.Module) -> None:
+        with torch.autocast(x.device.type, getattr(torch, args.dtype), args.dtype != "float32"):
+            step(model, x)
+
+    runnable = {k: torch.compile(m) if args.compile else m for k, m in models.items()}
+    peaks = {}
+    for name, model in runnable.items():
+        run(model)  # what stays allocated after a first run is no peak
+        with PeakMemory(args.device) as memory:
+            run(model)
+        peaks[name] = memory.bytes
+    candidates = {name: partial(run, model) for name, model in runnable.items()}
+    seconds = time_side_by_side(candidates, args.device, seconds=0.0, min_runs=args.runs)
+    return dict(seconds=seconds, peak_bytes=peaks)
+
+
+if __name__ == "__main__":
+    run_tool(main)

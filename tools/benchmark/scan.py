@@ -1,0 +1,249 @@
+"""The selective scan beside named peers, in one process.
+
+Peers: the sequential definition, mambapy's parallel scan where that package is installed, this package's version in
+plain PyTorch, mamba-ssm's CUDA kernel where that is installed, and a copy of the same bytes, each input read once and
+the output written once.
+
+Examples:
+    python tools/benchmark/scan.py
+    python tools/benchmark/scan.py --growth      # 1 k to 256 k tokens, with a picture
+"""
+
+import argparse
+import functools
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from common import about, copy_bandwidth, markdown_table, time_side_by_side, write_json
+from torch import Tensor
+
+from mmvssm.engine.errors import UserError, run_tool
+from mmvssm.ops import scan_torch, selective_scan
+from mmvssm.ops.reference import selective_scan_reference
+
+SHAPES = [(2, 4096, 348, 1), (1, 4096, 384, 16), (1, 4096, 64, 1), (2, 64000, 64, 1)]
+"""Images, tokens, channels, states."""
+
+
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--shape",
+        type=int,
+        nargs=4,
+        action="append",
+        metavar=("B", "L", "D", "N"),
+        help="repeatable",
+    )
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each candidate")
+    parser.add_argument("--growth", action="store_true", help="time against length instead")
+    parser.add_argument(
+        "--sequential", action="store_true", help="with the definition, which is slow"
+    )
+    parser.add_argument("--out", default="work_dirs/benchmark/scan.json")
+    args = parser.parse_args()
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("there is no CUDA GPU here; leave out --device")
+    return args
+
+
+def make_inputs(shape: tuple[int, ...], args: argparse.Namespace) -> dict[str, Tensor]:
+    """Random tensors for one walk: what :func:`mmvssm.ops.selective_scan` takes."""
+    batch, length, channels, states = shape
+    torch.manual_seed(0)
+    randn = functools.partial(torch.randn, device=args.device)
+    dtype = getattr(torch, args.dtype)
+    inputs = dict(
+        u=randn(batch, length, 1, channels).to(dtype),
+        delta=randn(batch, length, 1, channels).to(dtype),
+        A=-randn(1, channels, states).exp(),
+        B=randn(batch, length, 1, states).to(dtype),
+        C=randn(batch, length, 1, states).to(dtype),
+        D=randn(1, channels),
+        delta_bias=randn(1, channels),
+    )
+    return {name: x.requires_grad_() for name, x in inputs.items()}
+
+
+def in_pytorch(u, delta, A, B, C, D, delta_bias) -> Tensor:
+    """The operator as it runs where there is no compiled kernel, gradients included."""
+    return _InPyTorch.apply(u, delta, A, B, C, D, delta_bias)
+
+
+class _InPyTorch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        y, states = scan_torch.forward(*inputs, None, None, None, None, True)
+        ctx.save_for_backward(*inputs, states)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        *inputs, states = ctx.saved_tensors
+        grads = scan_torch.backward(grad_y, *inputs, None, None, None, None, True, states)
+        return grads[:7]
+
+
+def with_mambapy(u, delta, A, B, C, D, delta_bias) -> Tensor:
+    """The same with mambapy's parallel scan, as its Mamba block uses it."""
+    from mambapy.pscan import pscan
+
+    step = F.softplus(delta[:, :, 0] + delta_bias[0])
+    decay = torch.exp(step[..., None] * A[0])
+    drive = (step * u[:, :, 0])[..., None] * B
+    h = pscan(decay, drive)
+    return (h @ C[:, :, 0, :, None]).squeeze(3) + D[0] * u[:, :, 0]
+
+
+def with_mamba_ssm(u, delta, A, B, C, D, delta_bias) -> Tensor:
+    """The same with mamba-ssm's CUDA kernel, which wants channels before tokens."""
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    u, delta, B, C = (x[:, :, 0].transpose(1, 2).contiguous() for x in (u, delta, B, C))
+    y = selective_scan_fn(u, delta, A[0], B, C, D[0], None, delta_bias[0], True)
+    return y.transpose(1, 2).contiguous()
+
+
+def candidates(args: argparse.Namespace) -> dict[str, Callable]:
+    """What is timed, by name; ours first."""
+    found = {"mmvssm": selective_scan, "mmvssm in PyTorch": in_pytorch}
+    if find_spec("mambapy"):
+        found["mambapy"] = with_mambapy
+    if args.device.startswith("cuda") and find_spec("mamba_ssm"):
+        found["mamba-ssm"] = with_mamba_ssm
+    if args.sequential:
+        found["sequential definition"] = selective_scan_reference
+    return found
+
+
+def measure(shape: tuple[int, ...], args: argparse.Namespace) -> dict[str, dict]:
+    """Seconds of forward passes, and of forward and backward passes, by candidate."""
+    inputs = make_inputs(shape, args)
+    leaves = list(inputs.values())
+
+    def forward(scan: Callable) -> None:
+        with torch.no_grad():
+            scan(**inputs)
+
+    def both(scan: Callable) -> None:
+        y = scan(**inputs)
+        torch.autograd.grad(y, leaves, torch.ones_like(y))
+
+    scans = candidates(args)
+    times = {}
+    for name, step in (("forward", forward), ("forward and backward", both)):
+        runs = {which: functools.partial(step, scan) for which, scan in scans.items()}
+        if name == "forward":
+            runs["copy of the same bytes"] = _copy(inputs)
+        times[name] = time_side_by_side(runs, args.device, args.seconds)
+    return times
+
+
+def _copy(inputs: dict[str, Tensor]) -> Callable:
+    """Read as much as the inputs are and write as much as the output is."""
+    reads = sum(x.numel() * x.element_size() for x in inputs.values())
+    writes = inputs["u"].numel() * inputs["u"].element_size()
+    source = torch.ones((reads + writes) // 8, device=inputs["u"].device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def compare(args: argparse.Namespace) -> list[dict]:
+    """Print how many times as fast as each peer the operator is."""
+    table = markdown_table(["B, L, D, N", "pass", "candidate", "best (ms)", "ours is faster by"])
+    records = []
+    for shape in args.shape or SHAPES:
+        times = measure(tuple(shape), args)
+        records.append(dict(shape=shape, seconds=times))
+        for step, by_candidate in times.items():
+            best = {name: min(runs) for name, runs in by_candidate.items()}
+            for name, seconds in best.items():
+                ratio = seconds / best["mmvssm"]
+                row = [
+                    ", ".join(map(str, shape)),
+                    step,
+                    name,
+                    f"{seconds * 1e3:.2f}",
+                    f"{ratio:.2f}",
+                ]
+                table.add_row(row)
+                print(", ".join(f"{k} {v}" for k, v in zip(table.field_names, row)), flush=True)
+    print(table)
+    return records
+
+
+def grow(args: argparse.Namespace) -> list[dict]:
+    """Print and draw how time grows with length."""
+    records = []
+    table = markdown_table(
+        ["tokens", "states", "forward (ms)", "ns a token", "both (ms)", "ns a token "]
+    )
+    for states in (1, 16):
+        for length in (2**k * 1024 for k in range(9)):
+            inputs = make_inputs((1, length, 64, states), args)
+            leaves = list(inputs.values())
+
+            def forward(inputs: dict = inputs) -> None:
+                with torch.no_grad():
+                    selective_scan(**inputs)
+
+            def both(inputs: dict = inputs, leaves: list = leaves) -> None:
+                y = selective_scan(**inputs)
+                torch.autograd.grad(y, leaves, torch.ones_like(y))
+
+            times = time_side_by_side(dict(forward=forward, both=both), args.device, 0.3)
+            records.append(dict(length=length, states=states, seconds=times))
+            row = [length, states]
+            for runs in times.values():
+                row += [f"{min(runs) * 1e3:.2f}", f"{min(runs) / length * 1e9:.1f}"]
+            table.add_row(row)
+            print(", ".join(f"{k} {v}" for k, v in zip(table.field_names, row)), flush=True)
+    print(table)
+    _draw(records, Path(args.out).with_suffix(".png"))
+    return records
+
+
+def _draw(records: list[dict], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4), constrained_layout=True)
+    for states in sorted({record["states"] for record in records}):
+        for step, line in (("forward", "-o"), ("both", "--s")):
+            chosen = [record for record in records if record["states"] == states]
+            lengths = [record["length"] for record in chosen]
+            best = [min(record["seconds"][step]) * 1e3 for record in chosen]
+            label = f"{states} states, {step if step == 'forward' else 'forward and backward'}"
+            axes.loglog(lengths, best, line, label=label)
+    axes.set_xlabel("tokens (1 image, 64 channels)")
+    axes.set_ylabel("milliseconds")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    print(f"{path} shows it")
+
+
+def main() -> None:
+    """Run the tool."""
+    args = parse_args()
+    machine = about(args.device)
+    print(", ".join(f"{name} {value}" for name, value in machine.items()), args.dtype)
+    bandwidth = copy_bandwidth(args.device)
+    print(f"a copy moves {bandwidth / 1e9:.1f} GB/s, read and written")
+    records = grow(args) if args.growth else compare(args)
+    write_json(args.out, dict(machine, copy_bytes_per_second=bandwidth, records=records))
+
+
+if __name__ == "__main__":
+    run_tool(main)
