@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ...ops import (
     SnakeWalks,
+    depthwise_conv,
     neighbor_table,
     selective_scan,
     snake_walks,
@@ -289,8 +290,7 @@ class Layout(NamedTuple):
         if self.grid is None:
             neighbors = self.neighbors[conv.kernel_size[0]]
             return sparse_depthwise_conv(x, conv.weight, neighbors, conv.bias)
-        x = x.unflatten(1, self.grid).permute(0, 3, 1, 2)
-        return conv(x).permute(0, 2, 3, 1).flatten(1, 2)
+        return depthwise_conv(x, conv.weight, self.grid, conv.bias)
 
 
 class LayerState(NamedTuple):

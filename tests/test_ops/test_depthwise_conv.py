@@ -1,0 +1,50 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mmvssm.ops import depthwise_conv, sparse_depthwise_conv_cpu
+
+
+@pytest.mark.parametrize("kernel_size", [3, 7])
+@pytest.mark.parametrize("grid", [(1, 1), (2, 9), (6, 5)])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_is_conv2d_with_its_gradients(grid, kernel_size, with_bias):
+    torch.manual_seed(0)
+    channels = 33
+    x = torch.randn(2, grid[0] * grid[1], channels, requires_grad=True)
+    weight = torch.randn(channels, 1, kernel_size, kernel_size, requires_grad=True)
+    bias = torch.randn(channels, requires_grad=True) if with_bias else None
+    image = x.transpose(1, 2).unflatten(2, grid).double()
+    wide = None if bias is None else bias.double()
+    expected = F.conv2d(image, weight.double(), wide, padding=kernel_size // 2, groups=channels)
+    expected = expected.flatten(2).transpose(1, 2)
+    actual = depthwise_conv(x, weight, grid, bias)
+    assert actual.shape == x.shape
+    leaves = [leaf for leaf in (x, weight, bias) if leaf is not None]
+    grad_y = torch.randn_like(x)
+    pairs = [(actual, expected)]
+    pairs += zip(
+        torch.autograd.grad(actual, leaves, grad_y),
+        torch.autograd.grad(expected, leaves, grad_y.double()),
+    )
+    for a, e in pairs:
+        assert (a - e).abs().max() <= 1e-5 * e.abs().max()
+
+
+def test_only_gradients_that_are_needed():
+    x, weight = torch.randn(1, 6, 2), torch.randn(2, 1, 7, 7, requires_grad=True)
+    depthwise_conv(x, weight, (2, 3)).sum().backward()
+    assert x.grad is None and weight.grad.isfinite().all()
+
+
+@pytest.mark.skipif(not sparse_depthwise_conv_cpu.available(), reason="no compiled kernel")
+def test_large_kernels_have_fast_gradients_on_a_cpu():
+    x, weight = (torch.randn(*shape, requires_grad=True) for shape in ((1, 6, 2), (2, 1, 7, 7)))
+    y = depthwise_conv(x, weight, (2, 3))
+    assert "DepthwiseConv" in type(y.grad_fn).__name__
+    with torch.no_grad():
+        assert torch.equal(depthwise_conv(x, weight, (2, 3)), y)
+    # bfloat16 under autocast, and other dtypes, are PyTorch's.
+    with torch.autocast("cpu", torch.bfloat16):
+        assert depthwise_conv(x, weight, (2, 3)).dtype == torch.bfloat16
+    assert depthwise_conv(x.double(), weight.double(), (2, 3)).dtype == torch.float64
