@@ -13,7 +13,7 @@ from torch import Tensor
 from . import cpu_library
 from .scan_torch import accumulation_dtype, num_chunks
 
-_INTERFACE_VERSION = 1
+_INTERFACE_VERSION = 2
 _PROBLEMS = {
     1: (IndexError, "an index in {index} is not a token: it must lie in [0, L)."),
     2: (ValueError, "{index} must visit every token exactly once in each walk."),
@@ -105,6 +105,19 @@ def backward(
     )
 
 
+def runs_walks_together(*inputs: object, **named_inputs: object) -> bool:
+    """Whether :func:`forward`, given the same inputs, computes what the walks share once for all of them."""
+    library, _ = _load()
+    return bool(library.scan_runs_walks_together(_Scan.of(*inputs, **named_inputs)))
+
+
+def _walks_share(u, delta, A, C, D, delta_bias, order, source, rest) -> bool:
+    """Whether the walks, ``K`` of them, are seen to share all but ``B``, order and gap, by strides of 0."""
+    source = order if source is None else source
+    dims = [(u, 2), (delta, 2), (C, 2), (A, 0), (D, 0), (delta_bias, 0), (rest, 0), (source, -2)]
+    return all(x is None or x.stride(dim) == 0 for x, dim in dims)
+
+
 class _Rows(ctypes.Structure):
     _fields_ = [
         ("data", ctypes.c_void_p),
@@ -127,7 +140,7 @@ class _Scan(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("batch", "length", "walks", "channels", "states")),
-        *((name, ctypes.c_int64) for name in ("dtype", "softplus", "threads")),
+        *((name, ctypes.c_int64) for name in ("dtype", "softplus", "threads", "shared")),
         *((name, _Rows) for name in ("u", "delta", "B", "C", "grad_y")),
         *((name, _Index) for name in ("order", "source", "gap")),
         *((name, ctypes.c_void_p) for name in ("A", "D", "delta_bias", "rest")),
@@ -148,6 +161,7 @@ class _Scan(ctypes.Structure):
         scan.dtype = cpu_library.DTYPES[scan.element_dtype]
         scan.softplus = delta_softplus
         scan.threads = torch.get_num_threads()
+        scan.shared = _walks_share(u, delta, A, C, D, delta_bias, order, source, rest)
         for name, x in (("u", u), ("delta", delta), ("B", B), ("C", C)):
             scan.input_rows(name, x)
         for name, x in (("A", A), ("D", D), ("delta_bias", delta_bias), ("rest", rest)):
@@ -198,5 +212,9 @@ class _Scan(ctypes.Structure):
 def _load() -> tuple[Optional[ctypes.CDLL], str]:
     """The library, or None and the reason."""
     return cpu_library.load(
-        Path(__file__).parent, "scan", _INTERFACE_VERSION, _Scan, ["forward", "backward"]
+        Path(__file__).parent,
+        "scan",
+        _INTERFACE_VERSION,
+        _Scan,
+        ["forward", "backward", "runs_walks_together"],
     )

@@ -32,7 +32,9 @@ def selective_scan(
     ``O(B * L * K * D)``, forward and backward: no tensor of size ``B * L * K * D * N`` exists. All
     floating-point arguments are differentiable, once.
 
-    ``u`` and ``delta`` may be expanded along ``K`` (stride 0) where walks share them: nothing is copied.
+    ``u`` and ``delta`` may be expanded along ``K`` (stride 0) where walks share them: nothing is copied. Where all but
+    ``B``, ``traversal.order`` and ``traversal.gap`` is expanded so, the forward pass on a CPU takes half the time at
+    state 16: it computes once what the walks share.
 
     Args:
         u: Values ``(B, L, K, D)``: batch, token, walk, channel. Channels should be adjacent in memory.

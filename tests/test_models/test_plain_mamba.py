@@ -13,7 +13,7 @@ from mmvssm.models import PlainMamba
 from mmvssm.models.backbones.plain_mamba import Layout, PlainMambaMixer
 from mmvssm.models.pruning import PRESETS, PrunedTokens
 from mmvssm.models.published import convert_plainmamba
-from mmvssm.ops import snake_walks
+from mmvssm.ops import scan_cpu, snake_walks
 from mmvssm.ops.reference import selective_scan_reference
 
 GOLDEN = Path(__file__).parents[1] / "golden/plainmamba_small.npz"
@@ -359,6 +359,25 @@ def test_compiles_as_one_graph(pruning):
     with torch.no_grad():
         for a, e in zip(compiled(x), model(x)):
             torch.testing.assert_close(values(a), values(e), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(not scan_cpu.available(), reason="no compiled kernel")
+@pytest.mark.parametrize("pruning", [None, PRUNING, PRUNING | dict(alignment="hold")])
+def test_the_four_walks_run_together_on_a_cpu(pruning, monkeypatch):
+    """They share the decay of the state, which is computed once for all of them."""
+    together = []
+    forward = scan_cpu.forward
+
+    def spy(u, delta, A, B, C, D, delta_bias, order, source, gap, rest, softplus):
+        inputs = (u, delta, A, B, C, D, delta_bias, order, source, gap, rest, softplus)
+        together.append(scan_cpu.runs_walks_together(*inputs))
+        return forward(*inputs)
+
+    monkeypatch.setattr(scan_cpu, "forward", spy)
+    model = build(pruning)
+    with torch.no_grad():
+        model(torch.randn(2, 3, 48, 64))
+    assert together == [True] * len(model.layers)
 
 
 # ------------------------------------------------------------------------------------------- bad input

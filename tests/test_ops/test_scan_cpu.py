@@ -99,9 +99,13 @@ def assert_close(actual, expected, tolerance):
         assert error < tolerance, f"{name}: relative error {error:.1e}"
 
 
-def check(inputs, against=vectorised, tolerance=1e-5):
+def random_gradient(inputs):
     random = torch.Generator().manual_seed(1)
-    grad_y = torch.randn(inputs["u"].shape, generator=random).to(inputs["u"].dtype)
+    return torch.randn(inputs["u"].shape, generator=random).to(inputs["u"].dtype)
+
+
+def check(inputs, against=vectorised, tolerance=1e-5):
+    grad_y = random_gradient(inputs)
     actual = compiled(inputs, grad_y)
     assert_close(actual, against(inputs, grad_y), tolerance)
     return actual
@@ -306,6 +310,161 @@ def test_a_step_of_size_zero_leaves_the_state_to_the_bit():
     inputs["delta"][:, 1:64] = -torch.inf
     assert torch.equal(states, scan_cpu.forward(**inputs)[1])
     assert states[:, :, 1].abs().min() > 0
+
+
+SHAREABLE = {"u": 2, "delta": 2, "C": 2, "A": 0, "D": 0, "delta_bias": 0, "rest": 0, "source": 0}
+"""The inputs that all walks may have in common, and which of their dimensions are the walks."""
+
+
+def shared_problem(batch, length, channels, states, options=ALL, walks=4, dtype=torch.float32):
+    """As :func:`problem`, with walks that differ in nothing but ``B``, order and gap. Some gaps are large."""
+    inputs = problem(batch, length, walks, channels, states, options, dtype)
+    for name, dim in SHAREABLE.items():
+        if inputs[name] is not None:
+            inputs[name] = inputs[name].narrow(dim, 0, 1).expand_as(inputs[name])
+    if inputs["gap"] is not None:
+        random = torch.Generator().manual_seed(4)
+        wide = torch.randint(0, 100, (walks, length), generator=random, dtype=torch.int32)
+        inputs["gap"] = torch.where(wide < 20, wide, inputs["gap"])
+    return inputs
+
+
+def without(*options):
+    return ALL - set(options)
+
+
+@needs_library
+@pytest.mark.parametrize("options", [ALL, without("gap"), without("order", "source")], ids=len)
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 130, 600])
+def test_shared_walks(length, options):
+    batch, channels, states = {1: (3, 5, 16), 63: (3, 33, 8), 65: (3, 1, 3)}.get(
+        length, (1, 87, 16)
+    )
+    inputs = shared_problem(batch, length, channels, states, options)
+    assert scan_cpu.runs_walks_together(**inputs)
+    check(inputs, definition)
+
+
+@needs_library
+@pytest.mark.parametrize("states", [1, 3, 8, 16, 20])
+@pytest.mark.parametrize("channels", [1, 5, 33, 87])
+@pytest.mark.parametrize("options", [ALL, PLAIN], ids=["all", "plain"])
+def test_shared_walks_of_any_width(threads, states, channels, options):
+    inputs = shared_problem(3, 130, channels, states, options)
+    inputs["B"] = inputs["B"].transpose(1, 2).contiguous().transpose(1, 2)
+    threads(1)
+    first = check(inputs)
+    for count in (1, 2):
+        threads(count)
+        assert scan_cpu.runs_walks_together(**inputs) == (states > 1)
+        again = compiled(inputs, random_gradient(inputs))
+        for name, x in again.items():
+            assert torch.equal(x, first[name]), name
+
+
+@needs_library
+@pytest.mark.parametrize("limit", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_shared_walks_with_every_instruction_set(instruction_set, limit, dtype):
+    if instruction_set(limit) != limit:
+        pytest.skip("this processor has no such instructions")
+    for states in (3, 8, 16):
+        inputs = shared_problem(2, 70, 87, states, dtype=dtype)
+        assert scan_cpu.runs_walks_together(**inputs)
+        check(inputs, tolerance=1e-5 if dtype == torch.float32 else 1e-2)
+
+
+@needs_library
+def test_walks_run_together_in_float64():
+    inputs = as_float64(problem(1, 130, 4, 9, 3))
+    for name, dim in SHAREABLE.items():
+        inputs[name] = inputs[name].narrow(dim, 0, 1).expand_as(inputs[name])
+    assert scan_cpu.runs_walks_together(**inputs)
+    check(inputs, definition, 1e-12)
+
+
+@needs_library
+@pytest.mark.parametrize("name", SHAREABLE)
+def test_walks_that_share_almost_everything_run_apart(name):
+    inputs = shared_problem(2, 70, 33, 4)
+    assert scan_cpu.runs_walks_together(**inputs)
+    inputs[name] = inputs[name].clone(memory_format=torch.contiguous_format)
+    if name != "source":
+        inputs[name].select(SHAREABLE[name], 1).mul_(0.5)
+    assert not scan_cpu.runs_walks_together(**inputs)
+    check(inputs)
+
+
+@needs_library
+def test_walks_run_together_where_that_pays(threads):
+    inputs = shared_problem(1, 70, 33, 4)
+    threads(1)
+    assert scan_cpu.runs_walks_together(**inputs)
+    assert scan_cpu.runs_walks_together(**{**inputs, "source": None, "order": None})
+    # Each walk reads delta, B and C where it stands.
+    assert not scan_cpu.runs_walks_together(**{**inputs, "source": None})
+    assert not scan_cpu.runs_walks_together(**shared_problem(1, 70, 33, 1))
+    assert not scan_cpu.runs_walks_together(**shared_problem(1, 70, 33, 4, walks=1))
+    threads(16)  # more than vectors of 33 channels
+    assert not scan_cpu.runs_walks_together(**inputs)
+    check(inputs)
+
+
+@needs_library
+def test_shared_walks_save_their_states():
+    inputs = shared_problem(2, 200, 20, 3)
+    _, states = scan_cpu.forward(**inputs)
+    _, expected = scan_torch.forward(**as_float64(inputs))
+    assert_close({"states": states}, {"states": expected}, 1e-5)
+
+
+@needs_library
+@pytest.mark.parametrize("low, high", [(-20, -15), (-1, 1), (10, 1e3)])
+@pytest.mark.parametrize("decay", [-1e-4, -1.0, -1e4])
+@pytest.mark.parametrize("rest", [0.0, 1e-6, 1.0, 1e3])
+def test_extreme_values_of_shared_walks(low, high, decay, rest):
+    inputs = shared_problem(1, 300, 20, 2)
+    random = torch.Generator().manual_seed(3)
+    delta = torch.rand(1, 300, 1, 20, generator=random) * (high - low) + low
+    inputs["delta"] = delta.expand(-1, -1, 4, -1)
+    inputs["A"] = torch.full((1, 20, 2), decay).expand(4, -1, -1)
+    inputs["rest"] = torch.full((1, 20), rest).expand(4, -1)
+    for name in ("B", "C"):
+        inputs[name] = inputs[name][:, :, :1].expand(-1, -1, 4, -1) * 1e4
+    inputs["C"] = inputs["C"][:, :, :1].expand(-1, -1, 4, -1)
+    assert scan_cpu.runs_walks_together(**inputs)
+    y, _ = scan_cpu.forward(**inputs)
+    expected, _ = scan_torch.forward(**as_float64(inputs))
+    assert_close({"y": y}, {"y": expected}, 1e-5)
+
+
+@needs_library
+@pytest.mark.parametrize("decay, step, rest", [(-2.0, -60.0, 60.0), (-2.0, 60.0, -60.0)])
+def test_a_step_that_undoes_a_gap(decay, step, rest):
+    # exp(step A) and exp(rest A) are 0 and infinite, their product is not.
+    inputs = shared_problem(1, 3, 20, 2, frozenset(("gap",)))
+    inputs["delta"] = torch.full((1, 3, 1, 20), step).expand(-1, -1, 4, -1)
+    inputs["A"] = torch.full((1, 20, 2), decay).expand(4, -1, -1)
+    inputs["gap"] = torch.ones_like(inputs["gap"])
+    inputs["rest"] = torch.full((1, 20), rest).expand(4, -1)
+    assert scan_cpu.runs_walks_together(**inputs)
+    check(inputs)
+
+
+@needs_library
+def test_nan_and_infinity_in_shared_walks():
+    inputs = shared_problem(1, 10, 20, 2, frozenset(("softplus", "gap")))
+    u, delta = inputs["u"][:, :, :1].clone(), inputs["delta"][:, :, :1].clone()
+    u[0, 4, 0, 3] = torch.nan
+    delta[0, 4, 0, 5] = torch.nan
+    delta[0, 6, 0, 7] = torch.inf
+    delta[0, 6, 0, 9] = -torch.inf
+    inputs["u"], inputs["delta"] = (x.expand(-1, -1, 4, -1) for x in (u, delta))
+    assert scan_cpu.runs_walks_together(**inputs)
+    y, _ = scan_cpu.forward(**inputs)
+    expected = selective_scan_reference(**as_float64(inputs))
+    assert torch.equal(y.isfinite(), expected.isfinite())
+    assert torch.equal(y.isnan(), expected.isnan())
 
 
 @needs_library

@@ -17,9 +17,10 @@
 //     dL/dB[j, n]  = sum_d g_t[n] step_t u             dL/dC[j, n] = sum_d dy h_t[n]
 //
 // The work is divided into tasks: an image, a walk, some of its channels and, where those are too few for the
-// threads, a stretch of its steps. Sums over channels and over stretches are made of partial sums added in a fixed
-// order, so that two runs give the same bits. The forward pass saves the state before every kTile-th step, from which
-// the backward pass computes the others again.
+// threads, a stretch of its steps. Where the walks share all but B, order and gap, a task of the forward pass takes all
+// of them, so as to compute exp(step_t A) only once. Sums over channels and over stretches are made of partial sums
+// added in a fixed order, so that two runs give the same bits. The forward pass saves the state before every kTile-th
+// step, from which the backward pass computes the others again.
 //
 // This file holds the interface, a plain C one for ctypes, and the division into tasks; scan_kernel.h is what a task
 // does. Nothing but the standard library and, if the compiler has it, OpenMP is needed.
@@ -72,6 +73,7 @@ struct Index {
 struct Scan {
   int64_t batch, length, walks, channels, states;
   int64_t dtype, softplus, threads;
+  int64_t shared;  // whether the walks differ in nothing but B, order and gap
   Tensor u, delta, B, C, grad_y;
   Index order, source, gap;
   // The following are contiguous. In the accumulation dtype: (K, D, N) and (K, D); all but A may be null.
@@ -84,7 +86,7 @@ struct Scan {
 
 namespace {
 
-constexpr int kInterfaceVersion = 1;
+constexpr int kInterfaceVersion = 2;
 
 // What the tasks of a backward pass sum up, each in a place of its own, in the accumulation dtype.
 struct Partials {
@@ -102,6 +104,7 @@ struct KernelFunctions {
   int width;  // channels in a vector
   void (*forward)(const Scan&, const Task&, const void* entry);
   void (*forward_carry)(const Scan&, const Task&, void* end, void* elapsed);
+  void (*forward_shared)(const Scan&, const Task&);  // of all walks, which share all but B, order and gap
   void (*backward)(const Scan&, const Task&, const void* adjoint, const Partials&);
   void (*backward_carry)(const Scan&, const Task&, void* adjoint, void* elapsed);
   void (*sum_blocks)(const void* partials, int64_t blocks, int64_t size, int64_t first, int64_t last, void* sums);
@@ -148,26 +151,28 @@ Status check(const Index& index, const Scan& scan, bool permutation) {
 // Division of the work
 // ---------------------------------------------------------------------------------------------------------------------
 
-// Images x walks x blocks of channels x stretches of steps.
+// Images x walks x blocks of channels x stretches of steps; one walk stands for all if tasks take all of them.
 struct Division {
   const Scan& scan;
+  int64_t walks;
   int64_t block;    // channels
   int64_t stretch;  // steps, a multiple of kTile
   int64_t blocks, stretches;
 
-  Division(const Scan& scan, int64_t block, int64_t stretch)
+  Division(const Scan& scan, int64_t walks, int64_t block, int64_t stretch)
       : scan(scan),
+        walks(walks),
         block(block),
         stretch(stretch),
         blocks(ceil_div(scan.channels, block)),
         stretches(ceil_div(scan.length, stretch)) {}
 
-  int64_t tasks() const { return scan.batch * scan.walks * blocks * stretches; }
+  int64_t tasks() const { return scan.batch * walks * blocks * stretches; }
 
   Task task(int64_t i) const {
     Task task;
     task.block = i % blocks, i /= blocks;
-    task.walk = i % scan.walks, i /= scan.walks;
+    task.walk = i % walks, i /= walks;
     task.stretch = i % stretches, i /= stretches;
     task.batch = i;
     task.first_channel = task.block * block;
@@ -187,16 +192,31 @@ int64_t stretch_for(const Scan& scan, int64_t tasks, int64_t worth) {
   return ceil_div(tiles, stretches) * kTile;
 }
 
-// As few blocks of channels as keep all threads equally busy: long rows are read faster than short ones.
-Division divide_forward(const Scan& scan, int width) {
-  const int64_t walks = scan.batch * scan.walks, vectors = ceil_div(scan.channels, width);
+// Whether tasks of the forward pass take all walks of an image. With one state, time goes into memory accesses; with
+// fewer vectors of channels than threads, some threads would have nothing to do.
+bool walks_run_together(const Scan& scan, int width) {
+  return scan.shared && scan.walks > 1 && scan.states > 1 &&
+         scan.batch * ceil_div(scan.channels, width) >= scan.threads;
+}
+
+// As few blocks, of this many channels, as keep all threads equally busy: long rows are read faster than short ones.
+int64_t block_for(const Scan& scan, int64_t walks, int width) {
+  const int64_t vectors = ceil_div(scan.channels, width);
   int64_t best_blocks = 1, least = INT64_MAX;
   for (int64_t blocks = 1; blocks <= vectors; ++blocks) {
     const int64_t time = ceil_div(walks * blocks, scan.threads) * ceil_div(vectors, blocks);
     if (time < least) least = time, best_blocks = blocks;
   }
-  const int64_t block = ceil_div(vectors, best_blocks) * width;
-  return Division(scan, block, stretch_for(scan, walks * ceil_div(scan.channels, block), 3));
+  return ceil_div(vectors, best_blocks) * width;
+}
+
+Division divide_forward(const Scan& scan, int width) {
+  const int64_t walks = scan.batch * scan.walks, block = block_for(scan, walks, width);
+  return Division(scan, scan.walks, block, stretch_for(scan, walks * ceil_div(scan.channels, block), 3));
+}
+
+Division divide_shared(const Scan& scan, int width) {
+  return Division(scan, 1, block_for(scan, scan.batch, width), ceil_div(scan.length, kTile) * kTile);
 }
 
 // Blocks depend on the shapes alone, and so do the sums over channels, whatever the number of threads. There are
@@ -207,7 +227,7 @@ Division divide_backward(const Scan& scan, int width) {
   const int64_t wanted = std::max(ceil_div(8, walks), ceil_div(vectors, 16));
   const int64_t most = std::max<int64_t>(1, std::min(vectors, scan.channels / (2 * scan.states)));
   const int64_t block = ceil_div(vectors, std::min(wanted, most)) * width;
-  return Division(scan, block, stretch_for(scan, walks * ceil_div(scan.channels, block), 2));
+  return Division(scan, scan.walks, block, stretch_for(scan, walks * ceil_div(scan.channels, block), 2));
 }
 
 // What the stretches hand to each other: the state at their ends, or the gradient at their beginnings.
@@ -253,6 +273,11 @@ struct Carry {
 template <class T>
 void run_forward(const Scan& scan) {
   const KernelFunctions kernel = kernel_for(scan);
+  if (walks_run_together(scan, kernel.width)) {
+    const Division division = divide_shared(scan, kernel.width);
+    parallel_for(division.tasks(), scan.threads, [&](int64_t i) { kernel.forward_shared(scan, division.task(i)); });
+    return;
+  }
   const Division division = divide_forward(scan, kernel.width);
   if (division.stretches == 1) {
     parallel_for(division.tasks(), scan.threads, [&](int64_t i) { kernel.forward(scan, division.task(i), nullptr); });
@@ -334,6 +359,9 @@ int64_t scan_interface_size() { return sizeof(Scan); }
 
 // Restricts the instruction set (0 baseline, 1 AVX2, 2 AVX-512), for tests; returns the one now in use.
 int scan_limit_instruction_set(int limit) { return limit_instruction_set(limit); }
+
+// Whether scan_forward computes what the walks share once for all of them, for tests.
+int scan_runs_walks_together(const Scan* scan) { return walks_run_together(*scan, kernel_for(*scan).width); }
 
 int scan_forward(const Scan* scan) {
   if (const Status status = check(scan->order, *scan, true)) return status;

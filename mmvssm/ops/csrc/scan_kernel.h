@@ -186,7 +186,7 @@ class Kernel {
     }
   }
 
- private:
+ protected:
   using V = VectorOf<T>;
 
   // With one state there is little to do between two memory accesses: rows are passed whole, which the hardware's
@@ -258,16 +258,17 @@ class Kernel {
     const int64_t left = task_.last_channel - channel(v);
     return left < kWidth ? (int)left : kWidth;
   }
-  const Element* input(const Tensor& x, int64_t token) const {
-    return (const Element*)x.data + task_.batch * x.batch_stride + token * x.token_stride + task_.walk * x.walk_stride;
+  const Element* input(const Tensor& x, int64_t token) const { return input(x, token, task_.walk); }
+  const Element* input(const Tensor& x, int64_t token, int64_t walk) const {
+    return (const Element*)x.data + task_.batch * x.batch_stride + token * x.token_stride + walk * x.walk_stride;
   }
   int64_t output_row(int64_t token) const {  // of a contiguous (B, L, K, D)
     return ((task_.batch * scan_.length + token) * scan_.walks + task_.walk) * scan_.channels;
   }
-  T* saved_state(int64_t chunk) const {  // (B, K, S, D, N)
+  T* saved_state(int64_t chunk) const { return saved_state(chunk, task_.walk); }
+  T* saved_state(int64_t chunk, int64_t walk) const {  // (B, K, S, D, N)
     const int64_t chunks = (scan_.length + kTile - 1) / kTile;
-    return (T*)scan_.saved_states +
-           ((task_.batch * scan_.walks + task_.walk) * chunks + chunk) * scan_.channels * states();
+    return (T*)scan_.saved_states + ((task_.batch * scan_.walks + walk) * chunks + chunk) * scan_.channels * states();
   }
   T* B(int s) const { return (T*)(V*)B_ + s * states(); }
   T* C(int s) const { return (T*)(V*)C_ + s * states(); }
@@ -536,10 +537,13 @@ class Kernel {
   Buffer<V> B_, C_;  // (kTile, N) elements
 };
 
+#include "scan_shared_kernel.h"
+
 template <class T, class Element, int kStates>
 KernelFunctions functions() {
   using K = Kernel<T, Element, kStates>;
-  return {K::kWidth, K::forward, K::forward_carry, K::backward, K::backward_carry, K::sum_blocks};
+  using Shared = SharedKernel<T, Element, kStates>;
+  return {K::kWidth, K::forward, K::forward_carry, Shared::forward, K::backward, K::backward_carry, K::sum_blocks};
 }
 
 template <class T, class Element>
