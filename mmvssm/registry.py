@@ -14,6 +14,9 @@ DATA_SAMPLERS = root.Registry(
 FUNCTIONS = root.Registry(
     "function", parent=root.FUNCTIONS, scope="mmvssm", locations=["mmvssm.engine"]
 )
+OPTIM_WRAPPERS = root.Registry(
+    "optimizer wrapper", parent=root.OPTIM_WRAPPERS, scope="mmvssm", locations=["mmvssm.engine"]
+)
 TASK_UTILS = root.Registry(
     "task util", parent=root.TASK_UTILS, scope="mmvssm", locations=["mmvssm.datasets"]
 )

@@ -1,6 +1,7 @@
 """Training and testing: what mmengine, mmdet and mmseg leave to do."""
 
 from .checkpoint_hook import AtomicCheckpointHook, AtomicLocalBackend
+from .cpu_amp import BFloat16OptimWrapper
 from .errors import UserError
 from .keep_ratio_hook import KeepRatioWarmup
 from .reproducible import ReproducibleResumeHook, SeededSampler
@@ -16,6 +17,7 @@ register_safe_globals()
 __all__ = [
     "AtomicCheckpointHook",
     "AtomicLocalBackend",
+    "BFloat16OptimWrapper",
     "KeepRatioWarmup",
     "ReproducibleResumeHook",
     "SeededSampler",

@@ -52,7 +52,11 @@ def train_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("config", help="config file")
     _add_common(parser)
-    parser.add_argument("--amp", action="store_true", help="mixed-precision training (needs a GPU)")
+    parser.add_argument(
+        "--amp",
+        action="store_true",
+        help="mixed-precision training: float16 on a GPU, bfloat16 backbone and neck on a CPU",
+    )
     parser.add_argument(
         "--auto-scale-lr",
         action="store_true",
@@ -323,7 +327,8 @@ def _choose_start(cfg: Config, args: argparse.Namespace, model: nn.Module) -> No
 
 def _use_amp(cfg: Config) -> None:
     if not torch.cuda.is_available():
-        raise UserError("--amp needs a GPU, and PyTorch finds none here; train without it")
+        cfg.optim_wrapper.type = "mmvssm.BFloat16OptimWrapper"
+        return
     cfg.optim_wrapper.type = "AmpOptimWrapper"
     cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
 

@@ -432,10 +432,28 @@ def test_checkpoint_of_another_architecture_is_one_sentence(trained, config, ref
 
 
 @pytest.mark.slow
-def test_detection_tta_and_amp_without_gpu_are_refused(trained, refused):
+def test_detection_tta_is_refused(trained, refused):
     path, checkpoint = trained["detection"]
     assert "masks" in refused("test.py", path, checkpoint, "--tta")
-    assert "GPU" in refused("train.py", path, "--amp")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", [DETECTION, PRUNED_SEGMENTATION], ids=["dense", "pruned"])
+def test_mixed_precision_without_a_gpu(config, tmp_path, text):
+    """Backbone and neck compute in bfloat16, the losses stay finite and near those of float32."""
+    path = config(text)
+    limit = (
+        "--cfg-options",
+        "train_cfg.max_epochs=1" if text == DETECTION else "train_cfg.max_iters=6",
+    )
+    succeed("train.py", path, "--work-dir", "half", "--amp", *limit, cwd=tmp_path)
+    succeed("train.py", path, "--work-dir", "full", *limit, cwd=tmp_path)
+    half, full = losses(tmp_path / "half"), losses(tmp_path / "full")
+    assert half != full and sorted(half) == sorted(full) and len(half) == 6
+    assert half[1]["loss"] == pytest.approx(full[1]["loss"], rel=0.05)
+    assert all(
+        value == value and abs(value) < 1e3 for log in half.values() for value in log.values()
+    )
 
 
 @pytest.mark.slow
