@@ -1,5 +1,6 @@
 """Training and testing: what mmengine, mmdet and mmseg leave to do."""
 
+from .allocator import keep_freed_memory
 from .checkpoint_hook import AtomicCheckpointHook, AtomicLocalBackend
 from .cpu_amp import BFloat16OptimWrapper
 from .errors import UserError
@@ -24,6 +25,7 @@ __all__ = [
     "UnsafeCheckpointError",
     "UserError",
     "init_worker",
+    "keep_freed_memory",
     "load_checkpoint_safely",
     "register_safe_globals",
 ]

@@ -20,6 +20,7 @@ from torch import nn
 from mmvssm.models.pruning import PruningError
 from mmvssm.registry import TASK_UTILS
 
+from .allocator import keep_freed_memory
 from .checkpoints import (
     check_fits,
     check_resumable,
@@ -231,6 +232,8 @@ def _open_config(args: argparse.Namespace) -> Config:
         os.environ[TRACEBACK_VARIABLE] = "1"
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     force_weights_only()
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     if not os.path.isfile(args.config):
         raise UserError(f"there is no config file {args.config}")
     with user_mistakes(f"cannot read the config {args.config}"):

@@ -77,6 +77,9 @@ def parse_args() -> argparse.Namespace:
         "--shape", type=int, nargs=3, action="append", metavar=("B", "H", "W"), help="repeatable"
     )
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--default-malloc", action="store_true", help="do not keep freed memory, unlike our tools"
+    )
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--compile", action="store_true", help="run all through torch.compile")
     parser.add_argument("--runs", type=int, default=5, help="runs of each model")
@@ -140,7 +143,7 @@ def main() -> None:
     args = parse_args()
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("there is no CUDA GPU here; leave out --device")
-    machine = about(args.device)
+    machine = about(args.device, args.default_malloc)
     print(", ".join(f"{name} {value}" for name, value in machine.items()), args.dtype)
     bandwidth = copy_bandwidth(args.device)
     print(f"a copy moves {bandwidth / 1e9:.1f} GB/s, read and written")

@@ -10,6 +10,9 @@ from typing import Optional
 import torch
 from prettytable import PrettyTable, TableStyle
 
+import mmvssm
+from mmvssm.engine import keep_freed_memory
+
 
 def cpu_name() -> str:
     """What this machine's processor calls itself."""
@@ -19,10 +22,13 @@ def cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
-def about(device: str) -> dict[str, object]:
-    """The machine and the versions that a figure belongs to."""
-    import mmvssm
+def about(device: str, default_malloc: bool = False) -> dict[str, object]:
+    """The machine and the versions that a figure belongs to.
 
+    Unless told otherwise, makes this process keep freed memory, as tools/train.py does; that
+    holds for all candidates alike.
+    """
+    kept = device == "cpu" and not default_malloc and keep_freed_memory()
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu_name()
     return dict(
         machine=name,
@@ -30,6 +36,7 @@ def about(device: str) -> dict[str, object]:
         python=platform.python_version(),
         torch=torch.__version__,
         mmvssm=mmvssm.__version__,
+        keeps_freed_memory=kept,
     )
 
 

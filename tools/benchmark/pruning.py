@@ -52,6 +52,9 @@ def parse_args() -> argparse.Namespace:
         "--shape", type=int, nargs=3, action="append", metavar=("B", "H", "W"), help="repeatable"
     )
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--default-malloc", action="store_true", help="do not keep freed memory, unlike our tools"
+    )
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--runs", type=int, default=7, help="runs of each model")
     parser.add_argument("--no-training", action="store_true", help="evaluation only")
@@ -117,7 +120,7 @@ def shares(model: PlainMamba, x: Tensor) -> dict[str, float]:
 def main() -> None:
     """Run the tool."""
     args = parse_args()
-    machine = about(args.device)
+    machine = about(args.device, args.default_malloc)
     print(", ".join(f"{name} {value}" for name, value in machine.items()), args.dtype)
     table = markdown_table(
         ["arch", "input", "pass", "dense (ms)", "pruned (ms)", "FLOPs saved", "faster", "ideal"]

@@ -42,6 +42,9 @@ def parse_args() -> argparse.Namespace:
         help="repeatable",
     )
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--default-malloc", action="store_true", help="do not keep freed memory, unlike our tools"
+    )
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--seconds", type=float, default=1.0, help="for each candidate")
     parser.add_argument("--growth", action="store_true", help="time against length instead")
@@ -237,7 +240,7 @@ def _draw(records: list[dict], path: Path) -> None:
 def main() -> None:
     """Run the tool."""
     args = parse_args()
-    machine = about(args.device)
+    machine = about(args.device, args.default_malloc)
     print(", ".join(f"{name} {value}" for name, value in machine.items()), args.dtype)
     bandwidth = copy_bandwidth(args.device)
     print(f"a copy moves {bandwidth / 1e9:.1f} GB/s, read and written")
