@@ -30,9 +30,6 @@ class KeepRatioWarmup(Hook):
             only some numbers of tokens into a grid.
     """
 
-    # Before the logger's hooks read what is to be logged.
-    priority = "NORMAL"
-
     def __init__(self, num_iters: int, begin: int = 0) -> None:
         if num_iters < 0 or begin < 0:
             raise ValueError(

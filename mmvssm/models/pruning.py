@@ -19,7 +19,7 @@ METRICS: dict[str, Callable[[Tensor], Tensor]] = {
     "l1": lambda y: y.abs().mean(-1),
     "l2": lambda y: y.square().mean(-1).sqrt(),
 }
-"""Importance of tokens ``(B, L)`` from the scan's output ``(B, L, D)`` (paper, section 4.3 and its ablation)."""
+"""Importance of tokens ``(B, L)`` from the scan's output ``(B, L, D)``: the paper's, and those of its ablation."""
 
 ALIGNMENTS = ("decay", "hold", "none")
 """What becomes of the hidden state where a walk passes a pruned position.

@@ -46,7 +46,7 @@ def cross_traversal(height: int, width: int, device: Optional[torch.device] = No
 
 
 START, RIGHT, LEFT, UP, DOWN = range(5)
-"""How a step of a continuous walk arrived at its position (PlainMamba, section 3.3)."""
+"""How a step of a continuous walk arrived at its position (PlainMamba, "Direction-Aware Updating")."""
 
 
 class SnakeWalks(NamedTuple):
@@ -72,7 +72,7 @@ def snake_walks(
     with_gaps: bool = True,
     device: Optional[torch.device] = None,
 ) -> SnakeWalks:
-    """Four continuous walks over a grid, or over what is left of it (PlainMamba, section 3.3).
+    """Four continuous walks over a grid, or over what is left of it (PlainMamba, "Continuous 2D Scanning").
 
     Walk 0 goes by rows from the top left, rightwards in the first row, leftwards in the second and so on; walk 2 goes
     by columns from the top left, downwards in the first; walks 1 and 3 are walks 0 and 2 backwards.

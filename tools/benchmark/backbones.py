@@ -9,10 +9,9 @@ Examples:
 """
 
 import argparse
-import threading
-import time
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
+from typing import Optional
 
 import torch
 from common import about, copy_bandwidth, markdown_table, time_side_by_side, write_json
@@ -102,40 +101,15 @@ def train(model: nn.Module, x: Tensor) -> None:
     model.zero_grad()
 
 
-class PeakMemory:
-    """The most memory that a piece of code takes beyond what was taken before, in bytes."""
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self.bytes = 0
-
-    def __enter__(self) -> "PeakMemory":
-        if self.device.startswith("cuda"):
-            torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated()
-            return self
-        self.before = self.peak = self._resident()
-        self.done = threading.Event()
-        self.watch = threading.Thread(target=self._sample)
-        self.watch.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self.device.startswith("cuda"):
-            self.bytes = torch.cuda.max_memory_allocated() - self.before
-            return
-        self.done.set()
-        self.watch.join()
-        self.bytes = self.peak - self.before
-
-    def _sample(self) -> None:
-        while not self.done.is_set():
-            self.peak = max(self.peak, self._resident())
-            time.sleep(0.002)
-
-    @staticmethod
-    def _resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+def peak_memory(run: Callable[[], None], device: str) -> Optional[int]:
+    """Bytes that a run takes on a GPU beyond what was taken before; None on a CPU, where nothing counts them."""
+    run()  # what stays allocated after a first run is no peak
+    if not device.startswith("cuda"):
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def main() -> None:
@@ -166,7 +140,8 @@ def main() -> None:
                 for which in models:
                     row = [which, "x".join(map(str, shape)), name, f"{best[which] * 1e3:.0f}"]
                     row += [f"{best[which] / best[first]:.2f}"]
-                    row += [f"{record['peak_bytes'][which] / 1e6:.0f}"]
+                    peak = record["peak_bytes"][which]
+                    row += ["not measured" if peak is None else f"{peak / 1e6:.0f}"]
                     table.add_row(row)
                     print(", ".join(f"{k} {v}" for k, v in zip(table.field_names, row)), flush=True)
     print(table)
@@ -183,12 +158,7 @@ def measure(
             step(model, x)
 
     runnable = {k: torch.compile(m) if args.compile else m for k, m in models.items()}
-    peaks = {}
-    for name, model in runnable.items():
-        run(model)  # what stays allocated after a first run is no peak
-        with PeakMemory(args.device) as memory:
-            run(model)
-        peaks[name] = memory.bytes
+    peaks = {k: peak_memory(partial(run, m), args.device) for k, m in runnable.items()}
     candidates = {name: partial(run, model) for name, model in runnable.items()}
     seconds = time_side_by_side(candidates, args.device, seconds=0.0, min_runs=args.runs)
     return dict(seconds=seconds, peak_bytes=peaks)

@@ -48,7 +48,7 @@ class PlainMamba(BaseModule):
     """PlainMamba backbone, dense or pruned.
 
     Args:
-        arch: ``'L1'``, ``'L2'``, ``'L3'`` (paper, table 1), or a dict with ``embed_dims``, ``num_layers``,
+        arch: ``'L1'``, ``'L2'``, ``'L3'``, the paper's, or a dict with ``embed_dims``, ``num_layers``,
             ``patch_size`` (an even number), ``num_convs_patch_embed``, ``layers_with_dwconv`` (which layers a
             depthwise convolution follows, counted from 0) and ``d_state``.
         img_size: The size, or height and width, of the images that the position embedding is made for; it is resized
@@ -311,7 +311,7 @@ class LayerState(NamedTuple):
 
 
 class ConvPatchEmbed(nn.Module):
-    """Convolutions, and then patches: an image to tokens (PlainMamba, section 3.1)."""
+    """Convolutions, and then patches: an image to tokens (the convolutional tokenizer of PlainMamba)."""
 
     hidden_dim = 64
 
@@ -374,7 +374,7 @@ class PlainMambaLayer(nn.Module):
 
 
 class PlainMambaMixer(nn.Module):
-    """Direction-aware selective scan along four continuous walks (PlainMamba, sections 3.2 and 3.3)."""
+    """Direction-aware selective scan along four continuous walks (PlainMamba)."""
 
     def __init__(
         self,

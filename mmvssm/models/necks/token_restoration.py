@@ -106,17 +106,15 @@ class TokenRestoration(BaseModule):
             learns = self.training and not (self.mask_tokens is None and self.refiners is None)
             if not learns:
                 return x
-            absent = x.new_zeros((x.shape[0], 1, *x.shape[-2:]), dtype=torch.bool)
-            fill = x
+            absent, maps = x.new_zeros((x.shape[0], 1, *x.shape[-2:]), dtype=torch.bool), x
         else:
-            absent = _absent(x)
-            fill = x = self._scatter(x)
+            absent, maps = _absent(x), self._scatter(x)
         if self.mask_tokens is not None:
-            token = self.mask_tokens[which].to(x.dtype)
-            fill = x = torch.where(absent, token[:, None, None], x)
+            token = self.mask_tokens[which].to(maps.dtype)
+            maps = torch.where(absent, token[:, None, None], maps)
         if self.refiners is not None:
-            x = torch.where(absent, fill + self.refiners[which](fill), fill)
-        return x.contiguous()
+            maps = torch.where(absent, maps + self.refiners[which](maps), maps)
+        return maps.contiguous()
 
     def _scatter(self, x: PrunedTokens) -> Tensor:
         """``(B, C, H, W)`` with the last values, or zeros, where tokens were pruned."""
