@@ -2,8 +2,10 @@
 //
 // This file is compiled once per instruction set: see instruction_sets.h and, for what it must not use, simd.h.
 //
-// Vectors run over channels, which are adjacent in memory. Steps are handled in tiles of kTile, so that what a tile
-// needs stays in the caches while each vector of channels passes over it with its state in registers.
+// Vectors run over channels, which are adjacent in memory. Steps are handled in tiles of kTile: one vector of channels
+// after the other, or a few together, runs through a tile with its state in registers, while what the same channels
+// need in the tile that follows is fetched. Where loops are long, what they use is copied to local variables: a
+// compiler cannot tell that members do not change when tensors are written.
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Mathematics
@@ -117,32 +119,53 @@ inline void store_matrix(T* to, const VectorOf<T>* from, int states, int lanes) 
     for (int n = 0; n < states; ++n) to[i * states + n] = elements[n * kLanes<T> + i];
 }
 
-// Folds two vectors into one: sums of the neighbours in a, then of those in b.
-template <class T, int... I>
-inline VectorOf<T> fold(VectorOf<T> a, VectorOf<T> b, std::integer_sequence<int, I...>) {
+// x with the lanes that are kDistance apart exchanged.
+template <class T, int kDistance, int... I>
+inline VectorOf<T> exchanged(VectorOf<T> x, std::integer_sequence<int, I...>) {
 #ifdef __clang__
-  return __builtin_shufflevector(a, b, (2 * I)...) + __builtin_shufflevector(a, b, (2 * I + 1)...);
+  return __builtin_shufflevector(x, x, (I ^ kDistance)...);
 #else
-  using Mask = typename Simd<T>::Mask;
-  return __builtin_shuffle(a, b, Mask{(2 * I)...}) + __builtin_shuffle(a, b, Mask{(2 * I + 1)...});
+  return __builtin_shuffle(x, typename Simd<T>::Mask{(I ^ kDistance)...});
 #endif
 }
 
-// Lane i of the result is the sum over the lanes of x[i], for kLanes vectors.
-template <class T, int kCount = kLanes<T>>
-inline VectorOf<T> sums_over_lanes(const VectorOf<T>* x) {
-  if constexpr (kCount == 1)
-    return *x;
-  else
-    return fold<T>(sums_over_lanes<T, kCount / 2>(x), sums_over_lanes<T, kCount / 2>(x + kCount / 2),
-                   std::make_integer_sequence<int, kLanes<T>>{});
+// Lanes of b where their number has the bit kDistance, else of a.
+template <class T, int kDistance, int... I>
+inline VectorOf<T> blended(VectorOf<T> a, VectorOf<T> b, std::integer_sequence<int, I...>) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, (I & kDistance ? I + (int)sizeof...(I) : I)...);
+#else
+  return __builtin_shuffle(a, b, typename Simd<T>::Mask{(I & kDistance ? I + (int)sizeof...(I) : I)...});
+#endif
+}
+
+// Sums over lanes of kCount vectors, a power of two: lane i of the result is the sum of the vector at(first + i). They
+// are asked for in order and added up in pairs, so that few of them exist at a time.
+template <class T, int kCount, class At>
+inline __attribute__((always_inline)) VectorOf<T> sums_over_lanes(const At& at, int first) {
+  constexpr auto kAll = std::make_integer_sequence<int, kLanes<T>>{};
+  if constexpr (kCount == 1) {
+    return at(first);
+  } else {
+    constexpr int kHalf = kCount / 2;
+    const VectorOf<T> a = sums_over_lanes<T, kHalf>(at, first), b = sums_over_lanes<T, kHalf>(at, first + kHalf);
+    return blended<T, kHalf>(a, b, kAll) + exchanged<T, kHalf>(blended<T, kHalf>(b, a, kAll), kAll);
+  }
+}
+
+// Adds up lanes that are kCount, 2 kCount, ... apart.
+template <class T, int kCount>
+inline VectorOf<T> sums_of_rest(VectorOf<T> x) {
+  if constexpr (kCount < kLanes<T>) {
+    x = sums_of_rest<T, 2 * kCount>(x);
+    x += exchanged<T, kCount>(x, std::make_integer_sequence<int, kLanes<T>>{});
+  }
+  return x;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The scan
 // ---------------------------------------------------------------------------------------------------------------------
-
-constexpr int kAhead = 16;  // steps between asking for a row and reading it: a walk need not follow the order in memory
 
 // kStates is the number of states N where that is known when compiling, else 0.
 template <class T, class Element, int kStates>
@@ -189,45 +212,78 @@ class Kernel {
  protected:
   using V = VectorOf<T>;
 
-  // With one state there is little to do between two memory accesses: rows are passed whole, which the hardware's
-  // prefetching likes. With more, one vector of channels after the other runs through the tile.
-  int64_t group() const { return kStates == 1 ? vectors_ : 1; }
+  // Vectors of channels whose states are in registers at the same time. With one state there is little to do for a
+  // vector, so that several share what a step costs.
+  static constexpr int kGroup = kStates == 1 ? 4 : 1;
+  static constexpr int kLocal = kStates ? kStates : 1;  // states, where their number is known
 
-  // Sums over lanes are taken of kWidth vectors at a time: of the contributions to B and C of this many steps.
-  static constexpr int kFolded = kStates == 0 ? kTile : kStates % kWidth == 0 ? 1 : kWidth / kStates;
+  // Where the steps of a tile read and write.
+  struct Rows {
+    int length = 0;
+    const Element *u[kTile], *delta[kTile], *grad_y[kTile];
+    Element *y[kTile], *grad_u[kTile], *grad_delta[kTile];
+    int64_t source[kTile];
+  };
 
-  // What the backward pass notes of a group of vectors while it runs a tile forwards, to use it on the way back.
+  // What the backward pass notes of a vector of channels while it runs a tile forwards, to use it on the way back.
   struct Tape {
-    Tape(int states, int64_t group)
-        : before((kTile + 1) * group * states),
-          decay(kTile * group * states),
-          step(kTile * group),
-          slope(kTile * group),
-          u(kTile * group),
-          grad_B((int64_t)kFolded * states),
-          grad_C((int64_t)kFolded * states),
-          sum_B((int64_t)kTile * states / kWidth),
-          sum_C((int64_t)kTile * states / kWidth) {}
-    Buffer<V> before;          // (kTile + 1, group, N): the state before each step, and after the last
-    Buffer<V> decay;           // (kTile, group, N)
-    Buffer<V> step, slope, u;  // (kTile, group); slope is the derivative of the step by delta
-    Buffer<V> grad_B, grad_C;  // (kFolded, N): the channels' contributions
-    Buffer<V> sum_B, sum_C;    // (kTile, N) elements: the sums over the task's channels so far
+    explicit Tape(int states)
+        : before(kTile * states, false), decay(kTile * states, false), step(kTile, false), slope(kTile, false) {}
+    Buffer<V> before;       // (kTile, N): the state before each step
+    Buffer<V> decay;        // (kTile, N)
+    Buffer<V> step, slope;  // (kTile): slope is the derivative of the step by delta
+  };
+
+  // Gradients of B or C at the steps of a tile, summed over the task's channels.
+  class Sums {
+   public:
+    explicit Sums(int states) : sums_((kTile * states + kWidth - 1) / kWidth + 1, false), terms_(kTerms(states)) {}
+
+    // Adds term(n), for a vector of channels, at step s. These are the task's first channels if `begin`.
+    template <class Term>
+    inline __attribute__((always_inline)) void add(int s, int states, bool begin, const Term& term) {
+      if constexpr (kStates == 1) {
+        terms_[s] = begin ? term(0) : terms_[s] + term(0);  // lanes are added up by finish
+      } else if constexpr (kStates > 1) {
+        constexpr int kCount = kStates < kWidth ? kStates : kWidth;
+#pragma GCC unroll 16
+        for (int n = 0; n < kStates; n += kCount)
+          put<kCount>(s * kStates + n, begin, sums_of_rest<T, kCount>(sums_over_lanes<T, kCount>(term, n)));
+      } else {
+        for (int n = 0; n < states; ++n) terms_[n] = term(n);  // those that follow stay zero
+        for (int n = 0; n < states; n += kWidth) {
+          const V sum = sums_over_lanes<T, kWidth>([&](int m) { return terms_[m]; }, n);
+          for (int i = 0; i < kWidth && n + i < states; ++i) {
+            T& to = data()[s * states + n + i];
+            to = begin ? sum[i] : to + sum[i];
+          }
+        }
+      }
+    }
+
+    // After the last vector of channels. Returns (kTile, N).
+    const T* finish() {
+      if constexpr (kStates == 1)
+        for (int s = 0; s < kTile; s += kWidth)
+          sums_[s / kWidth] = sums_over_lanes<T, kWidth>([&](int m) { return terms_[m]; }, s);
+      return data();
+    }
+
+   private:
+    static constexpr int64_t kTerms(int states) { return kStates == 1 ? kTile : (states / kWidth + 1) * kWidth; }
+    T* data() const { return (T*)(V*)sums_; }
+    template <int kCount>
+    void put(int place, bool begin, V sum) {
+      if (!begin) sum += load_some<T, (kCount < kWidth)>(data() + place, kCount);
+      store_some<T, (kCount < kWidth)>(data() + place, sum, kCount);
+    }
+    Buffer<V> sums_;   // (kTile, N) elements
+    Buffer<V> terms_;  // of one step, or with one state of all
   };
 
   // Gradients per channel, summed over steps.
   struct Totals {
     Totals(int64_t vectors, int states) : A(vectors * states), D(vectors), delta_bias(vectors), rest(vectors) {}
-    // Tile by tile: rounding errors would grow with the length if single steps were added to the total.
-    void add(Totals& tile, int64_t vectors, int states) {
-      move(A, tile.A, vectors * states);
-      move(D, tile.D, vectors);
-      move(delta_bias, tile.delta_bias, vectors);
-      move(rest, tile.rest, vectors);
-    }
-    static void move(V* to, V* from, int64_t count) {
-      for (int64_t i = 0; i < count; ++i) to[i] += from[i], from[i] = V{};
-    }
     Buffer<V> A, D, delta_bias, rest;
   };
 
@@ -273,51 +329,56 @@ class Kernel {
   T* B(int s) const { return (T*)(V*)B_ + s * states(); }
   T* C(int s) const { return (T*)(V*)C_ + s * states(); }
 
-  // Looks up what the tile's steps have in common for all channels. Its rows are followed by the first ones of the
-  // tile to be visited next, which are only prefetched.
+  // Looks up what the steps of the tile at `start` have in common for all channels, and where those of the one at
+  // `next`, which follows, read and write: that is fetched meanwhile.
   void enter_tile(int64_t start, int64_t next) {
-    const int64_t stop = start + kTile < task_.stop ? start + kTile : task_.stop;
-    length_ = (int)(stop - start);
-    const int32_t *order = scan_.order.walk(task_), *source = scan_.source.walk(task_), *gap = scan_.gap.walk(task_);
-    for (int s = 0; s < length_ + kAhead; ++s) {
-      int64_t t = s < length_ ? start + s : next + s - length_;
-      if (t < 0 || t >= scan_.length) t = start;
-      const int64_t i = order ? order[t] : t, j = source ? source[t] : i;
-      u_[s] = input(scan_.u, i);
-      delta_[s] = input(scan_.delta, j);
-      if (s >= length_) continue;
-      source_[s] = j;
-      order_row_[s] = output_row(i);
-      source_row_[s] = output_row(j);
-      if (scan_.grad_y.data) grad_y_[s] = input(scan_.grad_y, i);
-      gap_[s] = gap ? (T)gap[t] : (T)0;
-      const Element *from_B = input(scan_.B, j), *from_C = input(scan_.C, j);
+    if (now().length == 0) look_up_rows(start);
+    now_ ^= 1;
+    look_up_rows(next < task_.start || next >= task_.stop ? start : next);
+    now_ ^= 1;
+    const Rows& rows = now();
+    const int32_t* gap = scan_.gap.walk(task_);
+    for (int s = 0; s < rows.length; ++s) {
+      gap_[s] = gap ? (T)gap[start + s] : (T)0;
+      const Element *from_B = input(scan_.B, rows.source[s]), *from_C = input(scan_.C, rows.source[s]);
       for (int n = 0; n < states(); ++n) {
         B(s)[n] = load_one<T>(from_B + n);
         C(s)[n] = load_one<T>(from_C + n);
       }
     }
   }
+  void leave_tile() { now_ ^= 1; }
 
-  // Calls step(s, v, partial) for each step of the tile and vectors first to last; partial::value says whether the
-  // vector is cut off by the end of the task's channels.
-  template <bool kForwards, class Step>
-  void sweep(int64_t first, int64_t last, const Step& step) const {
-    const int64_t whole = lanes(last - 1) == kWidth ? last : last - 1;
-    const int begin = kForwards ? 0 : length_ - 1, end = kForwards ? length_ : -1, by = kForwards ? 1 : -1;
-    if constexpr (kStates == 1) {
-      if (last - first > 1) {
-        for (int s = begin; s != end; s += by) {
-          for (int64_t v = first; v < whole; ++v) step(s, v, std::false_type{});
-          if (whole < last) step(s, whole, std::true_type{});
-        }
-        return;
-      }
+  const Rows& now() const { return rows_[now_]; }
+  const Rows& next() const { return rows_[now_ ^ 1]; }
+
+  void look_up_rows(int64_t start) {
+    Rows& rows = rows_[now_];
+    rows.length = (int)((start + kTile < task_.stop ? start + kTile : task_.stop) - start);
+    const int32_t *order = scan_.order.walk(task_), *source = scan_.source.walk(task_);
+    for (int s = 0; s < kTile; ++s) {
+      const int64_t t = s < rows.length ? start + s : start;  // those beyond are only fetched
+      const int64_t i = order ? order[t] : t, j = source ? source[t] : i;
+      rows.source[s] = j;
+      rows.u[s] = input(scan_.u, i);
+      rows.delta[s] = input(scan_.delta, j);
+      rows.grad_y[s] = input(scan_.grad_y, i);
+      rows.y[s] = (Element*)scan_.y + output_row(i);
+      rows.grad_u[s] = (Element*)scan_.grad_u + output_row(i);
+      rows.grad_delta[s] = (Element*)scan_.grad_delta + output_row(j);
     }
-    for (int64_t v = first; v < whole; ++v)
-      for (int s = begin; s != end; s += by) step(s, v, std::false_type{});
-    if (whole < last)
-      for (int s = begin; s != end; s += by) step(s, whole, std::true_type{});
+  }
+
+  // Calls body(v, count, partial) for the vectors in groups of kGroup, then for single ones. `count` and `partial` are
+  // constants; the latter says whether the vector is cut off by the end of the task's channels.
+  template <class Body>
+  void each_group(const Body& body) const {
+    const int64_t whole = lanes(vectors_ - 1) == kWidth ? vectors_ : vectors_ - 1;
+    int64_t v = 0;
+    for (; v + kGroup <= whole; v += kGroup) body(v, std::integral_constant<int, kGroup>{}, std::false_type{});
+    if (kGroup > 1)
+      for (; v < whole; ++v) body(v, std::integral_constant<int, 1>{}, std::false_type{});
+    if (whole < vectors_) body(whole, std::integral_constant<int, 1>{}, std::true_type{});
   }
 
   // A loop over the states, unrolled where their number is known.
@@ -333,11 +394,9 @@ class Kernel {
     }
   }
 
-  // Asks for a vector's worth of a row, which may lie in two cache lines.
-  static void prefetch(const Element* from) {
-    __builtin_prefetch(from);
-    __builtin_prefetch(from + kWidth - 1);
-  }
+  // Asks for a vector's worth of a row. It may lie in two cache lines; the second is asked for with the next vector.
+  static void prefetch(const Element* from) { __builtin_prefetch(from, 0, 2); }
+  static void prefetch_output(Element* to) { __builtin_prefetch(to, 1, 2); }
 
   V step_size(V raw) const { return scan_.softplus ? positive_part(raw) + log1p(exp_minus_abs(raw)) : raw; }
 
@@ -361,7 +420,10 @@ class Kernel {
         T* to = saved_state(start / kTile) + channel(v) * states();
         store_matrix<T>(to, state + v * states(), states(), lanes(v));
       }
-      tile_forward<kEmit>(state, time);
+      each_group([&](int64_t v, auto count, auto partial) {
+        tile_forward<kEmit, decltype(count)::value, decltype(partial)::value>(v, state, time);
+      });
+      leave_tile();
     }
     for (int64_t v = 0; v < vectors_ && end; ++v) {
       store_matrix<T>(end + channel(v) * states(), state + v * states(), states(), lanes(v));
@@ -369,52 +431,71 @@ class Kernel {
     }
   }
 
-  template <bool kEmit>
-  void tile_forward(V* state, V* time) {
-    sweep<true>(0, vectors_, [&](int s, int64_t v, auto partial) __attribute__((always_inline)) {
-      constexpr bool kPartial = decltype(partial)::value;
-      const int64_t c = channel(v);
-      const int width = kPartial ? lanes(v) : kWidth;
-      prefetch(delta_[s + kAhead] + c);
-      prefetch(u_[s + kAhead] + c);
-      const V u = load_some<T, kPartial>(u_[s] + c, width);
-      const V step = step_size(load_some<T, kPartial>(delta_[s] + c, width) + bias_[v]);
-      const V elapsed = bounded(step + gap_[s] * rest_[v]), drive = step * u;
+  // kCount vectors of channels from v on take the tile's steps.
+  template <bool kEmit, int kCount, bool kPartial>
+  void tile_forward(int64_t v, V* states_of_all, V* times) const {
+    const Rows &now = this->now(), &next = this->next();
+    const int64_t c = channel(v);
+    const int width = lanes(v + kCount - 1), length = now.length;
+    V local_state[kCount * kLocal], local_A[kCount * kLocal], bias[kCount], skip[kCount], rest[kCount], time[kCount];
+    V* h = kStates ? local_state : states_of_all + v * states();
+    const V* A = kStates ? local_A : A_ + v * states();
+    for (int i = 0; kStates && i < kCount * kStates; ++i) {
+      h[i] = states_of_all[v * kStates + i];
+      local_A[i] = A_[v * kStates + i];
+    }
+    for (int i = 0; i < kCount; ++i)
+      bias[i] = bias_[v + i], skip[i] = skip_[v + i], rest[i] = rest_[v + i], time[i] = V{};
+    for (int s = 0; s < length; ++s) {
+      const Element *delta_row = now.delta[s] + c, *u_row = now.u[s] + c;
+      Element* y_row = now.y[s] + c;
+      const T gap = gap_[s];
       const T *B_s = B(s), *C_s = C(s);
-      const V* A = A_ + v * states();
-      V* h = state + v * states();
-      V y = skip_[v] * u;
-      each_state([&](int n) __attribute__((always_inline)) {
-        h[n] = exp2(elapsed * A[n]) * h[n] + drive * B_s[n];
-        if (kEmit) y += h[n] * C_s[n];
-      });
-      if (kEmit)
-        store_some<T, kPartial>((Element*)scan_.y + order_row_[s] + c, y, width);
-      else
-        time[v] += elapsed;
-    });
+#pragma GCC unroll 4
+      for (int i = 0; i < kCount; ++i) {
+        prefetch(next.delta[s] + c + i * kWidth);
+        prefetch(next.u[s] + c + i * kWidth);
+        if (kEmit) prefetch_output(next.y[s] + c + i * kWidth);
+        const V u = load_some<T, kPartial>(u_row + i * kWidth, width);
+        const V step = step_size(load_some<T, kPartial>(delta_row + i * kWidth, width) + bias[i]);
+        const V elapsed = bounded(step + gap * rest[i]), drive = step * u;
+        V y = skip[i] * u;
+        each_state([&](int n) __attribute__((always_inline)) {
+          V& state = h[i * states() + n];
+          state = exp2(elapsed * A[i * states() + n]) * state + drive * B_s[n];
+          if (kEmit) y += state * C_s[n];
+        });
+        if (kEmit)
+          store_some<T, kPartial>(y_row + i * kWidth, y, width);
+        else
+          time[i] += elapsed;
+      }
+    }
+    for (int i = 0; i < kCount; ++i) times[v + i] += time[i];
+    for (int i = 0; kStates && i < kCount * kStates; ++i) states_of_all[v * kStates + i] = h[i];
   }
 
   void walk_backward(const T* adjoint, const Partials& partials) {
-    Tape tape(states(), group());
-    Totals totals(vectors_, states()), tile_totals(vectors_, states());
+    Tape tape(states());
+    Sums sum_B(states()), sum_C(states());
+    Totals totals(vectors_, states());
     Buffer<V> carry(vectors_ * states());
     for (int64_t v = 0; v < vectors_ && adjoint; ++v)
       load_matrix<T>(carry + v * states(), adjoint + channel(v) * states(), states(), lanes(v));
     for (int64_t start = last_tile(); start >= task_.start; start -= kTile) {
       enter_tile(start, start - kTile);
-      __builtin_memset(tape.sum_B, 0, sizeof(T) * kTile * states());
-      __builtin_memset(tape.sum_C, 0, sizeof(T) * kTile * states());
-      for (int64_t first = 0; first < vectors_; first += group()) {
-        replay_tile(start / kTile, first, first + group(), tape);
-        tile_backward(first, first + group(), tape, tile_totals, carry);
+      for (int64_t v = 0; v < vectors_; ++v)
+        lanes(v) == kWidth ? tile_backward<false>(v, start / kTile, tape, sum_B, sum_C, totals, carry)
+                           : tile_backward<true>(v, start / kTile, tape, sum_B, sum_C, totals, carry);
+      const T *of_B = sum_B.finish(), *of_C = sum_C.finish();
+      for (int s = 0; s < now().length; ++s) {
+        const int64_t place = partials.row(scan_, task_, now().source[s]) * states();
+        for (int n = 0; n < states(); ++n) {
+          ((T*)partials.B)[place + n] = of_B[s * states() + n];
+          ((T*)partials.C)[place + n] = of_C[s * states() + n];
+        }
       }
-      totals.add(tile_totals, vectors_, states());
-      for (int s = 0; s < length_; ++s) {
-        const int64_t place = partials.row(scan_, task_, source_[s]) * states();
-        __builtin_memcpy((T*)partials.B + place, (T*)(V*)tape.sum_B + s * states(), sizeof(T) * states());
-        __builtin_memcpy((T*)partials.C + place, (T*)(V*)tape.sum_C + s * states(), sizeof(T) * states());
-      }
+      leave_tile();
     }
     for (int64_t v = 0; v < vectors_; ++v) {
       const int64_t place = partials.stretch(scan_, task_) + channel_index(v);
@@ -425,101 +506,122 @@ class Kernel {
     }
   }
 
-  // Runs the tile's steps again from the saved state.
-  void replay_tile(int64_t chunk, int64_t first, int64_t last, Tape& tape) {
-    for (int64_t v = first; v < last; ++v)
-      load_matrix<T>(tape.before + (v - first) * states(), saved_state(chunk) + channel(v) * states(), states(),
-                     lanes(v));
-    sweep<true>(first, last, [&](int s, int64_t v, auto partial) __attribute__((always_inline)) {
-      constexpr bool kPartial = decltype(partial)::value;
-      const int64_t c = channel(v), slot = s * (last - first) + v - first;
-      const int width = kPartial ? lanes(v) : kWidth;
-      prefetch(delta_[s + kAhead] + c);
-      prefetch(u_[s + kAhead] + c);
-      prefetch(grad_y_[s] + c);  // these are for tile_backward
-      prefetch((Element*)scan_.grad_u + order_row_[s] + c);
-      prefetch((Element*)scan_.grad_delta + source_row_[s] + c);
-      const V u = load_some<T, kPartial>(u_[s] + c, width);
-      V slope;
-      const V step = step_size(load_some<T, kPartial>(delta_[s] + c, width) + bias_[v], &slope);
-      tape.step[slot] = step, tape.slope[slot] = slope, tape.u[slot] = u;
-      const V elapsed = bounded(step + gap_[s] * rest_[v]), drive = step * u;
-      const T* B_s = B(s);
-      const V *A = A_ + v * states(), *before = tape.before + slot * states();
-      V *after = tape.before + (slot + last - first) * states(), *decay = tape.decay + slot * states();
-      each_state([&](int n) __attribute__((always_inline)) {
-        decay[n] = exp2(elapsed * A[n]);
-        after[n] = decay[n] * before[n] + drive * B_s[n];
-      });
-    });
+  template <bool kPartial>
+  void tile_backward(int64_t v, int64_t chunk, Tape& tape, Sums& sum_B, Sums& sum_C, Totals& totals, V* carry) const {
+    replay_tile<kPartial>(v, chunk, tape, sum_C);
+    return_through_tile<kPartial>(v, tape, sum_B, totals, carry + v * states());
   }
 
-  // Walks the tile backwards. On entry to step t, `carry` is decay_{t+1} g_{t+1}.
-  void tile_backward(int64_t first, int64_t last, Tape& tape, Totals& totals, V* carry) {
-    sweep<false>(first, last, [&](int s, int64_t v, auto partial) __attribute__((always_inline)) {
-      constexpr bool kPartial = decltype(partial)::value;
-      const int64_t c = channel(v), slot = s * (last - first) + v - first;
-      const int width = kPartial ? lanes(v) : kWidth;
-      const V dy = load_some<T, kPartial>(grad_y_[s] + c, width);
-      const V step = tape.step[slot], u = tape.u[slot];
-      const V elapsed = bounded(step + gap_[s] * rest_[v]), drive = step * u;
+  // One vector of channels takes the tile's steps again, from the saved state.
+  template <bool kPartial>
+  void replay_tile(int64_t v, int64_t chunk, const Tape& tape, Sums& sum_C) const {
+    const Rows& now = this->now();
+    const int64_t c = channel(v);
+    const int width = lanes(v), length = now.length, states = this->states();
+    V *const steps = tape.step, *const slopes = tape.slope, *decay = tape.decay, *before = tape.before;
+    V local_state[kLocal], local_A[kLocal];
+    V* h = local_state;
+    const V* A = local_A;
+    const Buffer<V> more(kStates ? 0 : states);
+    if (!kStates) h = more, A = A_ + v * states;
+    for (int n = 0; kStates && n < kStates; ++n) local_A[n] = A_[v * kStates + n];
+    load_matrix<T>(h, saved_state(chunk) + c * states, states, width);
+    const V bias = bias_[v], rest = rest_[v];
+    for (int s = 0; s < length; ++s, decay += states, before += states) {
+      const V u = load_some<T, kPartial>(now.u[s] + c, width), dy = load_some<T, kPartial>(now.grad_y[s] + c, width);
+      V slope;
+      const V step = step_size(load_some<T, kPartial>(now.delta[s] + c, width) + bias, &slope);
+      steps[s] = step, slopes[s] = slope;
+      const V elapsed = bounded(step + gap_[s] * rest), drive = step * u;
+      const T* B_s = B(s);
+      sum_C.add(s, states, v == 0, [&](int n) __attribute__((always_inline)) {
+        const V d = exp2(elapsed * A[n]), h_n = h[n];
+        decay[n] = d, before[n] = h_n;
+        return dy * (h[n] = d * h_n + drive * B_s[n]);
+      });
+    }
+  }
+
+  // And goes back through them. On entry to step t, `carry` is decay_{t+1} g_{t+1}.
+  template <bool kPartial>
+  void return_through_tile(int64_t v, const Tape& tape, Sums& sum_B, Totals& totals, V* carry) const {
+    const Rows &now = this->now(), &next = this->next();
+    const int64_t c = channel(v);
+    const int width = lanes(v), length = now.length, states = this->states();
+    const V *const steps = tape.step, *const slopes = tape.slope;
+    const V *decay = tape.decay + length * states, *before = tape.before + length * states;
+    // Of the tile alone: rounding errors would grow with the length if single steps were added to the totals.
+    V local_g[kLocal], local_A[kLocal], local_grad_A[kLocal], grad_D = {}, grad_bias = {}, grad_rest = {};
+    V *g = local_g, *grad_A = local_grad_A;
+    const V* A = local_A;
+    const Buffer<V> more(kStates ? 0 : states);
+    if (!kStates) g = carry, A = A_ + v * states, grad_A = more;
+    for (int n = 0; kStates && n < kStates; ++n) g[n] = carry[n], local_A[n] = A_[v * kStates + n], grad_A[n] = V{};
+    const V skip = skip_[v], rest = rest_[v];
+    // The tile that follows is fetched row by row, this vector's share of it: in the order of memory, which is faster.
+    int64_t row = kTile - 1 - v * kTile / vectors_, place = channel(v * kTile % vectors_);
+    for (int s = length - 1; s >= 0; --s) {
+      decay -= states, before -= states;
+      prefetch(next.delta[row] + place);
+      prefetch(next.u[row] + place);
+      prefetch(next.grad_y[row] + place);
+      prefetch_output(next.grad_u[row] + place);
+      prefetch_output(next.grad_delta[row] + place);
+      place += kWidth;
+      if (place >= task_.last_channel) place = task_.first_channel, --row;
+      const V u = load_some<T, kPartial>(now.u[s] + c, width), dy = load_some<T, kPartial>(now.grad_y[s] + c, width);
+      const V step = steps[s], elapsed = bounded(step + gap_[s] * rest), drive = step * u;
       const T *B_s = B(s), *C_s = C(s);
-      const V *A = A_ + v * states(), *decay = tape.decay + slot * states();
-      const V *before = tape.before + slot * states(), *after = tape.before + (slot + last - first) * states();
-      V *g = carry + v * states(), *grad_A = totals.A + v * states();
-      V *from_B = tape.grad_B + s % kFolded * states(), *from_C = tape.grad_C + s % kFolded * states();
-      const bool more = kStates == 1 && v > first;  // channels than the row's first vector
       V grad_elapsed = {}, grad_drive = {};
-      each_state([&](int n) __attribute__((always_inline)) {
-        const V g_n = g[n] + dy * C_s[n];
-        const V carried = g_n * decay[n], grad_exponent = carried * before[n];
+      sum_B.add(s, states, v == 0, [&](int n) __attribute__((always_inline)) {
+        const V g_n = g[n] + dy * C_s[n], carried = g_n * decay[n], grad_exponent = carried * before[n];
         g[n] = carried;
         grad_A[n] += grad_exponent * elapsed;
         grad_elapsed += grad_exponent * A[n];
         grad_drive += g_n * B_s[n];
-        from_B[n] = more ? from_B[n] + g_n * drive : g_n * drive;
-        from_C[n] = more ? from_C[n] + dy * after[n] : dy * after[n];
+        return g_n * drive;
       });
       grad_elapsed *= (T)(1 / kLog2E);  // A holds log2(e) A
-      const V grad_raw = (grad_drive * u + grad_elapsed) * tape.slope[slot];
-      store_some<T, kPartial>((Element*)scan_.grad_u + order_row_[s] + c, grad_drive * step + skip_[v] * dy, width);
-      store_some<T, kPartial>((Element*)scan_.grad_delta + source_row_[s] + c, grad_raw, width);
-      totals.D[v] += dy * u;
-      totals.delta_bias[v] += grad_raw;
-      totals.rest[v] += grad_elapsed * gap_[s];
-      if (v + 1 == last && s % kFolded == 0) add_over_channels(s, tape);
-    });
-  }
-
-  // Steps s to s + kFolded: their contributions to B and C are complete for one group of channels.
-  void add_over_channels(int s, Tape& tape) const {
-    for (int m = 0; m < kFolded * states(); m += kWidth) {
-      tape.sum_B[(s * states() + m) / kWidth] += sums_over_lanes<T>(tape.grad_B + m);
-      tape.sum_C[(s * states() + m) / kWidth] += sums_over_lanes<T>(tape.grad_C + m);
+      const V grad_raw = (grad_drive * u + grad_elapsed) * slopes[s];
+      store_some<T, kPartial>(now.grad_u[s] + c, grad_drive * step + skip * dy, width);
+      store_some<T, kPartial>(now.grad_delta[s] + c, grad_raw, width);
+      grad_D += dy * u;
+      grad_bias += grad_raw;
+      grad_rest += grad_elapsed * gap_[s];
     }
+    for (int n = 0; n < states; ++n) totals.A[v * states + n] += grad_A[n], carry[n] = g[n];
+    totals.D[v] += grad_D, totals.delta_bias[v] += grad_bias, totals.rest[v] += grad_rest;
   }
 
   void walk_adjoint(T* adjoint, T* elapsed_sum) {
     Buffer<V> carry(vectors_ * states()), time(vectors_);
     for (int64_t start = last_tile(); start >= task_.start; start -= kTile) {
       enter_tile(start, start - kTile);
-      sweep<false>(0, vectors_, [&](int s, int64_t v, auto partial) __attribute__((always_inline)) {
-        constexpr bool kPartial = decltype(partial)::value;
-        const int64_t c = channel(v);
-        const int width = kPartial ? lanes(v) : kWidth;
-        const V dy = load_some<T, kPartial>(grad_y_[s] + c, width);
-        const V step = step_size(load_some<T, kPartial>(delta_[s] + c, width) + bias_[v]);
-        const V elapsed = bounded(step + gap_[s] * rest_[v]);
-        const V* A = A_ + v * states();
-        V* g = carry + v * states();
-        each_state([&](int n) __attribute__((always_inline)) { g[n] = exp2(elapsed * A[n]) * (g[n] + dy * C(s)[n]); });
-        time[v] += elapsed;
-      });
+      for (int64_t v = 0; v < vectors_; ++v)
+        lanes(v) == kWidth ? tile_adjoint<false>(v, carry, time) : tile_adjoint<true>(v, carry, time);
+      leave_tile();
     }
     for (int64_t v = 0; v < vectors_; ++v) {
       store_matrix<T>(adjoint + channel(v) * states(), carry + v * states(), states(), lanes(v));
       store_first<T>(elapsed_sum + channel(v), time[v], lanes(v));
     }
+  }
+
+  template <bool kPartial>
+  void tile_adjoint(int64_t v, V* carry, V* times) const {
+    const Rows& now = this->now();
+    const int64_t c = channel(v);
+    const int width = lanes(v);
+    const V *A = A_ + v * states(), bias = bias_[v], rest = rest_[v];
+    V *g = carry + v * states(), time = {};
+    for (int s = now.length - 1; s >= 0; --s) {
+      const V dy = load_some<T, kPartial>(now.grad_y[s] + c, width);
+      const V step = step_size(load_some<T, kPartial>(now.delta[s] + c, width) + bias);
+      const V elapsed = bounded(step + gap_[s] * rest);
+      each_state([&](int n) __attribute__((always_inline)) { g[n] = exp2(elapsed * A[n]) * (g[n] + dy * C(s)[n]); });
+      time += elapsed;
+    }
+    times[v] += time;
   }
 
   int64_t last_tile() const { return task_.start + (task_.stop - 1 - task_.start) / kTile * kTile; }
@@ -529,10 +631,9 @@ class Kernel {
   const int64_t vectors_;
   Buffer<V> A_;  // (vectors, N), times log2(e)
   Buffer<V> bias_, skip_, rest_;
+  Rows rows_[2];  // of the current tile and of the one that follows; now_ says which is which
+  int now_ = 0;
   // Of the current tile:
-  int length_;
-  const Element *u_[kTile + kAhead], *delta_[kTile + kAhead], *grad_y_[kTile];  // rows
-  int64_t source_[kTile], order_row_[kTile], source_row_[kTile];
   T gap_[kTile];
   Buffer<V> B_, C_;  // (kTile, N) elements
 };

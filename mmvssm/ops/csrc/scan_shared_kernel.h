@@ -21,12 +21,13 @@ class SharedKernel : private Kernel<T, Element, kStates> {
   using Base::bias_;
   using Base::C;
   using Base::channel;
-  using Base::delta_;
   using Base::each_state;
   using Base::kWidth;
   using Base::lanes;
-  using Base::length_;
+  using Base::next;
+  using Base::now;
   using Base::prefetch;
+  using Base::prefetch_output;
   using Base::rest_;
   using Base::scan_;
   using Base::skip_;
@@ -37,6 +38,7 @@ class SharedKernel : private Kernel<T, Element, kStates> {
 
   // Steps that a walk takes, its state in registers, before the next walk takes them: their decays stay in L1.
   static constexpr int kBurst = 16;
+  static constexpr int kAhead = 16;   // steps between asking for a row and reading it
   static constexpr int kLargest = 8;  // gap for which exp(gap rest A) is looked up
 
   // What a step is to one of the walks.
@@ -86,6 +88,7 @@ class SharedKernel : private Kernel<T, Element, kStates> {
       for (int64_t k = 0; k < scan_.walks; ++k) enter_walk(k, start);
       for (int64_t v = 0; v < vectors_; ++v)
         lanes(v) == kWidth ? tile_forward<kGaps, false>(v, start / kTile) : tile_forward<kGaps, true>(v, start / kTile);
+      Base::leave_tile();
     }
   }
 
@@ -94,12 +97,12 @@ class SharedKernel : private Kernel<T, Element, kStates> {
   void enter_walk(int64_t k, int64_t start) {
     const int64_t b = task_.batch;
     const int32_t *order = scan_.order.walk(b, k), *source = scan_.source.walk(b, k), *gap = scan_.gap.walk(b, k);
-    for (int s = 0; s < length_ + kAhead; ++s) {
+    for (int s = 0; s < now().length + kAhead; ++s) {
       const int64_t t = start + s < task_.stop ? start + s : start;
       const int64_t i = order ? order[t] : t, j = source ? source[t] : i;
       Element* y = (Element*)scan_.y + ((b * scan_.length + i) * scan_.walks + k) * scan_.channels;
       steps_[k * (kTile + kAhead) + s] = {Base::input(scan_.u, i, k), y, gap ? gap[t] : 0};
-      if (s >= length_) continue;
+      if (s >= now().length) continue;
       const Element* from_B = Base::input(scan_.B, j, k);
       for (int n = 0; n < states(); ++n) B(k, s)[n] = load_one<T>(from_B + n);
     }
@@ -111,8 +114,9 @@ class SharedKernel : private Kernel<T, Element, kStates> {
       T* to = Base::saved_state(chunk, k) + channel(v) * states();
       store_matrix<T>(to, state(k, v), states(), lanes(v));
     }
-    for (int first = 0; first < length_; first += kBurst) {
-      const int last = length_ - first < kBurst ? length_ : first + kBurst;
+    const int length = now().length;
+    for (int first = 0; first < length; first += kBurst) {
+      const int last = length - first < kBurst ? length : first + kBurst;
       decay_forward<kPartial>(v, first, last);
       for (int64_t k = 0; k < scan_.walks; ++k) burst_forward<kGaps, kPartial>(k, v, first, last);
     }
@@ -124,8 +128,8 @@ class SharedKernel : private Kernel<T, Element, kStates> {
     const int64_t c = channel(v);
     const V* A = A_ + v * states();
     for (int s = first; s < last; ++s) {
-      prefetch(delta_[s + kAhead] + c);
-      const V step = step_size(load_some<T, kPartial>(delta_[s] + c, lanes(v)) + bias_[v]);
+      prefetch(next().delta[s] + c);
+      const V step = step_size(load_some<T, kPartial>(now().delta[s] + c, lanes(v)) + bias_[v]);
       const V elapsed = bounded(step);
       V* decay = decay_ + (s - first) * states();
       step_[s - first] = step;
@@ -146,7 +150,7 @@ class SharedKernel : private Kernel<T, Element, kStates> {
     if (kStates) each_state([&](int n) __attribute__((always_inline)) { h[n] = state(k, v)[n]; });
     for (int s = first; s < last; ++s) {
       prefetch(steps[s + kAhead].u + c);
-      __builtin_prefetch(steps[s + kAhead].y + c, 1);
+      prefetch_output(steps[s + kAhead].y + c);
       const V u = load_some<T, kPartial>(steps[s].u + c, width);
       const V step = step_[s - first], drive = step * u;
       const V* decay = decay_ + (s - first) * states();
