@@ -10,8 +10,9 @@ from mmengine.registry import MODELS, DefaultScope
 
 from mmvssm.engine.flops import count
 from mmvssm.models import GroupMamba, GroupMambaClassifier
-from mmvssm.models.backbones import group_mamba
-from mmvssm.models.backbones.group_mamba import ConvFFN, GroupedVSSS, split_groups
+from mmvssm.models.backbones import conv_ffn
+from mmvssm.models.backbones.conv_ffn import ConvFFN
+from mmvssm.models.backbones.group_mamba import GroupedVSSS, split_groups
 from mmvssm.models.published import convert_groupmamba
 from mmvssm.ops import cross_traversal
 from mmvssm.ops.reference import selective_scan_reference
@@ -98,18 +99,79 @@ def test_any_input_size(size, batch):
         assert feature_map.isfinite().all()
 
 
+def test_stem_without_gradients_is_the_same():
+    """BatchNorm with fixed statistics is then made part of the convolutions."""
+    stem = GroupMamba(MINI).eval().stages[0].embed
+    for module in stem.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for tensor in (module.running_mean, module.weight.data, module.bias.data):
+                tensor.normal_()
+            module.running_var.uniform_(0.5, 2)
+    x = torch.randn(2, 18, 26, 3)
+    expected = stem(x)
+    with torch.no_grad():
+        torch.testing.assert_close(stem(x), expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("band_bytes", [1, 2_000, 100_000])
 @pytest.mark.parametrize("size", [(1, 1), (2, 7), (11, 5)])
 def test_feed_forward_in_bands_is_the_same(size, band_bytes, monkeypatch):
-    """From a row at a time to all at once; nothing is computed twice."""
-    ffn = ConvFFN(16, 64).eval()
-    x = torch.randn(2, *size, 16)
-    expected = ffn(x)
+    """From a row at a time to all at once, and every gradient; nothing is computed twice in evaluation."""
+    ffn = ConvFFN(16, 64).double()
+    x = torch.randn(2, *size, 16, dtype=torch.float64, requires_grad=True)
+    inputs = (x, *ffn.parameters())
+
+    def run() -> tuple[torch.Tensor, ...]:
+        y = ffn(x)
+        return (y.detach(), *torch.autograd.grad(y.sin().sum(), inputs))
+
+    expected = run()
     whole = count(ffn, lambda: ffn(x))["total"].flops
-    monkeypatch.setattr(group_mamba, "BAND_BYTES", band_bytes)
+    monkeypatch.setattr(conv_ffn, "BAND_BYTES", band_bytes)
+    monkeypatch.setattr(conv_ffn, "WHOLE_BANDS", 0)
+    torch.testing.assert_close(run(), expected, atol=1e-12, rtol=1e-12)
     with torch.no_grad():
-        torch.testing.assert_close(ffn(x), expected, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(ffn(x), expected[0], atol=1e-12, rtol=1e-12)
     assert count(ffn, lambda: ffn(x))["total"].flops == whole
+
+
+def test_feed_forward_in_bands_under_autocast(monkeypatch):
+    ffn = ConvFFN(16, 64)
+    x = torch.randn(2, 11, 5, 16, requires_grad=True)
+    inputs = (x, *ffn.parameters())
+
+    def run() -> tuple[torch.Tensor, ...]:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = ffn(x)
+        assert y.dtype == torch.bfloat16
+        grads = torch.autograd.grad(y.float().sin().sum(), inputs)
+        assert all(grad.dtype == torch.float32 for grad in grads)
+        return (y.detach().float(), *grads)
+
+    expected = run()
+    monkeypatch.setattr(conv_ffn, "BAND_BYTES", 2_000)
+    monkeypatch.setattr(conv_ffn, "WHOLE_BANDS", 0)
+    for ours, theirs in zip(run(), expected):
+        assert (ours - theirs).norm() < 1e-2 * theirs.norm()
+
+
+def test_feed_forward_in_bands_stores_its_input_alone(monkeypatch):
+    """The hidden layer, up to eight times as large, is computed again in the backward pass."""
+    monkeypatch.setattr(conv_ffn, "BAND_BYTES", 2_000)
+    monkeypatch.setattr(conv_ffn, "WHOLE_BANDS", 0)
+    ffn = ConvFFN(16, 128)
+    x = torch.randn(1, 12, 8, 16, requires_grad=True)
+    own = {p.data_ptr() for p in ffn.parameters()}
+    stored = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.data_ptr() not in own:
+            stored.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        ffn(x)
+    assert stored == [x.numel()]
 
 
 def test_non_contiguous_and_channels_last_images():

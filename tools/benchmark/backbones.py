@@ -11,10 +11,16 @@ Examples:
 import argparse
 from collections.abc import Callable
 from functools import partial
-from typing import Optional
 
 import torch
-from common import about, copy_bandwidth, markdown_table, time_side_by_side, write_json
+from common import (
+    about,
+    copy_bandwidth,
+    markdown_table,
+    peak_memory,
+    time_side_by_side,
+    write_json,
+)
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
@@ -83,8 +89,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="run all through torch.compile")
     parser.add_argument("--runs", type=int, default=5, help="runs of each model")
     parser.add_argument("--no-training", action="store_true", help="evaluation only")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     parser.add_argument("--out", default="work_dirs/benchmark/backbones.json")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.threads = torch.get_num_threads()
+    return args
 
 
 def evaluate(model: nn.Module, x: Tensor) -> None:
@@ -101,15 +110,36 @@ def train(model: nn.Module, x: Tensor) -> None:
     model.zero_grad()
 
 
-def peak_memory(run: Callable[[], None], device: str) -> Optional[int]:
-    """Bytes that a run takes on a GPU beyond what was taken before; None on a CPU, where nothing counts them."""
-    run()  # what stays allocated after a first run is no peak
-    if not device.startswith("cuda"):
-        return None
+def peak_memory_of(
+    group: str, name: str, model: nn.Module, step: Callable, x: Tensor, args: argparse.Namespace
+) -> int:
+    """Bytes that a pass takes beyond model and images."""
+    if not args.device.startswith("cuda"):
+        return peak_memory(prepare, group, name, step, tuple(x.shape), args)
+    run(model, step, x, args)  # what stays allocated after a first run is no peak
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    run()
+    run(model, step, x, args)
     return torch.cuda.max_memory_allocated() - before
+
+
+def prepare(
+    group: str, name: str, step: Callable, shape: tuple[int, ...], args: argparse.Namespace
+) -> Callable[[], None]:
+    """Make a pass ready in a process of its own; a small image has gone through it before."""
+    about(args.device, args.default_malloc)
+    torch.set_num_threads(args.threads)
+    model = GROUPS[group]["models"][name]()
+    model.train(step is train)
+    x = torch.rand(shape)
+    run(model, step, x[:, :, :64, :64].contiguous(), args)
+    return partial(run, model, step, x, args)
+
+
+def run(model: nn.Module, step: Callable, x: Tensor, args: argparse.Namespace) -> None:
+    """One pass, in the dtype that was asked for."""
+    with torch.autocast(x.device.type, getattr(torch, args.dtype), args.dtype != "float32"):
+        step(model, x)
 
 
 def main() -> None:
@@ -134,7 +164,7 @@ def main() -> None:
                 for model in models.values():
                     model.train(step is train)
                 record = dict(group=group, shape=shape, step=name)
-                record.update(measure(models, step, x, args))
+                record.update(measure(group, models, step, x, args))
                 records.append(record)
                 best = {k: min(v) for k, v in record["seconds"].items()}
                 for which in models:
@@ -149,17 +179,17 @@ def main() -> None:
 
 
 def measure(
-    models: dict[str, nn.Module], step: object, x: Tensor, args: argparse.Namespace
+    group: str, models: dict[str, nn.Module], step: Callable, x: Tensor, args: argparse.Namespace
 ) -> dict[str, dict]:
     """Times and peak memory of one pass of each model."""
-
-    def run(model: nn.Module) -> None:
-        with torch.autocast(x.device.type, getattr(torch, args.dtype), args.dtype != "float32"):
-            step(model, x)
-
     runnable = {k: torch.compile(m) if args.compile else m for k, m in models.items()}
-    peaks = {k: peak_memory(partial(run, m), args.device) for k, m in runnable.items()}
-    candidates = {name: partial(run, model) for name, model in runnable.items()}
+    peaks = {
+        name: None
+        if args.no_memory or (args.compile and x.device.type == "cpu")
+        else peak_memory_of(group, name, model, step, x, args)
+        for name, model in runnable.items()
+    }
+    candidates = {name: partial(run, model, step, x, args) for name, model in runnable.items()}
     seconds = time_side_by_side(candidates, args.device, seconds=0.0, min_runs=args.runs)
     return dict(seconds=seconds, peak_bytes=peaks)
 

@@ -1,9 +1,13 @@
 """What the benchmarks share: timing side by side, memory bandwidth, peak memory, and who the machine is."""
 
 import json
+import multiprocessing
 import platform
+import resource
+import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Optional
 
@@ -81,6 +85,27 @@ def synchronize(device: str) -> None:
     """Wait until the device is done."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
+
+
+def peak_memory(prepare: Callable[..., Callable[[], object]], *args: object) -> int:
+    """Bytes that a run takes beyond what its process took before, on a CPU.
+
+    Args:
+        prepare: Called with ``args`` in a process of its own; returns what is run. It has to be
+            a function of a module's top level.
+        args: Its arguments.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_growth, prepare, args).result()
+
+
+def _growth(prepare: Callable[..., Callable[[], object]], args: tuple) -> int:
+    run = prepare(*args)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run()
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return (after - before) * (1 if sys.platform == "darwin" else 1024)
 
 
 def copy_bandwidth(device: str, megabytes: int = 256) -> float:

@@ -17,10 +17,12 @@ import torch.nn.functional as F
 from mmcv.cnn.bricks import DropPath
 from mmengine.model import BaseModule
 from torch import Tensor
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils.checkpoint import checkpoint
 
 from ...ops import Traversal, cross_traversal, selective_scan
 from ...registry import MODELS
+from .chunks import in_chunks
 from .common import (
     check_rates,
     drop_path_schedule,
@@ -29,14 +31,10 @@ from .common import (
     resolve_arch,
     resolve_out_indices,
 )
+from .conv_ffn import ConvFFN
 
 NUM_GROUPS = 4
 """Groups of channels, one for each direction of the scan (paper, section 3.2)."""
-
-BAND_BYTES = 3 << 20
-"""On a CPU without gradients, a feed-forward network works through a large map in bands of rows whose hidden layer
-takes this much memory, so that it stays in the cache: half the time at detection sizes, and no hidden map is stored.
-"""
 
 BLOCK_EPS = 1e-6
 """LayerNorm epsilon in blocks and on stage outputs; all other LayerNorms use PyTorch's default, 1e-5."""
@@ -202,7 +200,19 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, H, W, in_channels)`` to ``(B, H / 4, W / 4, dim)``."""
-        return self.down(convolve(self.conv, x))
+        return self.down(self._convolve(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.conv(x)
+        # BatchNorm with fixed statistics is part of the convolution.
+        for conv, norm, activation in zip(self.conv[::3], self.conv[1::3], self.conv[2::3]):
+            weight, bias = fuse_conv_bn_weights(
+                *(conv.weight, None, norm.running_mean, norm.running_var),
+                *(norm.eps, norm.weight, norm.bias),
+            )
+            x = activation(F.conv2d(x, weight, bias, conv.stride, conv.padding))
+        return x
 
 
 class DownSample(nn.Module):
@@ -276,9 +286,21 @@ class ModulatedGroupMamba(nn.Module):
     def forward(self, x: Tensor, traversal: Traversal) -> Tensor:
         """``(B, H, W, dim)`` to the same shape."""
         x = self.norm(x)
-        affinity = self.affinity(x.mean((1, 2), keepdim=True))
-        x = self.scan(x, traversal) * self.skip_scale * x * affinity
-        return self.proj(self.norm(x))  # the same norm once more, as published
+        affinity = self.affinity(x.mean((1, 2), keepdim=True)) * self.skip_scale
+        y = in_chunks(
+            self._modulate,
+            (self.scan(x, traversal).flatten(1, 2), x.flatten(1, 2)),
+            (affinity.flatten(1, 2),),
+            (self.norm.weight, self.norm.bias),
+        )
+        return self.proj(y.view(x.shape))
+
+    def _modulate(
+        self, scanned: Tensor, x: Tensor, affinity: Tensor, weight: Tensor, bias: Tensor
+    ) -> Tensor:
+        x = scanned * affinity * x
+        # The same norm once more, as published.
+        return F.layer_norm(x, self.norm.normalized_shape, weight, bias, self.norm.eps)
 
 
 class GroupedVSSS(nn.Module):
@@ -318,7 +340,7 @@ class GroupedVSSS(nn.Module):
 
     def forward(self, x: Tensor, traversal: Traversal) -> Tensor:
         """``(B, H, W, dim)`` to the same shape."""
-        gate = F.silu(convolve(self.gate_proj, x))
+        gate = convolve(self.gate_proj, x)
         x = F.silu(convolve(self.conv, convolve(self.in_proj, x)))
         dt, B, C = split_groups(convolve(self.x_proj, x)).split(
             (self.dt_rank, self.d_state, self.d_state), dim=-1
@@ -334,8 +356,14 @@ class GroupedVSSS(nn.Module):
             self.dt_bias,
             traversal=traversal,
         )
-        y = self.norm(y).flatten(2).unflatten(1, x.shape[1:3])
-        return convolve(self.out_proj, y * gate)
+        norm = self.norm
+        y = in_chunks(self._gate, (y, split_groups(gate)), parameters=(norm.weight, norm.bias))
+        return convolve(self.out_proj, y.view(x.shape))
+
+    def _gate(self, y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """``(B, L, 4, d)`` to the same shape."""
+        y = F.layer_norm(y, self.norm.normalized_shape, eps=self.norm.eps)
+        return (y * weight + bias) * F.silu(gate)
 
 
 class GroupedLayerNorm(nn.LayerNorm):
@@ -352,52 +380,6 @@ class GroupedLayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         """``(..., groups, channels)`` to the same shape."""
         return F.layer_norm(x, self.normalized_shape, eps=self.eps) * self.weight + self.bias
-
-
-class ConvFFN(nn.Module):
-    """Feed-forward network with a depthwise convolution between its linear layers (PVT v2, section 3.3)."""
-
-    def __init__(self, dim: int, hidden_dim: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.conv = nn.Conv2d(hidden_dim, hidden_dim, kernel_size=3, padding=1, groups=hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(B, H, W, dim)`` to the same shape."""
-        row_bytes = x.shape[2] * self.fc1.out_features * x.element_size()
-        small = x.shape[0] * x.shape[1] * row_bytes <= 4 * BAND_BYTES
-        # Gradients need the whole hidden map anyway, and a compiler fuses in ways of its own.
-        if (
-            small
-            or torch.is_grad_enabled()
-            or x.device.type != "cpu"
-            or torch.compiler.is_compiling()
-        ):
-            return self.fc2(F.gelu(convolve(self.conv, self.fc1(x))))
-        rows = max(BAND_BYTES // row_bytes, 1)
-        return torch.cat([torch.cat(list(self._bands(image, rows)), 1) for image in x.split(1)])
-
-    def _bands(self, image: Tensor, rows: int) -> Iterator[Tensor]:
-        """The same for one image ``(1, H, W, dim)``, as many rows at a time, nothing computed twice."""
-        height, conv = image.shape[1], self.conv
-        hidden = self.fc1(image[:, :1])
-        outside = torch.zeros_like(hidden)
-        carried = torch.cat([outside, hidden], 1)
-        for top in range(0, height, rows):
-            # A band's convolution also sees the row above it and the one below.
-            below = self.fc1(image[:, top + 1 : top + 1 + rows])
-            last = [outside] if top + rows >= height else []
-            hidden = torch.cat([carried, below, *last], 1)
-            carried = hidden[:, -2:]
-            hidden = F.conv2d(
-                hidden.permute(0, 3, 1, 2),
-                conv.weight,
-                conv.bias,
-                padding=(0, 1),
-                groups=conv.groups,
-            )
-            yield self.fc2(F.gelu(hidden.permute(0, 2, 3, 1)))
 
 
 def convolve(conv: nn.Module, x: Tensor) -> Tensor:
