@@ -113,9 +113,10 @@ def test_stem_without_gradients_is_the_same():
         torch.testing.assert_close(stem(x), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("stored_bands", [0, 1_000_000])
 @pytest.mark.parametrize("band_bytes", [1, 2_000, 100_000])
 @pytest.mark.parametrize("size", [(1, 1), (2, 7), (11, 5)])
-def test_feed_forward_in_bands_is_the_same(size, band_bytes, monkeypatch):
+def test_feed_forward_in_bands_is_the_same(size, band_bytes, stored_bands, monkeypatch):
     """From a row at a time to all at once, and every gradient; nothing is computed twice in evaluation."""
     ffn = ConvFFN(16, 64).double()
     x = torch.randn(2, *size, 16, dtype=torch.float64, requires_grad=True)
@@ -129,6 +130,7 @@ def test_feed_forward_in_bands_is_the_same(size, band_bytes, monkeypatch):
     whole = count(ffn, lambda: ffn(x))["total"].flops
     monkeypatch.setattr(conv_ffn, "BAND_BYTES", band_bytes)
     monkeypatch.setattr(conv_ffn, "WHOLE_BANDS", 0)
+    monkeypatch.setattr(conv_ffn, "STORED_BANDS", stored_bands)
     torch.testing.assert_close(run(), expected, atol=1e-12, rtol=1e-12)
     with torch.no_grad():
         torch.testing.assert_close(ffn(x), expected[0], atol=1e-12, rtol=1e-12)
@@ -159,6 +161,7 @@ def test_feed_forward_in_bands_stores_its_input_alone(monkeypatch):
     """The hidden layer, up to eight times as large, is computed again in the backward pass."""
     monkeypatch.setattr(conv_ffn, "BAND_BYTES", 2_000)
     monkeypatch.setattr(conv_ffn, "WHOLE_BANDS", 0)
+    monkeypatch.setattr(conv_ffn, "STORED_BANDS", 0)
     ffn = ConvFFN(16, 128)
     x = torch.randn(1, 12, 8, 16, requires_grad=True)
     own = {p.data_ptr() for p in ffn.parameters()}

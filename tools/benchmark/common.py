@@ -3,8 +3,6 @@
 import json
 import multiprocessing
 import platform
-import resource
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -87,14 +85,16 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def peak_memory(prepare: Callable[..., Callable[[], object]], *args: object) -> int:
-    """Bytes that a run takes beyond what its process took before, on a CPU.
+def peak_memory(prepare: Callable[..., Callable[[], object]], *args: object) -> Optional[int]:
+    """Bytes of memory that a run on a CPU adds to its process, at most; None where this is not Linux.
 
     Args:
         prepare: Called with ``args`` in a process of its own; returns what is run. It has to be
             a function of a module's top level.
         args: Its arguments.
     """
+    if not Path("/proc/self/clear_refs").exists():
+        return None
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(_growth, prepare, args).result()
@@ -102,10 +102,16 @@ def peak_memory(prepare: Callable[..., Callable[[], object]], *args: object) -> 
 
 def _growth(prepare: Callable[..., Callable[[], object]], args: tuple) -> int:
     run = prepare(*args)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    before = _resident("VmRSS")
     run()
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return (after - before) * (1 if sys.platform == "darwin" else 1024)
+    return _resident("VmHWM") - before
+
+
+def _resident(entry: str) -> int:
+    status = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in status if line.startswith(entry + ":"))
+    return int(line.split()[1]) * 1024
 
 
 def copy_bandwidth(device: str, megabytes: int = 256) -> float:

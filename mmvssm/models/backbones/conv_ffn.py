@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,9 @@ BAND_BYTES = 3 << 20
 
 WHOLE_BANDS = 4
 """Maps of up to as many bands are worked on as a whole."""
+
+STORED_BANDS = 8
+"""Of maps of up to as many bands the first linear layer's output is stored, which saves computing it again."""
 
 
 class ConvFFN(nn.Module):
@@ -47,20 +51,23 @@ class ConvFFN(nn.Module):
         dtype = x.dtype
         if torch.is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu")
+        store = torch.is_grad_enabled() and hidden_bytes <= STORED_BANDS * BAND_BYTES
         with torch.autocast("cpu", enabled=False):
-            return _InBands.apply(*(tensor.to(dtype) for tensor in tensors))
+            return _InBands.apply(store, *(tensor.to(dtype) for tensor in tensors))
 
 
 class _InBands(torch.autograd.Function):
-    """The same, of which nothing but the inputs is kept for the backward pass."""
+    """The same. For the backward pass only the inputs are kept and, if `store`, the first linear layer's output."""
 
     @staticmethod
-    def forward(ctx, x, weight1, bias1, conv_weight, conv_bias, weight2, bias2):
+    def forward(ctx, store, x, weight1, bias1, conv_weight, conv_bias, weight2, bias2):
         x = x.contiguous()
-        ctx.save_for_backward(x, weight1, bias1, conv_weight, conv_bias, weight2)
+        stored = x.new_empty(*x.shape[:3], weight1.shape[0]) if store else None
+        ctx.save_for_backward(x, stored, weight1, bias1, conv_weight, conv_bias, weight2)
         y = torch.empty_like(x)
-        for image, output in zip(x.split(1), y.split(1)):
-            bands = _bands(image, weight1, bias1, conv_weight, conv_bias)
+        for i, (image, output) in enumerate(zip(x.split(1), y.split(1))):
+            linear = _Linear(image, weight1, bias1, stored[i : i + 1] if store else None)
+            bands = _bands(linear, conv_weight, conv_bias)
             for top, bottom, _, convolved in bands:
                 torch.ops.aten.gelu.out(convolved, out=convolved)
                 output_rows = _rows(output[:, top:bottom])
@@ -70,7 +77,7 @@ class _InBands(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y):
-        x, weight1, bias1, conv_weight, conv_bias, weight2 = ctx.saved_tensors
+        x, stored, weight1, bias1, conv_weight, conv_bias, weight2 = ctx.saved_tensors
         grad_y = grad_y.contiguous()
         grad_x = torch.empty_like(x)
         # Sums over bands: in float32 where the rest is narrower.
@@ -80,10 +87,14 @@ class _InBands(torch.autograd.Function):
         grad_weight1, grad_bias1, grad_conv_weight, grad_conv_bias, grad_weight2, grad_bias2 = (
             totals
         )
-        for image, image_grad, output_grad in zip(x.split(1), grad_x.split(1), grad_y.split(1)):
+        for i, (image, image_grad, output_grad) in enumerate(
+            zip(x.split(1), grad_x.split(1), grad_y.split(1))
+        ):
             height = image.shape[1]
             carried = 0  # the band above's gradient at the two rows of `hidden` that they share
-            bands = _bands(image, weight1, bias1, conv_weight, conv_bias)
+            known = None if stored is None else stored[i : i + 1]
+            linear = _Linear(image, weight1, bias1, known, known is not None)
+            bands = _bands(linear, conv_weight, conv_bias)
             for top, bottom, hidden, convolved in bands:
                 if top == 0:
                     work = torch.empty_like(convolved)
@@ -114,34 +125,51 @@ class _InBands(torch.autograd.Function):
                 torch.mm(grad, weight1, out=_rows(image_grad[:, first:last]))
                 _add_product(grad_weight1, grad.t(), _rows(image[:, first:last]))
                 grad_bias1 += grad.sum(0)
-        return grad_x, *(total.to(x.dtype) for total in totals)
+        return None, grad_x, *(total.to(x.dtype) for total in totals)
+
+
+class _Linear(NamedTuple):
+    """The first linear layer on one image ``(1, H, W, dim)``."""
+
+    image: Tensor
+    weight: Tensor
+    bias: Tensor
+    stored: Optional[Tensor]  # (1, H, W, hidden_dim): where its output is kept
+    known: bool = False  # whether it is there already
+
+    def __call__(self, first: int, last: int, out: Tensor) -> None:
+        """Write what it makes of rows ``first`` to ``last`` into the first rows of ``out``."""
+        if first == last:
+            return
+        out = out[:, : last - first]
+        to = out if self.stored is None else self.stored[:, first:last]
+        if not self.known:
+            rows = _rows(self.image[:, first:last])
+            torch.addmm(self.bias, rows, self.weight.t(), out=_rows(to))
+        if self.stored is not None:
+            out.copy_(to)
 
 
 def _bands(
-    image: Tensor, weight: Tensor, bias: Tensor, conv_weight: Tensor, conv_bias: Tensor
+    linear: _Linear, conv_weight: Tensor, conv_bias: Tensor
 ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """Run the first linear layer and the convolution on one image ``(1, H, W, dim)``, nothing twice.
+    """Run the first linear layer and the convolution, nothing twice.
 
     Yields:
         For each band of rows ``top`` to ``bottom`` these two, the hidden layer before the convolution at rows
         ``top - 1`` to ``bottom``, zero outside the map, and after it at the band's rows. The former is overwritten
         by the next band.
     """
-    height, width = image.shape[1:3]
-    hidden_bytes = height * width * weight.shape[0] * image.element_size()
+    height, width = linear.image.shape[1:3]
+    hidden_dim = conv_bias.shape[0]
+    hidden_bytes = height * width * hidden_dim * conv_bias.element_size()
     bands = min(max(round(hidden_bytes / BAND_BYTES), 1), height)
     rows = math.ceil(height / bands)  # so that all bands are about as large
-    buffer = image.new_zeros(1, rows + 2, width, weight.shape[0])
-
-    def linear(first: int, last: int, to: int) -> None:
-        if first < last:
-            to_rows = _rows(buffer[:, to : to + last - first])
-            torch.addmm(bias, _rows(image[:, first:last]), weight.t(), out=to_rows)
-
-    linear(0, 1, 1)
+    buffer = linear.image.new_zeros(1, rows + 2, width, hidden_dim)
+    linear(0, 1, buffer[:, 1:])
     for top in range(0, height, rows):
         bottom = min(top + rows, height)
-        linear(top + 1, min(bottom + 1, height), 2)
+        linear(top + 1, min(bottom + 1, height), buffer[:, 2:])
         hidden = buffer[:, : bottom - top + 2]
         if bottom == height:
             hidden[:, -1] = 0
@@ -150,7 +178,7 @@ def _bands(
             conv_weight,
             conv_bias,
             padding=(0, 1),
-            groups=conv_weight.shape[0],
+            groups=hidden_dim,
         )
         yield top, bottom, hidden, convolved.permute(0, 2, 3, 1).contiguous()
         buffer[:, :2] = hidden[:, -2:].clone()
