@@ -7,6 +7,7 @@ the output written once.
 Examples:
     python tools/benchmark/scan.py
     python tools/benchmark/scan.py --growth      # 1 k to 256 k tokens, with a picture
+    python tools/benchmark/scan.py --errors      # against float64
 """
 
 import argparse
@@ -48,6 +49,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--seconds", type=float, default=1.0, help="for each candidate")
     parser.add_argument("--growth", action="store_true", help="time against length instead")
+    parser.add_argument(
+        "--errors", action="store_true", help="errors against float64 instead of times"
+    )
     parser.add_argument(
         "--sequential", action="store_true", help="with the definition, which is slow"
     )
@@ -214,6 +218,35 @@ def grow(args: argparse.Namespace) -> list[dict]:
     return records
 
 
+def show_errors(args: argparse.Namespace) -> list[dict]:
+    """Print relative errors against float64, and whether two runs give the same bits."""
+    table = markdown_table(["B, L, D, N", "tensor", "relative error", "two runs alike"])
+    records = []
+    for shape in args.shape or SHAPES:
+        inputs = make_inputs(tuple(shape), args)
+        exact = {k: x.detach().cpu().double().requires_grad_() for k, x in inputs.items()}
+        first, second = (_outputs(selective_scan, inputs) for _ in range(2))
+        expected = _outputs(in_pytorch, exact)
+        for name, x in first.items():
+            truth = expected[name].to(x.device)
+            error = float((x.double() - truth).norm() / truth.norm())
+            same = bool((x == second[name]).all())
+            records.append(dict(shape=shape, tensor=name, error=error, same_bits=same))
+            table.add_row([", ".join(map(str, shape)), name, f"{error:.1e}", same])
+    print(table)
+    return records
+
+
+def _outputs(scan: Callable, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The output and every gradient."""
+    y = scan(**inputs)
+    generator = torch.Generator().manual_seed(1)
+    grad_y = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
+    grads = torch.autograd.grad(y, list(inputs.values()), grad_y)
+    names = [f"gradient of {name}" for name in inputs]
+    return dict(zip(["y", *names], (y.detach(), *grads)))
+
+
 def _draw(records: list[dict], path: Path) -> None:
     import matplotlib
 
@@ -226,7 +259,7 @@ def _draw(records: list[dict], path: Path) -> None:
             chosen = [record for record in records if record["states"] == states]
             lengths = [record["length"] for record in chosen]
             best = [min(record["seconds"][step]) * 1e3 for record in chosen]
-            label = f"{states} states, {step if step == 'forward' else 'forward and backward'}"
+            label = f"{states} state{'s' * (states > 1)}, {step if step == 'forward' else 'forward and backward'}"
             axes.loglog(lengths, best, line, label=label)
     axes.set_xlabel("tokens (1 image, 64 channels)")
     axes.set_ylabel("milliseconds")
@@ -244,7 +277,8 @@ def main() -> None:
     print(", ".join(f"{name} {value}" for name, value in machine.items()), args.dtype)
     bandwidth = copy_bandwidth(args.device)
     print(f"a copy moves {bandwidth / 1e9:.1f} GB/s, read and written")
-    records = grow(args) if args.growth else compare(args)
+    chosen = show_errors if args.errors else grow if args.growth else compare
+    records = chosen(args)
     write_json(args.out, dict(machine, copy_bytes_per_second=bandwidth, records=records))
 
 
