@@ -12,9 +12,11 @@ from mmvssm.engine.allocator import keep_freed_memory
 
 if KEEP:
     assert keep_freed_memory()
-for _ in range(3):
+# 100 MB and more, more than malloc ever keeps by itself. Each has room where the one before was: for a tensor of the
+# same size glibc wants some bytes more, for the alignment, and finds them only if nothing small came to lie behind.
+for size in (30_000_000, 27_500_000, 25_000_000):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(25_000_000)  # 100 MB, more than malloc ever keeps by itself
+    torch.ones(size)
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 print(faults)
 """
