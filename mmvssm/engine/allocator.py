@@ -14,8 +14,8 @@ def keep_freed_memory() -> bool:
 
     By default glibc hands them back to the system at once, and every large tensor then consists of
     fresh pages, which the system has to clear first: a third of GroupMamba's training step at
-    800x1280. As with
-    PyTorch's allocator for GPUs, the process goes on holding as much memory as it ever needed.
+    800x1280. As with PyTorch's allocator for GPUs, the process goes on holding as much memory as it
+    ever needed.
 
     Returns:
         Whether that was possible: on Linux with glibc.

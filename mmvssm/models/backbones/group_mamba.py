@@ -362,8 +362,7 @@ class GroupedVSSS(nn.Module):
 
     def _gate(self, y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """``(B, L, 4, d)`` to the same shape."""
-        y = F.layer_norm(y, self.norm.normalized_shape, eps=self.norm.eps)
-        return (y * weight + bias) * F.silu(gate)
+        return self.norm.normalize(y, weight, bias) * F.silu(gate)
 
 
 class GroupedLayerNorm(nn.LayerNorm):
@@ -379,7 +378,11 @@ class GroupedLayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., groups, channels)`` to the same shape."""
-        return F.layer_norm(x, self.normalized_shape, eps=self.eps) * self.weight + self.bias
+        return self.normalize(x, self.weight, self.bias)
+
+    def normalize(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """The same with a weight and a bias ``(groups, channels)`` that are given."""
+        return F.layer_norm(x, self.normalized_shape, eps=self.eps) * weight + bias
 
 
 def convolve(conv: nn.Module, x: Tensor) -> Tensor:
