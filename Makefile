@@ -47,10 +47,10 @@ $(ENVIRONMENT): tools/install/environment.py $(wildcard requirements/*.txt) | $(
 	@$(BIN)/python tools/install/environment.py --openmmlab $(OPENMMLAB)
 	@mkdir -p $(STAMPS) && touch $@
 
-$(MMVSSM): setup.py pyproject.toml mmvssm/version.py $(wildcard mmvssm/ops/csrc/*) | $(ENVIRONMENT)
+$(MMVSSM): setup.py pyproject.toml mmvssm/version.py $(wildcard mmvssm/ops/csrc/* mmvssm/ops/*/csrc/*) | $(ENVIRONMENT)
 	@echo "[set-up] mmvssm: installing from this folder, with its CPU kernel compiled if a compiler is there"
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
-	@test -e mmvssm/ops/_scan_cpu.so || echo "[set-up] the CPU kernel was not compiled (is there a" \
+	@test -e mmvssm/ops/_kernels.so || echo "[set-up] the CPU kernel was not compiled (is there a" \
 		"C++ compiler?): everything works, but scans are slower on a CPU. '$(BIN)/pip install -v" \
 		"--no-build-isolation --no-deps -e .' shows why."
 	@mkdir -p $(STAMPS) && touch $@
@@ -99,5 +99,5 @@ lint: $(ENVIRONMENT) ## Check style and format.
 	@$(BIN)/ruff format --check .
 
 clean: ## Remove what builds and tests left behind (not the environment, data or work_dirs).
-	rm -rf build dist *.egg-info mmvssm/ops/_scan_cpu.so .pytest_cache .ruff_cache .hypothesis $(MMVSSM)
+	rm -rf build dist *.egg-info mmvssm/ops/_kernels.so .pytest_cache .ruff_cache .hypothesis $(MMVSSM)
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

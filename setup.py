@@ -15,8 +15,11 @@ HERE = Path(__file__).resolve().parent
 # when it is compiled and one build serves every version of both. What it uses of a CPU beyond the
 # baseline is decided when it runs, hence no -march.
 CPU_KERNEL = Extension(
-    "mmvssm.ops._scan_cpu",
-    ["mmvssm/ops/csrc/scan_cpu.cpp", "mmvssm/ops/csrc/sparse_depthwise_conv_cpu.cpp"],
+    "mmvssm.ops._kernels",
+    [
+        "mmvssm/ops/selective_scan/csrc/scan_cpu.cpp",
+        "mmvssm/ops/sparse_depthwise_conv/csrc/sparse_depthwise_conv_cpu.cpp",
+    ],
     optional=True,
 )
 COMPILE_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-shared"]

@@ -1,20 +1,42 @@
 """MMVSSM: state-space (Mamba) backbones for dense prediction on OpenMMLab.
 
-Importing this package registers its models, hooks and data generators under the scope ``mmvssm``. It needs torch,
-mmengine and mmcv; mmdet and mmseg only for the configs and tools that use them.
+Importing this package registers its models, hooks and data generators under the scope ``mmvssm``. For that it needs
+torch, mmengine and mmcv; mmdet and mmseg only for the configs and tools that use them. Where mmengine or mmcv is
+missing, the operators can be used alone: ``import mmvssm.ops`` needs nothing but torch.
 """
 
+import warnings
+from importlib import import_module
 from importlib.util import find_spec
 
-for _package, _names in {
-    "torch": "torch",
-    "mmengine": "mmengine (or its fork onedl-mmengine)",
-    "mmcv": "mmcv (or its fork onedl-mmcv)",
-}.items():
-    if find_spec(_package) is None:
-        raise ImportError(f"mmvssm needs {_names}, which is not installed here; see the README.")
+from .version import __version__
 
-from . import datasets, engine, models, ops  # noqa: E402
-from .version import __version__  # noqa: E402
+if find_spec("torch") is None:
+    raise ImportError("mmvssm needs torch, which is not installed here; see the README.")
 
-__all__ = ["__version__", "datasets", "engine", "models", "ops"]
+_FOLDERS = ("datasets", "engine", "models", "ops")
+_MISSING = " and ".join(
+    f"{name} (or its fork onedl-{name})" for name in ("mmengine", "mmcv") if not find_spec(name)
+)
+
+__all__ = ["__version__", *_FOLDERS]
+
+if not _MISSING:
+    for _name in _FOLDERS:
+        import_module(f".{_name}", __name__)
+elif find_spec("mmengine"):
+    # Somebody's config may be about to ask for a model by name.
+    warnings.warn(
+        f"mmvssm: {_MISSING} is not installed here, so no model was registered; see the README.",
+        stacklevel=2,
+    )
+
+
+def __getattr__(name: str) -> object:
+    if name not in _FOLDERS:
+        raise AttributeError(f"module 'mmvssm' has no attribute {name!r}")
+    if name != "ops" and _MISSING:
+        raise ImportError(
+            f"mmvssm.{name} needs {_MISSING}, which is not installed here; see the README."
+        )
+    return import_module(f".{name}", __name__)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LIBRARY = Path("mmvssm") / "ops" / "_scan_cpu.so"
+LIBRARY = Path("mmvssm") / "ops" / "_kernels.so"
 STAND_IN = """
 #ifdef _OPENMP
 #include <omp.h>
@@ -43,7 +43,7 @@ def source(tmp_path):
     shutil.copytree(ROOT / "requirements", folder / "requirements")
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in"):
         shutil.copy(ROOT / name, folder)
-    kernels = list((folder / "mmvssm" / "ops" / "csrc").glob("*.cpp"))
+    kernels = list((folder / "mmvssm" / "ops").rglob("*.cpp"))
     for kernel in kernels:
         kernel.write_text(STAND_IN if kernel.stem == "scan_cpu" else "")
     assert len(kernels) == 2
@@ -130,7 +130,7 @@ def test_torch_s_number_of_threads_holds_for_the_library(source):
 
 @needs_compiler
 def test_the_first_error_of_the_compiler_is_passed_on(source):
-    kernel = source / "mmvssm" / "ops" / "csrc" / "scan_cpu.cpp"
+    kernel = source / "mmvssm" / "ops" / "selective_scan" / "csrc" / "scan_cpu.cpp"
     kernel.write_text("int f() { return undeclared_name; }\n")
     assert "undeclared_name" in build_in_place(source, CXX="")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 import mmvssm
-from mmvssm.engine.errors import UserError, run_tool, user_mistakes
+from mmvssm.cli.errors import UserError, run_tool, user_mistakes
 from mmvssm.engine.safe_checkpoint import force_weights_only, load_checkpoint_safely
 from mmvssm.models.published import CONVERTERS, inert_globals, unwrap
 

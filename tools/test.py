@@ -6,8 +6,9 @@ tools/dist_test.sh CONFIG CHECKPOINT 8 --tta
 """
 
 import mmvssm  # noqa: F401
-from mmvssm.engine.command_line import test, test_parser
-from mmvssm.engine.errors import run_tool
+from mmvssm.cli.arguments import test_parser
+from mmvssm.cli.errors import run_tool
+from mmvssm.cli.test import test
 
 if __name__ == "__main__":
     args = test_parser().parse_args()

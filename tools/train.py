@@ -6,8 +6,9 @@ tools/dist_train.sh configs/groupmamba_maskrcnn_coco.py 8 --amp
 """
 
 import mmvssm  # noqa: F401
-from mmvssm.engine.command_line import train, train_parser
-from mmvssm.engine.errors import run_tool
+from mmvssm.cli.arguments import train_parser
+from mmvssm.cli.errors import run_tool
+from mmvssm.cli.train import train
 
 if __name__ == "__main__":
     args = train_parser().parse_args()

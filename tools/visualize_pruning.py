@@ -15,9 +15,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 import mmvssm  # noqa: F401  (registers the models)
-from mmvssm.engine.checkpoints import check_fits, load_local
-from mmvssm.engine.errors import UserError, run_tool, user_mistakes
-from mmvssm.engine.pruning_view import (
+from mmvssm.analysis.pruning_view import (
     draw_pruning,
     load_image,
     measure_saving,
@@ -26,6 +24,8 @@ from mmvssm.engine.pruning_view import (
     pruned_backbone,
     summarize,
 )
+from mmvssm.cli.checkpoints import check_fits, load_local
+from mmvssm.cli.errors import UserError, run_tool, user_mistakes
 from mmvssm.engine.safe_checkpoint import force_weights_only
 
 

@@ -1,9 +1,7 @@
-"""Training and testing: what mmengine, mmdet and mmseg leave to do."""
+"""What runs inside mmengine: hooks, the sampler, an optimizer wrapper, safe loading."""
 
-from .allocator import keep_freed_memory
 from .checkpoint_hook import AtomicCheckpointHook, AtomicLocalBackend
 from .cpu_amp import BFloat16OptimWrapper
-from .errors import UserError
 from .keep_ratio_hook import KeepRatioWarmup
 from .reproducible import ReproducibleResumeHook, SeededSampler
 from .safe_checkpoint import (
@@ -11,6 +9,7 @@ from .safe_checkpoint import (
     load_checkpoint_safely,
     register_safe_globals,
 )
+from .user_error import UserError
 from .workers import init_worker
 
 register_safe_globals()
@@ -25,7 +24,6 @@ __all__ = [
     "UnsafeCheckpointError",
     "UserError",
     "init_worker",
-    "keep_freed_memory",
     "load_checkpoint_safely",
     "register_safe_globals",
 ]

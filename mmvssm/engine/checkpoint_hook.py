@@ -11,7 +11,7 @@ from mmengine.fileio.backends import LocalBackend
 from mmengine.hooks import CheckpointHook
 from mmengine.runner import Runner
 
-from mmvssm.registry import HOOKS
+from ..registry import HOOKS
 
 _BACKEND = "AtomicLocalBackend"
 

@@ -21,7 +21,7 @@ from mmengine.runner import IterBasedTrainLoop, Runner
 from mmengine.runner.loops import _InfiniteDataloaderIterator
 from torch.utils.data import BatchSampler, Sampler
 
-from mmvssm.registry import DATA_SAMPLERS, HOOKS
+from ..registry import DATA_SAMPLERS, HOOKS
 
 # Keep the two families of seeds apart.
 _SAMPLE, _STEP = 0, 1

@@ -8,9 +8,8 @@ import sys
 
 import numpy as np
 import torch
-from mmengine.config import Config, ConfigDict
 
-from mmvssm.registry import FUNCTIONS
+from ..registry import FUNCTIONS
 
 _PR_SET_PDEATHSIG = 1
 
@@ -36,14 +35,3 @@ def init_worker(worker_id: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if parent is not None and os.getppid() != parent.pid:  # it was already gone
             os._exit(1)
-
-
-def use_worker_init(cfg: Config) -> None:
-    """Make every data loader of a config start its workers with :func:`init_worker`.
-
-    Args:
-        cfg: Changed in place. A ``worker_init_fn`` of its own is left.
-    """
-    for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
-        if cfg.get(name):
-            cfg[name].setdefault("worker_init_fn", ConfigDict(type="mmvssm.init_worker"))

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import sparse_depthwise_conv_cpu
-from .sparse_depthwise_conv import neighbor_table
+from .sparse_depthwise_conv import cpu, neighbor_table
 
 
 def depthwise_conv(
@@ -38,7 +37,7 @@ def depthwise_conv(
         and (x.requires_grad or weight.requires_grad)
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
-        and sparse_depthwise_conv_cpu.available()
+        and cpu.available()
     )
     if fast_gradients:
         return _DepthwiseConv.apply(x, weight, bias, grid)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mmvssm.ops import cross_traversal
-from mmvssm.ops.reference import selective_scan_reference
+from mmvssm.ops.selective_scan.naive import selective_scan_naive
 
 GRADIENTS = ("u", "delta", "A", "B", "C", "D", "delta_bias", "rest")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -78,7 +78,7 @@ CASES = [
 
 
 def make_inputs(case: Case, device: str = "cpu") -> dict[str, Optional[Tensor]]:
-    """Arguments of ``selective_scan_reference``, ``delta_softplus`` apart, and ``grad_y``."""
+    """Arguments of ``selective_scan_naive``, ``delta_softplus`` apart, and ``grad_y``."""
     generator = torch.Generator().manual_seed(0)
     batch, length, walks, channels, states = case[:5]
 
@@ -195,5 +195,5 @@ def _defined(inputs: dict[str, Optional[Tensor]], softplus: bool) -> dict[str, T
     grad_y = wide.pop("grad_y")
     names = [name for name in GRADIENTS if wide[name] is not None]
     leaves = [wide[name].requires_grad_() for name in names]
-    y = selective_scan_reference(**wide, delta_softplus=softplus)
+    y = selective_scan_naive(**wide, delta_softplus=softplus)
     return dict(y=y.detach()) | dict(zip(names, torch.autograd.grad(y, leaves, grad_y)))

@@ -1,3 +1,4 @@
+import importlib
 import json
 from pathlib import Path
 
@@ -8,15 +9,14 @@ import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
-from mmvssm.engine.flops import count
+from mmvssm.analysis.flops import count
 from mmvssm.models import GroupMamba, GroupMambaClassifier
-from mmvssm.models.backbones import conv_ffn
-from mmvssm.models.backbones.conv_ffn import ConvFFN
-from mmvssm.models.backbones.group_mamba import GroupedVSSS, split_groups
+from mmvssm.models.backbones.group_mamba import ConvFFN, GroupedVSSS, split_groups
 from mmvssm.models.published import convert_groupmamba
 from mmvssm.ops import cross_traversal
-from mmvssm.ops.reference import selective_scan_reference
+from mmvssm.ops.selective_scan.naive import selective_scan_naive
 
+conv_ffn = importlib.import_module("mmvssm.ops.conv_ffn")  # the package's attribute is the function
 GOLDEN = Path(__file__).parents[1] / "golden/groupmamba_small.npz"
 MINI = dict(
     stem_hidden_dim=8, embed_dims=(16, 32, 48, 64), depths=(1, 2, 1, 1), mlp_ratios=(2, 2, 2, 2)
@@ -249,7 +249,7 @@ def test_scan_layer_gradients_on_a_non_square_map():
         if g >= 2:
             walk = walk.flip(1)
         dt, B, C = grouped(layer.x_proj, walk).split((1, 1, 1), -1)
-        scanned = selective_scan_reference(
+        scanned = selective_scan_naive(
             walk[:, :, None],
             grouped(layer.dt_proj, dt)[:, :, None],
             -layer.A_logs[g : g + 1].exp(),

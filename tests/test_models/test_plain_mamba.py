@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 from mmengine.registry import MODELS, DefaultScope
 
-from mmvssm.engine.flops import count
+from mmvssm.analysis.flops import count
 from mmvssm.models import PlainMamba
 from mmvssm.models.backbones.plain_mamba import Layout, PlainMambaMixer
 from mmvssm.models.pruning import PRESETS, PrunedTokens
 from mmvssm.models.published import convert_plainmamba
-from mmvssm.ops import scan_cpu, snake_walks
-from mmvssm.ops.reference import selective_scan_reference
+from mmvssm.ops import snake_walks
+from mmvssm.ops.selective_scan import cpu as scan_cpu
+from mmvssm.ops.selective_scan.naive import selective_scan_naive
 
 GOLDEN = Path(__file__).parents[1] / "golden/plainmamba_small.npz"
 MINI = dict(
@@ -185,7 +186,7 @@ def test_scan_is_the_published_one(raster_source, double_step_bias):
     for k, order in enumerate(plain.traversal.order.long()):
         source = torch.arange(12) if raster_source else order
         direction = mixer.direction_Bs[plain.arrival[k, order]]
-        y = selective_scan_reference(
+        y = selective_scan_naive(
             x[:, order, None],
             delta[:, source, None],
             -torch.exp(mixer.A_log)[None],
@@ -368,10 +369,9 @@ def test_the_four_walks_run_together_on_a_cpu(pruning, monkeypatch):
     together = []
     forward = scan_cpu.forward
 
-    def spy(u, delta, A, B, C, D, delta_bias, order, source, gap, rest, softplus):
-        inputs = (u, delta, A, B, C, D, delta_bias, order, source, gap, rest, softplus)
-        together.append(scan_cpu.runs_walks_together(*inputs))
-        return forward(*inputs)
+    def spy(inputs):
+        together.append(scan_cpu.runs_walks_together(inputs))
+        return forward(inputs)
 
     monkeypatch.setattr(scan_cpu, "forward", spy)
     model = build(pruning)

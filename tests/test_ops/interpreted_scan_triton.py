@@ -1,4 +1,4 @@
-"""The Triton kernels run by Triton's interpreter, on the CPU. Collected by ``test_scan_triton.py`` only.
+"""The Triton kernels run by Triton's interpreter, on the CPU. Collected by ``test_triton_launch.py`` only.
 
 The interpreter has to be chosen, by TRITON_INTERPRET=1, before triton is first imported, and then holds for the whole
 process: hence a process of its own.
@@ -11,7 +11,8 @@ import pytest
 import torch
 from triton.runtime import interpreter
 
-from mmvssm.ops import scan_torch, scan_triton
+from mmvssm.ops.selective_scan import pytorch, triton_launch
+from mmvssm.ops.selective_scan.inputs import ScanInputs
 from support.masked_scan import compare as compare_with_masked
 from support.scan_cases import CASES, GRADIENTS, Case, check, make_inputs
 
@@ -39,8 +40,9 @@ def _scan_whole_slices(monkeypatch):
 
 def run(inputs, delta_softplus):
     grad_y = inputs.pop("grad_y")
-    y, states = scan_triton.forward(**inputs, delta_softplus=delta_softplus)
-    gradients = scan_triton.backward(grad_y, **inputs, delta_softplus=delta_softplus, states=states)
+    inputs = ScanInputs(**inputs, delta_softplus=delta_softplus)
+    y, states = triton_launch.forward(inputs)
+    gradients = triton_launch.backward(grad_y, inputs, states)
     return dict(y=y, **dict(zip(GRADIENTS, gradients)))
 
 
@@ -52,14 +54,14 @@ def test_agrees_with_the_definition(case):
 def test_saves_the_states_that_the_contract_asks_for():
     inputs = make_inputs(Case(2, 130, 2, 3, 2, dtype=torch.float64))
     del inputs["grad_y"]
-    _, states = scan_triton.forward(**inputs, delta_softplus=True)
-    _, expected = scan_torch.forward(**inputs, delta_softplus=True)
+    _, states = triton_launch.forward(ScanInputs(**inputs))
+    _, expected = pytorch.forward(ScanInputs(**inputs))
     torch.testing.assert_close(states, expected)
 
 
 def test_hands_over_in_rounds(monkeypatch):
     """With one group of chunks a round, 600 steps take two rounds."""
-    monkeypatch.setattr(scan_triton, "_MAX_GROUPS", 1)
+    monkeypatch.setattr(triton_launch, "_MAX_GROUPS", 1)
     check(Case(1, 600, 1, 1, 2), run)
 
 
@@ -86,7 +88,7 @@ def test_two_runs_agree_bit_for_bit():
 @pytest.mark.parametrize("grid", [(1, 7), (6, 12)])
 def test_pruned_walks_equal_the_masked_dense_scan(grid, dtype, monkeypatch):
     module = importlib.import_module("mmvssm.ops.selective_scan")
-    monkeypatch.setattr(module, "_backend", lambda u: scan_triton)
+    monkeypatch.setattr(module, "_backend", lambda u: triton_launch)
     compare_with_masked(module.selective_scan, grid, batch=2, keep=0.4, dtype=dtype)
 
 
@@ -94,7 +96,7 @@ def test_passes_opcheck(monkeypatch):
     """With these kernels behind the public operator: strides, dtypes, aliasing and fake tensors are as declared."""
     # The package's attribute of that name is the function.
     module = importlib.import_module("mmvssm.ops.selective_scan")
-    monkeypatch.setattr(module, "_backend", lambda u: scan_triton)
+    monkeypatch.setattr(module, "_backend", lambda u: triton_launch)
     inputs = make_inputs(Case(1, 3, 1, 33, 1))
     grad_y = inputs.pop("grad_y")
     names = ("u", "delta", "A", "B", "C", "D", "delta_bias", "order", "source", "gap", "rest")

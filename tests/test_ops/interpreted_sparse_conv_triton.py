@@ -8,7 +8,7 @@ import importlib
 import pytest
 import torch
 
-from mmvssm.ops import sparse_depthwise_conv_triton
+from mmvssm.ops.sparse_depthwise_conv import triton_launch as sparse_depthwise_conv_triton
 from support.sparse_conv_cases import CASES, Case, check, make_inputs, run_backend
 
 run = run_backend(sparse_depthwise_conv_triton)

@@ -2,7 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmvssm.ops import depthwise_conv, sparse_depthwise_conv_cpu
+from mmvssm.ops import depthwise_conv
+from mmvssm.ops.sparse_depthwise_conv import cpu
 
 
 @pytest.mark.parametrize("kernel_size", [3, 7])
@@ -37,7 +38,7 @@ def test_only_gradients_that_are_needed():
     assert x.grad is None and weight.grad.isfinite().all()
 
 
-@pytest.mark.skipif(not sparse_depthwise_conv_cpu.available(), reason="no compiled kernel")
+@pytest.mark.skipif(not cpu.available(), reason="no compiled kernel")
 def test_large_kernels_have_fast_gradients_on_a_cpu():
     x, weight = (torch.randn(*shape, requires_grad=True) for shape in ((1, 6, 2), (2, 1, 7, 7)))
     y = depthwise_conv(x, weight, (2, 3))

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from mmvssm.ops import scan_torch, selective_scan
+from mmvssm.ops import selective_scan
+from mmvssm.ops.selective_scan import pytorch
+from mmvssm.ops.selective_scan.inputs import ScanInputs
 
 LENGTH = 262_144
 
@@ -34,11 +36,9 @@ def test_no_inf_or_nan_where_float64_has_none(delta, decay, accuracy, states, dt
     grad_y = rand(-1, 1, 1, LENGTH, 1, 3)
     inputs = [u.to(dtype), step.to(dtype), A.float(), B.to(dtype), C.to(dtype)]
 
-    wide = [x.double() for x in inputs]
-    y, states_saved = scan_torch.forward(*wide, None, None, None, None, None, None, True)
-    expected = scan_torch.backward(
-        grad_y, *wide, None, None, None, None, None, None, True, states_saved
-    )
+    wide = ScanInputs(*(x.double() for x in inputs))
+    y, states_saved = pytorch.forward(wide)
+    expected = pytorch.backward(grad_y, wide, states_saved)
     assert y.isfinite().all() and all(x.isfinite().all() for x in expected[:5])
 
     leaves = [x.requires_grad_() for x in inputs]

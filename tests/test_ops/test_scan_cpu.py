@@ -1,5 +1,6 @@
 """The compiled CPU scan against the definition, for every shape, layout and option that its code treats differently."""
 
+import ast
 import itertools
 import subprocess
 import sys
@@ -8,8 +9,11 @@ import warnings
 import pytest
 import torch
 
-from mmvssm.ops import cpu_library, scan_cpu, scan_torch
-from mmvssm.ops.reference import selective_scan_reference
+from mmvssm.ops import backend
+from mmvssm.ops.selective_scan import cpu as scan_cpu
+from mmvssm.ops.selective_scan import pytorch as scan_torch
+from mmvssm.ops.selective_scan.inputs import ScanInputs
+from mmvssm.ops.selective_scan.naive import selective_scan_naive
 
 LIBRARY, REASON = scan_cpu._load()
 needs_library = pytest.mark.skipif(
@@ -62,8 +66,8 @@ def as_float64(inputs):
 
 def compiled(inputs, grad_y):
     """Output and gradients by name."""
-    y, states = scan_cpu.forward(**inputs)
-    grads = scan_cpu.backward(grad_y, **inputs, states=states)
+    y, states = scan_cpu.forward(ScanInputs(**inputs))
+    grads = scan_cpu.backward(grad_y, ScanInputs(**inputs), states)
     for name, grad in zip(DIFFERENTIABLE, grads):
         x = inputs[name]
         assert grad.dtype == (inputs["u"] if x is None else x).dtype
@@ -78,7 +82,7 @@ def definition(inputs, grad_y):
         name: x.requires_grad_() if torch.is_tensor(x) and x.is_floating_point() else x
         for name, x in as_float64(inputs).items()
     }
-    y = selective_scan_reference(**inputs)
+    y = selective_scan_naive(**inputs)
     y.backward(grad_y.double())
     grads = {name: inputs[name].grad for name in DIFFERENTIABLE if inputs[name] is not None}
     return {"y": y.detach(), **grads}
@@ -87,8 +91,8 @@ def definition(inputs, grad_y):
 def vectorised(inputs, grad_y):
     """The PyTorch backend in float64: faster than the definition, and tested against it elsewhere."""
     inputs = as_float64(inputs)
-    y, states = scan_torch.forward(**inputs)
-    grads = scan_torch.backward(grad_y.double(), **inputs, states=states)
+    y, states = scan_torch.forward(ScanInputs(**inputs))
+    grads = scan_torch.backward(grad_y.double(), ScanInputs(**inputs), states)
     return {"y": y, **{name: g for name, g in zip(DIFFERENTIABLE, grads) if g.numel()}}
 
 
@@ -177,8 +181,8 @@ def test_narrow_dtypes_accumulate_in_float32(dtype):
     inputs = problem(1, 2000, 1, 16, 1, PLAIN, dtype)
     inputs["u"].fill_(1), inputs["delta"].fill_(-6), inputs["B"].fill_(1), inputs["C"].fill_(1)
     inputs["A"].fill_(-1e-3)
-    y, states = scan_cpu.forward(**inputs)
-    expected, _ = scan_torch.forward(**as_float64(inputs))
+    y, states = scan_cpu.forward(ScanInputs(**inputs))
+    expected, _ = scan_torch.forward(ScanInputs(**as_float64(inputs)))
     assert states.dtype == torch.float32
     # Nothing is lost but in rounding the output.
     assert torch.equal(y, expected.to(dtype)) or ((y - expected).abs() / expected).max() < 2**-8
@@ -194,9 +198,8 @@ def test_output_is_rounded_to_nearest(dtype):
     for D in (1.0, 1 / 3):
         skip = torch.full((1, 64), D)
         y, _ = scan_cpu.forward(
-            u, torch.full_like(u, -torch.inf), -torch.ones(1, 64, 1), zero, zero, skip,
-            *(None,) * 5, True,
-        )  # fmt: skip
+            ScanInputs(u, torch.full_like(u, -torch.inf), -torch.ones(1, 64, 1), zero, zero, skip)
+        )
         finite = u.isfinite()
         assert torch.equal(y[finite], (u.float() * skip[0, 0]).to(dtype)[finite])
     assert not y[~finite].isfinite().any()
@@ -210,7 +213,7 @@ def test_mixed_dtypes():
     inputs["A"] = inputs["A"].bfloat16()
     check(inputs, tolerance=1e-2)
     inputs["delta"] = inputs["delta"].double()
-    assert scan_cpu.forward(**inputs)[1].dtype == torch.float64
+    assert scan_cpu.forward(ScanInputs(**inputs))[1].dtype == torch.float64
 
 
 @needs_library
@@ -226,11 +229,11 @@ def test_strides():
     inputs["u"] = torch.randn(24, 70, 3, 2, generator=random).permute(3, 1, 2, 0)  # channels first
     inputs["order"] = inputs["order"].flip(-1).transpose(0, 1).contiguous().transpose(0, 1)
     check(inputs)
-    y, states = scan_cpu.forward(**inputs)
+    y, states = scan_cpu.forward(ScanInputs(**inputs))
     ones = torch.ones(1).expand_as(y)  # the gradient that sum() sends
     for strided, plain in zip(
-        scan_cpu.backward(ones, **inputs, states=states),
-        scan_cpu.backward(ones.contiguous(), **inputs, states=states),
+        scan_cpu.backward(ones, ScanInputs(**inputs), states),
+        scan_cpu.backward(ones.contiguous(), ScanInputs(**inputs), states),
     ):
         assert torch.equal(strided, plain)
 
@@ -238,8 +241,8 @@ def test_strides():
 @needs_library
 def test_saved_states():
     inputs = problem(2, 200, 2, 20, 3)
-    _, states = scan_cpu.forward(**inputs)
-    _, expected = scan_torch.forward(**as_float64(inputs))
+    _, states = scan_cpu.forward(ScanInputs(**inputs))
+    _, expected = scan_torch.forward(ScanInputs(**as_float64(inputs)))
     assert_close({"states": states}, {"states": expected}, 1e-5)
 
 
@@ -295,8 +298,8 @@ def test_nan_and_infinity():
     inputs["delta"][0, 4, 0, 5] = torch.nan
     inputs["delta"][0, 6, 0, 7] = torch.inf
     inputs["delta"][0, 6, 0, 9] = -torch.inf
-    y, _ = scan_cpu.forward(**inputs)
-    expected = selective_scan_reference(**as_float64(inputs))
+    y, _ = scan_cpu.forward(ScanInputs(**inputs))
+    expected = selective_scan_naive(**as_float64(inputs))
     assert torch.equal(y.isfinite(), expected.isfinite())
     assert torch.equal(y.isnan(), expected.isnan())
 
@@ -305,10 +308,10 @@ def test_nan_and_infinity():
 def test_a_step_of_size_zero_leaves_the_state_to_the_bit():
     inputs = problem(1, 65, 1, 20, 2, PLAIN)
     inputs["delta"][:, 1:] = -torch.inf
-    _, states = scan_cpu.forward(**inputs)
+    _, states = scan_cpu.forward(ScanInputs(**inputs))
     inputs["delta"] = inputs["delta"][:, :1].expand(-1, 65, -1, -1).clone()
     inputs["delta"][:, 1:64] = -torch.inf
-    assert torch.equal(states, scan_cpu.forward(**inputs)[1])
+    assert torch.equal(states, scan_cpu.forward(ScanInputs(**inputs))[1])
     assert states[:, :, 1].abs().min() > 0
 
 
@@ -341,7 +344,7 @@ def test_shared_walks(length, options):
         length, (1, 87, 16)
     )
     inputs = shared_problem(batch, length, channels, states, options)
-    assert scan_cpu.runs_walks_together(**inputs)
+    assert scan_cpu.runs_walks_together(ScanInputs(**inputs))
     check(inputs, definition)
 
 
@@ -356,7 +359,7 @@ def test_shared_walks_of_any_width(threads, states, channels, options):
     first = check(inputs)
     for count in (1, 2):
         threads(count)
-        assert scan_cpu.runs_walks_together(**inputs) == (states > 1)
+        assert scan_cpu.runs_walks_together(ScanInputs(**inputs)) == (states > 1)
         again = compiled(inputs, random_gradient(inputs))
         for name, x in again.items():
             assert torch.equal(x, first[name]), name
@@ -370,7 +373,7 @@ def test_shared_walks_with_every_instruction_set(instruction_set, limit, dtype):
         pytest.skip("this processor has no such instructions")
     for states in (3, 8, 16):
         inputs = shared_problem(2, 70, 87, states, dtype=dtype)
-        assert scan_cpu.runs_walks_together(**inputs)
+        assert scan_cpu.runs_walks_together(ScanInputs(**inputs))
         check(inputs, tolerance=1e-5 if dtype == torch.float32 else 1e-2)
 
 
@@ -379,7 +382,7 @@ def test_walks_run_together_in_float64():
     inputs = as_float64(problem(1, 130, 4, 9, 3))
     for name, dim in SHAREABLE.items():
         inputs[name] = inputs[name].narrow(dim, 0, 1).expand_as(inputs[name])
-    assert scan_cpu.runs_walks_together(**inputs)
+    assert scan_cpu.runs_walks_together(ScanInputs(**inputs))
     check(inputs, definition, 1e-12)
 
 
@@ -387,11 +390,11 @@ def test_walks_run_together_in_float64():
 @pytest.mark.parametrize("name", SHAREABLE)
 def test_walks_that_share_almost_everything_run_apart(name):
     inputs = shared_problem(2, 70, 33, 4)
-    assert scan_cpu.runs_walks_together(**inputs)
+    assert scan_cpu.runs_walks_together(ScanInputs(**inputs))
     inputs[name] = inputs[name].clone(memory_format=torch.contiguous_format)
     if name != "source":
         inputs[name].select(SHAREABLE[name], 1).mul_(0.5)
-    assert not scan_cpu.runs_walks_together(**inputs)
+    assert not scan_cpu.runs_walks_together(ScanInputs(**inputs))
     check(inputs)
 
 
@@ -399,22 +402,22 @@ def test_walks_that_share_almost_everything_run_apart(name):
 def test_walks_run_together_where_that_pays(threads):
     inputs = shared_problem(1, 70, 33, 4)
     threads(1)
-    assert scan_cpu.runs_walks_together(**inputs)
-    assert scan_cpu.runs_walks_together(**{**inputs, "source": None, "order": None})
+    assert scan_cpu.runs_walks_together(ScanInputs(**inputs))
+    assert scan_cpu.runs_walks_together(ScanInputs(**{**inputs, "source": None, "order": None}))
     # Each walk reads delta, B and C where it stands.
-    assert not scan_cpu.runs_walks_together(**{**inputs, "source": None})
-    assert not scan_cpu.runs_walks_together(**shared_problem(1, 70, 33, 1))
-    assert not scan_cpu.runs_walks_together(**shared_problem(1, 70, 33, 4, walks=1))
+    assert not scan_cpu.runs_walks_together(ScanInputs(**{**inputs, "source": None}))
+    assert not scan_cpu.runs_walks_together(ScanInputs(**shared_problem(1, 70, 33, 1)))
+    assert not scan_cpu.runs_walks_together(ScanInputs(**shared_problem(1, 70, 33, 4, walks=1)))
     threads(16)  # more than vectors of 33 channels
-    assert not scan_cpu.runs_walks_together(**inputs)
+    assert not scan_cpu.runs_walks_together(ScanInputs(**inputs))
     check(inputs)
 
 
 @needs_library
 def test_shared_walks_save_their_states():
     inputs = shared_problem(2, 200, 20, 3)
-    _, states = scan_cpu.forward(**inputs)
-    _, expected = scan_torch.forward(**as_float64(inputs))
+    _, states = scan_cpu.forward(ScanInputs(**inputs))
+    _, expected = scan_torch.forward(ScanInputs(**as_float64(inputs)))
     assert_close({"states": states}, {"states": expected}, 1e-5)
 
 
@@ -432,9 +435,9 @@ def test_extreme_values_of_shared_walks(low, high, decay, rest):
     for name in ("B", "C"):
         inputs[name] = inputs[name][:, :, :1].expand(-1, -1, 4, -1) * 1e4
     inputs["C"] = inputs["C"][:, :, :1].expand(-1, -1, 4, -1)
-    assert scan_cpu.runs_walks_together(**inputs)
-    y, _ = scan_cpu.forward(**inputs)
-    expected, _ = scan_torch.forward(**as_float64(inputs))
+    assert scan_cpu.runs_walks_together(ScanInputs(**inputs))
+    y, _ = scan_cpu.forward(ScanInputs(**inputs))
+    expected, _ = scan_torch.forward(ScanInputs(**as_float64(inputs)))
     assert_close({"y": y}, {"y": expected}, 1e-5)
 
 
@@ -447,7 +450,7 @@ def test_a_step_that_undoes_a_gap(decay, step, rest):
     inputs["A"] = torch.full((1, 20, 2), decay).expand(4, -1, -1)
     inputs["gap"] = torch.ones_like(inputs["gap"])
     inputs["rest"] = torch.full((1, 20), rest).expand(4, -1)
-    assert scan_cpu.runs_walks_together(**inputs)
+    assert scan_cpu.runs_walks_together(ScanInputs(**inputs))
     check(inputs)
 
 
@@ -460,9 +463,9 @@ def test_nan_and_infinity_in_shared_walks():
     delta[0, 6, 0, 7] = torch.inf
     delta[0, 6, 0, 9] = -torch.inf
     inputs["u"], inputs["delta"] = (x.expand(-1, -1, 4, -1) for x in (u, delta))
-    assert scan_cpu.runs_walks_together(**inputs)
-    y, _ = scan_cpu.forward(**inputs)
-    expected = selective_scan_reference(**as_float64(inputs))
+    assert scan_cpu.runs_walks_together(ScanInputs(**inputs))
+    y, _ = scan_cpu.forward(ScanInputs(**inputs))
+    expected = selective_scan_naive(**as_float64(inputs))
     assert torch.equal(y.isfinite(), expected.isfinite())
     assert torch.equal(y.isnan(), expected.isnan())
 
@@ -472,13 +475,13 @@ def test_nan_and_infinity_in_shared_walks():
 @pytest.mark.parametrize("wrong", [-1, 70, 2**31 - 1])
 def test_index_out_of_range(name, wrong):
     inputs = problem(2, 70, 2, 5, 1)
-    y, states = scan_cpu.forward(**inputs)
+    y, states = scan_cpu.forward(ScanInputs(**inputs))
     inputs[name] = inputs[name].clone()
     inputs[name][..., -1, 69] = wrong
     with pytest.raises(IndexError, match=f"traversal.{name}"):
-        scan_cpu.forward(**inputs)
+        scan_cpu.forward(ScanInputs(**inputs))
     with pytest.raises(IndexError, match=f"traversal.{name}"):
-        scan_cpu.backward(y, **inputs, states=states)
+        scan_cpu.backward(y, ScanInputs(**inputs), states)
 
 
 @needs_library
@@ -488,20 +491,20 @@ def test_repeated_index():
     repeated = inputs["order"].clone()
     repeated[1, 1, 3] = repeated[1, 1, 4]
     with pytest.raises(ValueError, match=r"traversal.order must visit every token exactly once"):
-        scan_cpu.forward(**{**inputs, "order": repeated})
+        scan_cpu.forward(ScanInputs(**{**inputs, "order": repeated}))
     inputs["source"] = repeated
-    y, states = scan_cpu.forward(**inputs)
-    expected = selective_scan_reference(**as_float64(inputs))
+    y, states = scan_cpu.forward(ScanInputs(**inputs))
+    expected = selective_scan_naive(**as_float64(inputs))
     assert_close({"y": y}, {"y": expected}, 1e-5)
     with pytest.raises(ValueError, match=r"traversal.source must visit every token exactly once"):
-        scan_cpu.backward(y, **inputs, states=states)
+        scan_cpu.backward(y, ScanInputs(**inputs), states)
 
 
 @needs_library
 def test_shares_the_thread_pool_of_torch():
     code = (
         "import torch, ctypes\n"
-        "from mmvssm.ops import scan_cpu\n"
+        "from mmvssm.ops.selective_scan import cpu as scan_cpu\n"
         "assert scan_cpu.available()\n"
         "with open('/proc/self/maps') as maps:\n"
         "    print({line.split()[-1] for line in maps if 'omp' in line.rsplit('/')[-1]})\n"
@@ -509,24 +512,24 @@ def test_shares_the_thread_pool_of_torch():
     if not sys.platform.startswith("linux"):
         pytest.skip("reads /proc")
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    runtimes = eval(run.stdout)
+    runtimes = ast.literal_eval(run.stdout)
     assert len([path for path in runtimes if "gomp" in path or "libomp" in path]) <= 1, runtimes
 
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
-    """The module as if it were installed in an empty folder."""
-    monkeypatch.setattr(scan_cpu, "__file__", str(tmp_path / "scan_cpu.py"))
+    """The module as if the library belonged into an empty folder."""
+    monkeypatch.setattr(backend, "_LIBRARY", tmp_path / "_kernels.so")
     scan_cpu._load.cache_clear()
-    cpu_library.warn_once.cache_clear()
+    backend.warn_no_library.cache_clear()
     yield tmp_path
     monkeypatch.undo()
     scan_cpu._load.cache_clear()
-    cpu_library.warn_once.cache_clear()
+    backend.warn_no_library.cache_clear()
 
 
 def test_missing_library_warns_once(elsewhere):
-    with pytest.warns(RuntimeWarning, match=r"was not built.*many times slower.*reinstall"):
+    with pytest.warns(RuntimeWarning, match=r"were not built.*many times slower.*reinstall"):
         assert not scan_cpu.available()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -534,6 +537,6 @@ def test_missing_library_warns_once(elsewhere):
 
 
 def test_library_that_cannot_be_loaded_warns(elsewhere):
-    (elsewhere / "_scan_cpu.so").write_bytes(b"for another machine")
+    (elsewhere / "_kernels.so").write_bytes(b"for another machine")
     with pytest.warns(RuntimeWarning, match="cannot be loaded"):
         assert not scan_cpu.available()

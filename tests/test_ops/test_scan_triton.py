@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmvssm.ops import Traversal, scan_triton, selective_scan
+from mmvssm.ops import Traversal, backend, selective_scan
+from mmvssm.ops.selective_scan import triton_launch
 from support.scan_cases import CASES, GRADIENTS, Case, check, make_inputs
 
 REPOSITORY = Path(__file__).parents[2]
-needs_triton = pytest.mark.skipif(not scan_triton.available(), reason="triton is not installed")
+needs_triton = pytest.mark.skipif(not backend.triton_available(), reason="triton is not installed")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 
 
@@ -22,8 +23,8 @@ def test_mmvssm_imports_where_triton_does_not():
         "import sys\n"
         "sys.modules['triton'] = None  # makes importing it an ImportError\n"
         "import mmvssm\n"
-        "from mmvssm.ops import scan_triton\n"
-        "assert not scan_triton.available()"
+        "from mmvssm.ops import backend\n"
+        "assert not backend.triton_available()"
     )
     subprocess.run([sys.executable, "-c", without_triton], check=True, cwd=REPOSITORY)
 
@@ -44,11 +45,11 @@ def test_kernels_in_the_interpreter():
 
 # ----------------------------------------------------------------------------------- compiled, not run
 
-CHUNKED = dict(STEPS=scan_triton._STEPS, GROUPS=64 // scan_triton._STEPS, LANES=32)
+CHUNKED = dict(STEPS=triton_launch._STEPS, GROUPS=64 // triton_launch._STEPS, LANES=32)
 KERNELS = {
     "chunk_ends": CHUNKED,
     "chunk_adjoint_ends": CHUNKED,
-    "hand_over": dict(STEPS=scan_triton._STEPS, GROUPS=scan_triton._MAX_GROUPS, COLUMNS=8),
+    "hand_over": dict(STEPS=triton_launch._STEPS, GROUPS=triton_launch._MAX_GROUPS, COLUMNS=8),
     "chunk_outputs": CHUNKED,
     "chunk_gradients": CHUNKED,
 }
@@ -70,10 +71,10 @@ def test_compiles_without_spills(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from mmvssm.ops import scan_triton_kernels
+    from mmvssm.ops.selective_scan import triton_kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    function = getattr(scan_triton_kernels, kernel)
+    function = getattr(triton_kernels, kernel)
     constants = dict(KERNELS[kernel], N=states, SOFTPLUS=True, BACKWARDS=True)
     constants = {name: x for name, x in constants.items() if name in function.arg_names}
 

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmvssm.ops import Traversal, cross_traversal, scan_torch, selective_scan
-from mmvssm.ops.reference import selective_scan_reference
+from mmvssm.ops import Traversal, cross_traversal, selective_scan
+from mmvssm.ops.selective_scan import pytorch
+from mmvssm.ops.selective_scan.naive import selective_scan_naive
 from support.masked_scan import compare as compare_with_masked
 
 # The package's attribute of that name is the function.
@@ -73,7 +74,7 @@ def gradients(y, inputs, seed=1):
 
 def assert_same(inputs, delta_softplus=True, **tolerance):
     actual = public(inputs, delta_softplus)
-    expected = selective_scan_reference(**inputs, delta_softplus=delta_softplus)
+    expected = selective_scan_naive(**inputs, delta_softplus=delta_softplus)
     torch.testing.assert_close(actual, expected, **tolerance)
     for a, e in zip(gradients(actual, inputs), gradients(expected, inputs)):
         torch.testing.assert_close(a, e, **tolerance)
@@ -83,7 +84,7 @@ def assert_same(inputs, delta_softplus=True, **tolerance):
 def torch_backend(monkeypatch):
     # By name, since the package exports the function of the same name.
     module = importlib.import_module("mmvssm.ops.selective_scan")
-    monkeypatch.setattr(module, "_backend", lambda u: scan_torch)
+    monkeypatch.setattr(module, "_backend", lambda u: pytorch)
 
 
 def test_reference_one_step():
@@ -91,7 +92,7 @@ def test_reference_one_step():
     inputs = make_inputs(1, 1, 1, 2, 3, optional=False)
     step = F.softplus(inputs["delta"])
     expected = (inputs["B"] * inputs["C"]).sum(-1, keepdim=True) * step * inputs["u"]
-    torch.testing.assert_close(selective_scan_reference(**inputs), expected)
+    torch.testing.assert_close(selective_scan_naive(**inputs), expected)
 
 
 def test_reference_against_closed_form():
@@ -101,7 +102,7 @@ def test_reference_against_closed_form():
     drive = step * inputs["u"][0, :, 0] * inputs["B"][0, :, 0]
     later = step.flip(0).cumsum(0).flip(0) - step
     last = (torch.exp(inputs["A"][0, :, 0] * later) * drive).sum(0)
-    y = selective_scan_reference(**inputs)
+    y = selective_scan_naive(**inputs)
     torch.testing.assert_close(y[0, -1, 0], last * inputs["C"][0, -1, 0])
 
 
@@ -114,7 +115,7 @@ def test_reference_gradcheck(optional, delta_softplus):
     names = [name for name in GRADIENTS if inputs[name] is not None]
 
     def run(*values):
-        return selective_scan_reference(
+        return selective_scan_naive(
             **{**inputs, **dict(zip(names, values))}, delta_softplus=delta_softplus
         )
 
@@ -142,7 +143,7 @@ def test_torch_backend_low_precision(torch_backend, dtype, tolerance):
         k: v.detach().double().requires_grad_() if v.is_floating_point() else v
         for k, v in inputs.items()
     }
-    y, y_exact = public(inputs), selective_scan_reference(**exact)
+    y, y_exact = public(inputs), selective_scan_naive(**exact)
     assert y.dtype == dtype
     pairs = [
         (y, y_exact),
@@ -180,7 +181,7 @@ def test_column_scan_gradient(height, width):
 
     tokens = ("u", "delta", "B", "C")
     moved = {k: transpose(v) if k in tokens else v for k, v in inputs.items()}
-    y = selective_scan_reference(**moved)
+    y = selective_scan_naive(**moved)
     back = y.unflatten(1, (width, height)).transpose(1, 2).flatten(1, 2)
     torch.testing.assert_close(walked, back)
     for actual, expected in zip(gradients(walked, inputs), gradients(back, inputs)):
@@ -198,7 +199,7 @@ def test_gap_equals_masked_dense_scan():
     masked = dict(dense)
     masked["delta"] = torch.where(kept[:, None, None], dense["delta"], torch.log(torch.expm1(rest)))
     masked["u"] = torch.where(kept[:, None, None], dense["u"], 0.0)
-    expected = selective_scan_reference(**masked)[:, kept]
+    expected = selective_scan_naive(**masked)[:, kept]
 
     positions = kept.nonzero().flatten()
     compact = {k: v[:, positions] if k in ("u", "delta", "B", "C") else v for k, v in dense.items()}
@@ -221,7 +222,7 @@ GRIDS = [(1, 1), (1, 7), (5, 1), (6, 9), (13, 8)]
 def test_pruned_walks_equal_the_masked_dense_scan(grid, dtype, backend, monkeypatch):
     """Every direction, other tokens in each image: the state is aligned exactly, and so are all gradients."""
     if backend == "torch":
-        monkeypatch.setattr(scan_module, "_backend", lambda u: scan_torch)
+        monkeypatch.setattr(scan_module, "_backend", lambda u: pytorch)
     compare_with_masked(selective_scan, grid, batch=3, keep=0.4, dtype=dtype)
 
 
@@ -250,7 +251,7 @@ def test_expanded_and_strided_inputs():
     one = inputs["u"].detach()[:, :, :1].requires_grad_()
     halves = torch.randn(2, 30, 4, 12, dtype=torch.float64, requires_grad=True)
     inputs["u"], inputs["delta"] = one.expand(-1, -1, 4, -1), halves[..., 6:]
-    actual, expected = public(inputs), selective_scan_reference(**inputs)
+    actual, expected = public(inputs), selective_scan_naive(**inputs)
     torch.testing.assert_close(actual, expected)
     wanted = [one, halves]
     for a, e in zip(
@@ -277,7 +278,7 @@ def test_autocast_keeps_parameters_in_float32():
     assert {seen[k] for k in ("A", "D", "delta_bias", "rest")} == {torch.float32}
     y.sum().backward()
     assert inputs["u"].grad.dtype == torch.float32 and inputs["A"].grad.dtype == torch.float32
-    error = (y.double() - selective_scan_reference(**inputs)).norm() / y.double().norm()
+    error = (y.double() - selective_scan_naive(**inputs)).norm() / y.double().norm()
     assert error < 2e-2
 
 

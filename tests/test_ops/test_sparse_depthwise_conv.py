@@ -15,15 +15,17 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmvssm.engine.flops import count
+from mmvssm.analysis.flops import count
 from mmvssm.ops import (
-    cpu_library,
+    backend as ops_backend,
+)
+from mmvssm.ops import (
     neighbor_table,
     sparse_depthwise_conv,
-    sparse_depthwise_conv_cpu,
-    sparse_depthwise_conv_torch,
-    sparse_depthwise_conv_triton,
 )
+from mmvssm.ops.sparse_depthwise_conv import cpu as sparse_depthwise_conv_cpu
+from mmvssm.ops.sparse_depthwise_conv import pytorch as sparse_depthwise_conv_torch
+from mmvssm.ops.sparse_depthwise_conv import triton_launch as sparse_depthwise_conv_triton
 from support.sparse_conv_cases import (
     CASES,
     GRADIENTS,
@@ -40,7 +42,7 @@ REPOSITORY = Path(__file__).parents[2]
 LIBRARY, REASON = sparse_depthwise_conv_cpu._load()
 needs_library = pytest.mark.skipif(LIBRARY is None, reason=f"no compiled kernel: {REASON}")
 needs_triton = pytest.mark.skipif(
-    not sparse_depthwise_conv_triton.available(), reason="triton is not installed"
+    not ops_backend.triton_available(), reason="triton is not installed"
 )
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 
@@ -468,19 +470,19 @@ def test_wrong_input_is_named(change, words):
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
-    """The module as if it were installed in an empty folder."""
-    monkeypatch.setattr(sparse_depthwise_conv_cpu, "__file__", str(tmp_path / "module.py"))
-    for cached in (sparse_depthwise_conv_cpu._load, cpu_library.warn_once):
+    """The module as if the library belonged into an empty folder."""
+    monkeypatch.setattr(ops_backend, "_LIBRARY", tmp_path / "_kernels.so")
+    for cached in (sparse_depthwise_conv_cpu._load, ops_backend.warn_no_library):
         cached.cache_clear()
     yield tmp_path
     monkeypatch.undo()
-    for cached in (sparse_depthwise_conv_cpu._load, cpu_library.warn_once):
+    for cached in (sparse_depthwise_conv_cpu._load, ops_backend.warn_no_library):
         cached.cache_clear()
 
 
 def test_missing_library_warns_once_and_pytorch_takes_over(elsewhere):
     case = Case(2, (5, 4), 11, 5)
-    with pytest.warns(RuntimeWarning, match=r"was not built.*many times slower.*reinstall"):
+    with pytest.warns(RuntimeWarning, match=r"were not built.*many times slower.*reinstall"):
         check(case, run_public)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -508,7 +510,7 @@ def test_triton_kernels_compile_without_spills(kernel, dtype, capability, tmp_pa
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from mmvssm.ops import sparse_depthwise_conv_triton_kernels as kernels
+    from mmvssm.ops.sparse_depthwise_conv import triton_kernels as kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     backend = sparse_depthwise_conv_triton

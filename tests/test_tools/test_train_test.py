@@ -18,9 +18,10 @@ pytest.importorskip("mmseg")
 
 from mmengine.registry import init_default_scope
 
+from mmvssm.cli import test as test_command
+from mmvssm.cli import train as train_command
+from mmvssm.cli.errors import run_tool
 from mmvssm.datasets.shapes import ShapesGenerator
-from mmvssm.engine import command_line
-from mmvssm.engine.errors import run_tool
 
 REPO = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {
@@ -347,8 +348,8 @@ def refused(tmp_path, monkeypatch, capsys):
     def call(tool, *arguments):
         before = sorted(tmp_path.rglob("*"))
         run_main, parser = {
-            "train.py": (command_line.train, command_line.train_parser()),
-            "test.py": (command_line.test, command_line.test_parser()),
+            "train.py": (train_command.train, arguments.train_parser()),
+            "test.py": (test_command.test, arguments.test_parser()),
         }[tool]
         arguments = parser.parse_args(list(map(str, arguments)))
         capsys.readouterr()

@@ -17,9 +17,8 @@ import mmcv
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
-from mmvssm.engine.errors import UserError, run_tool
-from mmvssm.engine.flops import count
-from mmvssm.engine.pruning_view import (
+from mmvssm.analysis.flops import count
+from mmvssm.analysis.pruning_view import (
     PruningLayer,
     draw_pruning,
     load_image,
@@ -27,6 +26,7 @@ from mmvssm.engine.pruning_view import (
     observe_pruning,
     patch_size_of,
 )
+from mmvssm.cli.errors import UserError, run_tool
 
 REPO = Path(__file__).resolve().parents[2]
 TOOL = REPO / "tools" / "visualize_pruning.py"

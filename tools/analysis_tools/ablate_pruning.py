@@ -20,7 +20,7 @@ from pathlib import Path
 
 from prettytable import PrettyTable, TableStyle
 
-from mmvssm.engine.errors import UserError, run_tool
+from mmvssm.cli.errors import UserError, run_tool
 
 REPO = Path(__file__).resolve().parents[2]
 PRUNED = REPO / "configs/plainmamba_pruned_upernet_shapes.py"

@@ -15,8 +15,8 @@ from prettytable import PrettyTable
 from torch import nn
 
 import mmvssm  # noqa: F401  (registers the models)
-from mmvssm.engine.errors import UserError, run_tool, user_mistakes
-from mmvssm.engine.flops import count
+from mmvssm.analysis.flops import count
+from mmvssm.cli.errors import UserError, run_tool, user_mistakes
 
 
 def parse_args() -> argparse.Namespace:

@@ -24,7 +24,7 @@ from common import (
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
-from mmvssm.engine.errors import UserError, run_tool
+from mmvssm.cli.errors import UserError, run_tool
 from mmvssm.models import GroupMamba, PlainMamba
 
 GROUPS = {

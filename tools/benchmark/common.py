@@ -13,7 +13,7 @@ import torch
 from prettytable import PrettyTable, TableStyle
 
 import mmvssm
-from mmvssm.engine import keep_freed_memory
+from mmvssm.cli.allocator import keep_freed_memory
 
 
 def cpu_name() -> str:

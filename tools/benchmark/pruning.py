@@ -18,8 +18,8 @@ from common import about, markdown_table, time_side_by_side, write_json
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from mmvssm.engine.errors import UserError, run_tool
-from mmvssm.engine.flops import count
+from mmvssm.analysis.flops import count
+from mmvssm.cli.errors import UserError, run_tool
 from mmvssm.models import PlainMamba
 from mmvssm.models.pruning import PrunedTokens
 

@@ -21,9 +21,11 @@ import torch.nn.functional as F
 from common import about, copy_bandwidth, markdown_table, time_side_by_side, write_json
 from torch import Tensor
 
-from mmvssm.engine.errors import UserError, run_tool
-from mmvssm.ops import scan_torch, selective_scan
-from mmvssm.ops.reference import selective_scan_reference
+from mmvssm.cli.errors import UserError, run_tool
+from mmvssm.ops import selective_scan
+from mmvssm.ops.selective_scan import pytorch
+from mmvssm.ops.selective_scan.inputs import ScanInputs
+from mmvssm.ops.selective_scan.naive import selective_scan_naive
 
 SHAPES = [(2, 4096, 348, 1), (1, 4096, 384, 16), (1, 4096, 64, 1), (2, 64000, 64, 1)]
 """Images, tokens, channels, states."""
@@ -88,14 +90,14 @@ def in_pytorch(u, delta, A, B, C, D, delta_bias) -> Tensor:
 class _InPyTorch(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
-        y, states = scan_torch.forward(*inputs, None, None, None, None, True)
+        y, states = pytorch.forward(ScanInputs(*inputs))
         ctx.save_for_backward(*inputs, states)
         return y
 
     @staticmethod
     def backward(ctx, grad_y):
         *inputs, states = ctx.saved_tensors
-        grads = scan_torch.backward(grad_y, *inputs, None, None, None, None, True, states)
+        grads = pytorch.backward(grad_y, ScanInputs(*inputs), states)
         return grads[:7]
 
 
@@ -127,7 +129,7 @@ def candidates(args: argparse.Namespace) -> dict[str, Callable]:
     if args.device.startswith("cuda") and find_spec("mamba_ssm"):
         found["mamba-ssm"] = with_mamba_ssm
     if args.sequential:
-        found["sequential definition"] = selective_scan_reference
+        found["sequential definition"] = selective_scan_naive
     return found
 
 

@@ -20,9 +20,8 @@ from torch import Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils.checkpoint import checkpoint
 
-from ...ops import Traversal, cross_traversal, selective_scan
+from ...ops import Traversal, conv_ffn, cross_traversal, in_chunks, selective_scan
 from ...registry import MODELS
-from .chunks import in_chunks
 from .common import (
     check_rates,
     drop_path_schedule,
@@ -31,7 +30,6 @@ from .common import (
     resolve_arch,
     resolve_out_indices,
 )
-from .conv_ffn import ConvFFN
 
 NUM_GROUPS = 4
 """Groups of channels, one for each direction of the scan (paper, section 3.2)."""
@@ -265,6 +263,21 @@ class Block(nn.Module):
         """``(B, H, W, dim)`` to the same shape."""
         x = x + self.drop_path(self.mixer(x, traversal))
         return x + self.drop_path(self.ffn(self.norm(x)))
+
+
+class ConvFFN(nn.Module):
+    """Feed-forward network with a depthwise convolution between its linear layers (PVT v2, section 3.3)."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.conv = nn.Conv2d(hidden_dim, hidden_dim, kernel_size=3, padding=1, groups=hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, H, W, dim)`` to the same shape."""
+        layers = (self.fc1, self.conv, self.fc2)
+        return conv_ffn(x, *(p for layer in layers for p in (layer.weight, layer.bias)))
 
 
 class ModulatedGroupMamba(nn.Module):

@@ -2,8 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmvssm.models.backbones import chunks
-from mmvssm.models.backbones.chunks import in_chunks
+from mmvssm.ops import chunks, in_chunks
 
 
 def function(a, b, scale, weight, bias):

@@ -1,4 +1,4 @@
-"""The feed-forward network of GroupMamba's blocks.
+"""A feed-forward network with a depthwise convolution, as GroupMamba's blocks have it.
 
 Its hidden layer is up to eight times as wide as the feature map. On a CPU a large one is never there as a whole: the
 network works through the map in bands of rows whose hidden layer stays in the cache, and computes it again in the
@@ -13,7 +13,7 @@ from typing import NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 BAND_BYTES = 3 << 20
@@ -26,34 +26,50 @@ STORED_BANDS = 8
 """Of maps of up to as many bands the first linear layer's output is stored, which saves computing it again."""
 
 
-class ConvFFN(nn.Module):
-    """Feed-forward network with a depthwise convolution between its linear layers (PVT v2, section 3.3)."""
+def conv_ffn(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+) -> Tensor:
+    """Linear layer, depthwise convolution, GELU, linear layer (PVT v2, section 3.3).
 
-    def __init__(self, dim: int, hidden_dim: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.conv = nn.Conv2d(hidden_dim, hidden_dim, kernel_size=3, padding=1, groups=hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
+    Args:
+        x: Feature map ``(B, H, W, C)``.
+        weight1: Of the first linear layer, to ``M`` hidden channels ``(M, C)``.
+        bias1: ``(M,)``.
+        conv_weight: As in ``torch.nn.Conv2d(M, M, 3, padding=1, groups=M)``, ``(M, 1, 3, 3)``.
+        conv_bias: ``(M,)``.
+        weight2: Of the second linear layer ``(C, M)``.
+        bias2: ``(C,)``.
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(B, H, W, dim)`` to the same shape."""
-        hidden_bytes = x.shape[:3].numel() * self.fc1.out_features * x.element_size()
-        # A GPU has no cache of that size, and a compiler fuses in ways of its own.
-        if (
-            hidden_bytes <= WHOLE_BANDS * BAND_BYTES
-            or x.device.type != "cpu"
-            or torch.compiler.is_compiling()
-        ):
-            hidden = self.conv(self.fc1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-            return self.fc2(F.gelu(hidden))
-        layers = (self.fc1, self.conv, self.fc2)
-        tensors = [x, *(p for layer in layers for p in (layer.weight, layer.bias))]
-        dtype = x.dtype
-        if torch.is_autocast_enabled("cpu"):
-            dtype = torch.get_autocast_dtype("cpu")
-        store = torch.is_grad_enabled() and hidden_bytes <= STORED_BANDS * BAND_BYTES
-        with torch.autocast("cpu", enabled=False):
-            return _InBands.apply(store, *(tensor.to(dtype) for tensor in tensors))
+    Returns:
+        ``(B, H, W, C)``. Differentiable once where it works in bands.
+    """
+    # A GPU has no cache of that size, and a compiler fuses in ways of its own. First of all it must not be asked about
+    # sizes, which would fix them.
+    if (
+        torch.compiler.is_compiling()
+        or x.device.type != "cpu"
+        or _hidden_bytes(x, weight1) <= (WHOLE_BANDS * BAND_BYTES)
+    ):
+        hidden = F.linear(x, weight1, bias1).permute(0, 3, 1, 2)
+        hidden = F.conv2d(hidden, conv_weight, conv_bias, padding=1, groups=conv_weight.shape[0])
+        return F.linear(F.gelu(hidden.permute(0, 2, 3, 1)), weight2, bias2)
+    tensors = (x, weight1, bias1, conv_weight, conv_bias, weight2, bias2)
+    dtype = x.dtype
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+    store = torch.is_grad_enabled() and _hidden_bytes(x, weight1) <= STORED_BANDS * BAND_BYTES
+    with torch.autocast("cpu", enabled=False):
+        return _InBands.apply(store, *(tensor.to(dtype) for tensor in tensors))
+
+
+def _hidden_bytes(x: Tensor, weight1: Tensor) -> int:
+    return x.shape[:3].numel() * weight1.shape[0] * x.element_size()
 
 
 class _InBands(torch.autograd.Function):

@@ -8,7 +8,7 @@ import pytest
 COUNT_FAULTS = """
 import resource
 import torch
-from mmvssm.engine.allocator import keep_freed_memory
+from mmvssm.cli.allocator import keep_freed_memory
 
 if KEEP:
     assert keep_freed_memory()
@@ -41,7 +41,7 @@ def test_large_tensors_reuse_memory():
 
 
 def test_another_libc_is_left_alone(monkeypatch):
-    from mmvssm.engine.allocator import keep_freed_memory
+    from mmvssm.cli.allocator import keep_freed_memory
 
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
     assert keep_freed_memory() is False

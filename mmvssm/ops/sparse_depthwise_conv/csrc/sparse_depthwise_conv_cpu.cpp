@@ -22,7 +22,7 @@
 #include <new>
 #include <vector>
 
-#include "dispatch.h"
+#include "../../csrc/dispatch.h"
 
 namespace {
 
@@ -76,8 +76,8 @@ struct KernelFunctions {
   void (*weight_gradient)(const SparseConv&, const Presence&, const Task*, int64_t count, void* partial);
 };
 
-#define KERNEL "sparse_depthwise_conv_kernel.h"
-#include "instruction_sets.h"
+#define KERNEL "../sparse_depthwise_conv/csrc/sparse_depthwise_conv_kernel.h"  // seen from instruction_sets.h
+#include "../../csrc/instruction_sets.h"
 
 KernelFunctions kernel_for(const SparseConv& conv) {
 #if defined(__x86_64__)

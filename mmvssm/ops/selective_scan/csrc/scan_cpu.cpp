@@ -35,7 +35,7 @@
 #include <utility>
 #include <vector>
 
-#include "dispatch.h"
+#include "../../csrc/dispatch.h"
 
 namespace {
 
@@ -110,8 +110,8 @@ struct KernelFunctions {
   void (*sum_blocks)(const void* partials, int64_t blocks, int64_t size, int64_t first, int64_t last, void* sums);
 };
 
-#define KERNEL "scan_kernel.h"
-#include "instruction_sets.h"
+#define KERNEL "../selective_scan/csrc/scan_kernel.h"  // seen from instruction_sets.h
+#include "../../csrc/instruction_sets.h"
 
 KernelFunctions kernel_for(const Scan& scan) {
 #if defined(__x86_64__)

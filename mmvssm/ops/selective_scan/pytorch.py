@@ -1,6 +1,6 @@
 """The selective scan in vectorised PyTorch: for CPUs without the compiled kernel, and for any other device.
 
-The walk is cut into chunks of :data:`CHUNK_LENGTH` steps. All chunks advance together from a zero
+The walk is cut into chunks of :data:`~.inputs.CHUNK_LENGTH` steps. All chunks advance together from a zero
 state, then a short loop over the chunks hands each one the state in which its predecessor ended.
 States are handled one at a time, so that nothing larger than ``(B, L, K, D)`` is ever stored.
 
@@ -15,91 +15,43 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_LENGTH = 64
-"""Steps between two states that the forward pass saves for the backward pass."""
+from .inputs import CHUNK_LENGTH, ScanInputs, num_chunks
 
 
-def num_chunks(length: int) -> int:
-    """How many states are saved along a walk of ``length`` steps."""
-    return (length + CHUNK_LENGTH - 1) // CHUNK_LENGTH
-
-
-def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype of the state: float64 if any input is, else float32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
-def forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Optional[Tensor],
-    delta_bias: Optional[Tensor],
-    order: Optional[Tensor],
-    source: Optional[Tensor],
-    gap: Optional[Tensor],
-    rest: Optional[Tensor],
-    delta_softplus: bool,
-) -> tuple[Tensor, Tensor]:
-    """Run the scan. Arguments are those of :func:`mmvssm.ops.reference.selective_scan_reference`.
+def forward(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
+    """Run the scan.
 
     Returns:
         ``y (B, L, K, D)`` in the dtype of ``u``, contiguous, and ``states (B, K, S, D, N)`` in the accumulation dtype:
         the state before step ``s * CHUNK_LENGTH`` of each walk, ``S = ceil(L / CHUNK_LENGTH)``.
     """
-    walk = _Walk.along(u, delta, A, B, C, delta_bias, order, source, gap, rest, delta_softplus)
-    batch, length, walks, channels = u.shape
+    walk, D = _Walk.along(inputs), inputs.D
     y = walk.u * D.to(walk.u.dtype) if D is not None else torch.zeros_like(walk.u)
-    states = y.new_empty((batch, walks, num_chunks(length), channels, A.shape[-1]))
-    for n in range(A.shape[-1]):
+    states = y.new_empty(inputs.states_shape)
+    for n in range(inputs.A.shape[-1]):
         decay, drive = walk.recurrence(n)
         h, entry = _chunked_scan(decay, drive)
         states[..., n] = entry.transpose(1, 2)
         y += h * walk.C[..., n, None]
-    return walk.put(y, walk.order).to(u.dtype), states
+    return walk.put(y, walk.order).to(inputs.u.dtype), states
 
 
 def backward(
-    grad_y: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Optional[Tensor],
-    delta_bias: Optional[Tensor],
-    order: Optional[Tensor],
-    source: Optional[Tensor],
-    gap: Optional[Tensor],
-    rest: Optional[Tensor],
-    delta_softplus: bool,
-    states: Tensor,
+    grad_y: Tensor, inputs: ScanInputs, states: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Differentiate the scan.
 
     Args:
         grad_y: Gradient of ``y``, ``(B, L, K, D)``, any strides.
-        u: This and the following as in :func:`forward`.
-        delta: See :func:`forward`.
-        A: See :func:`forward`.
-        B: See :func:`forward`.
-        C: See :func:`forward`.
-        D: See :func:`forward`.
-        delta_bias: See :func:`forward`.
-        order: See :func:`forward`.
-        source: See :func:`forward`.
-        gap: See :func:`forward`.
-        rest: See :func:`forward`.
-        delta_softplus: See :func:`forward`.
+        inputs: As :func:`forward` was given them.
         states: As returned by :func:`forward`.
 
     Returns:
         Gradients of ``u, delta, A, B, C, D, delta_bias, rest``, each contiguous, in its tensor's
         shape and dtype; an empty tensor of shape ``(0,)`` for each of the last three that is None.
     """
-    walk = _Walk.along(u, delta, A, B, C, delta_bias, order, source, gap, rest, delta_softplus)
+    u, delta, A, B, C, D, delta_bias, *_, rest, delta_softplus = inputs
+    walk = _Walk.along(inputs)
     grad_y = walk.take(grad_y, walk.order)
     grad_u = grad_y * D.to(walk.u.dtype) if D is not None else torch.zeros_like(walk.u)
     grad_step, grad_elapsed = torch.zeros_like(walk.u), torch.zeros_like(walk.u)
@@ -158,8 +110,9 @@ class _Walk(NamedTuple):
     source: Optional[Tensor]
 
     @classmethod
-    def along(cls, u, delta, A, B, C, delta_bias, order, source, gap, rest, delta_softplus):
-        dtype = accumulation_dtype(u, delta, A, B, C)
+    def along(cls, inputs: ScanInputs) -> _Walk:
+        u, delta, A, B, C, _, delta_bias, order, source, gap, rest, delta_softplus = inputs
+        dtype = inputs.accumulation_dtype
         order = _token_index(order)
         source = order if source is None else _token_index(source)
         raw = cls.take(delta, source).to(dtype)

@@ -7,17 +7,15 @@ Nothing is computed at pruned positions, and no map of the grid is ever made: th
 from __future__ import annotations
 
 import math
+from types import ModuleType
 from typing import Optional
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import (
-    sparse_depthwise_conv_cpu,
-    sparse_depthwise_conv_torch,
-    sparse_depthwise_conv_triton,
-)
+from .. import backend
+from . import cpu, pytorch, triton_launch
 
 
 def neighbor_table(positions: Tensor, grid: tuple[int, int], kernel_size: int) -> Tensor:
@@ -128,12 +126,8 @@ def _check(x: Tensor, weight: Tensor, neighbors: Tensor, bias: Optional[Tensor])
             )
 
 
-def _backend(x: Tensor):
-    if x.is_cuda and sparse_depthwise_conv_triton.available():
-        return sparse_depthwise_conv_triton
-    if x.device.type == "cpu" and sparse_depthwise_conv_cpu.available():
-        return sparse_depthwise_conv_cpu
-    return sparse_depthwise_conv_torch
+def _backend(x: Tensor) -> ModuleType:
+    return backend.choose(x, gpu=triton_launch, cpu=cpu, anywhere=pytorch)
 
 
 @torch.library.custom_op("mmvssm::sparse_depthwise_conv", mutates_args=())
@@ -165,7 +159,7 @@ def _conv_backward(
         grad_weight = _backend(x).weight_gradient(grad_y, x, neighbors)
         grad_weight = grad_weight.view(weight.shape).to(weight.dtype)
     if needs_bias:
-        wide = sparse_depthwise_conv_torch.accumulation_dtype(grad_y, bias)
+        wide = backend.accumulation_dtype(grad_y, bias)
         grad_bias = grad_y.sum((0, 1), dtype=wide).to(bias.dtype)
     return grad_x, grad_weight, grad_bias
 
@@ -192,19 +186,7 @@ def _differentiate(ctx, grad_y: Tensor):
 _conv.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 
-def _register_autocast(device_type: str, dispatch_key: str) -> None:
-    def conv(x, weight, neighbors, bias):
-        dtype = torch.get_autocast_dtype(device_type)
-        x, weight = (t if t.dtype == torch.float64 else t.to(dtype) for t in (x, weight))
-        with torch.autocast(device_type, enabled=False):
-            return torch.ops.mmvssm.sparse_depthwise_conv(x, weight, neighbors, bias)
-
-    _library.impl("sparse_depthwise_conv", conv, dispatch_key)
-
-
-_library = torch.library.Library("mmvssm", "FRAGMENT")
-_register_autocast("cpu", "AutocastCPU")
-_register_autocast("cuda", "AutocastCUDA")
+backend.register_autocast("sparse_depthwise_conv", lowered=(0, 1))
 
 
 @register_flop_formula(torch.ops.mmvssm.sparse_depthwise_conv)

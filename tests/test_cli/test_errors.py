@@ -6,9 +6,9 @@ import sys
 import pytest
 from mmengine.config import Config
 
+from mmvssm.cli.distributed import adapt_to_machine, init_processes
+from mmvssm.cli.errors import one_sentence, run_tool, user_mistakes
 from mmvssm.engine import UserError
-from mmvssm.engine.distributed import adapt_to_machine, init_processes
-from mmvssm.engine.errors import one_sentence, run_tool, user_mistakes
 
 
 def test_one_sentence():

@@ -8,9 +8,9 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import init_default_scope
 from PIL import Image
 
+from mmvssm.cli.data_check import check_data
+from mmvssm.cli.data_root import apply_data_root, make_palette, set_num_classes
 from mmvssm.engine import UserError
-from mmvssm.engine.data_check import check_data
-from mmvssm.engine.data_root import apply_data_root, make_palette, set_num_classes
 
 LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 

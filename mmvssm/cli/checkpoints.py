@@ -9,8 +9,8 @@ from mmengine.config import Config
 from mmengine.runner.checkpoint import load_state_dict
 from torch import nn
 
+from ..engine.safe_checkpoint import UnsafeCheckpointError, load_checkpoint_safely
 from .errors import UserError
-from .safe_checkpoint import UnsafeCheckpointError, load_checkpoint_safely
 
 _KEYS_SHOWN = 3
 

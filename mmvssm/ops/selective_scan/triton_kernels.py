@@ -1,4 +1,4 @@
-r"""Triton kernels of the selective scan. Imports triton: reach this module through :mod:`mmvssm.ops.scan_triton`.
+r"""Triton kernels of the selective scan. Imports triton: reach this module through ``triton_launch.py``.
 
 The recurrence, for one channel and one state, with ``e_t = step_t + gap_t * rest`` the time that step ``t`` takes::
 

@@ -69,12 +69,6 @@ def adapt_to_machine(cfg: Config) -> None:
             cfg.custom_hooks = [*hooks, ConfigDict(type="SyncBuffersHook")]
 
 
-def wait_for_all() -> None:
-    """Wait until every process of the group has come here."""
-    if is_distributed():
-        torch.distributed.barrier()
-
-
 def _replace_norms(node: Any) -> None:
     """Turn synchronised norms in a model config into plain ones, in place."""
     if isinstance(node, dict):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from pathlib import Path
 from typing import Optional
 
 import torch
 from torch import Tensor
 
-from . import cpu_library
-from .sparse_depthwise_conv_torch import accumulation_dtype
+from .. import backend
+from ..backend import accumulation_dtype
 
 _INTERFACE_VERSION = 1
 
@@ -20,14 +19,14 @@ def available() -> bool:
     """Whether the compiled kernel can be used. The first time that it cannot, a warning says why."""
     library, reason = _load()
     if library is None:
-        cpu_library.warn_once(reason)
+        backend.warn_no_library(reason)
     return library is not None
 
 
 def convolve(
     x: Tensor, weight: Tensor, neighbors: Tensor, bias: Optional[Tensor], reverse: bool = False
 ) -> Tensor:
-    """See :func:`mmvssm.ops.sparse_depthwise_conv_torch.convolve`.
+    """See :func:`mmvssm.ops.sparse_depthwise_conv.pytorch.convolve`.
 
     Raises:
         IndexError: If ``neighbors`` names a token that does not exist.
@@ -43,7 +42,7 @@ def convolve(
 
 
 def weight_gradient(grad_y: Tensor, x: Tensor, neighbors: Tensor) -> Tensor:
-    """See :func:`mmvssm.ops.sparse_depthwise_conv_torch.weight_gradient`.
+    """See :func:`mmvssm.ops.sparse_depthwise_conv.pytorch.weight_gradient`.
 
     Raises:
         IndexError: If ``neighbors`` names a token that does not exist.
@@ -79,7 +78,7 @@ class _Conv(ctypes.Structure):
         conv.tensors = []
         conv.wide_dtype = wide_dtype
         conv.element_dtype = torch.float64 if wide_dtype == torch.float64 else x.dtype
-        conv.dtype = cpu_library.DTYPES[conv.element_dtype]
+        conv.dtype = backend.DTYPES[conv.element_dtype]
         conv.threads = torch.get_num_threads()
         conv.input_rows("x", x)
         neighbors = neighbors.contiguous()
@@ -117,8 +116,7 @@ class _Conv(ctypes.Structure):
 @functools.cache
 def _load() -> tuple[Optional[ctypes.CDLL], str]:
     """The library, or None and the reason."""
-    return cpu_library.load(
-        Path(__file__).parent,
+    return backend.load_library(
         "sparse_depthwise_conv",
         _INTERFACE_VERSION,
         _Conv,

@@ -22,8 +22,8 @@ from mmengine.config import Config, ConfigDict
 from mmengine.dataset import Compose
 from torch import Tensor, nn
 
+from ..engine import UserError
 from ..models.backbones.plain_mamba import LayerState
-from .errors import UserError
 from .flops import count
 
 _MIN_RUNS = 5
@@ -66,7 +66,7 @@ class Saving:
     """What one forward pass of a backbone costs without and with pruning.
 
     Attributes:
-        dense_flops: See :func:`~mmvssm.engine.flops.count`.
+        dense_flops: See :func:`~mmvssm.analysis.flops.count`.
         pruned_flops: The same.
         dense_seconds: Wall-clock time.
         pruned_seconds: The same.

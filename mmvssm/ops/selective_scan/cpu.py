@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from pathlib import Path
 from typing import Optional
 
 import torch
 from torch import Tensor
 
-from . import cpu_library
-from .scan_torch import accumulation_dtype, num_chunks
+from .. import backend
+from .inputs import DIFFERENTIABLE, PARAMETERS, ScanInputs
 
 _INTERFACE_VERSION = 2
 _PROBLEMS = {
@@ -24,78 +23,43 @@ def available() -> bool:
     """Whether the compiled kernel can be used. The first time that it cannot, a warning says why."""
     library, reason = _load()
     if library is None:
-        cpu_library.warn_once(reason)
+        backend.warn_no_library(reason)
     return library is not None
 
 
-def forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Optional[Tensor],
-    delta_bias: Optional[Tensor],
-    order: Optional[Tensor],
-    source: Optional[Tensor],
-    gap: Optional[Tensor],
-    rest: Optional[Tensor],
-    delta_softplus: bool,
-) -> tuple[Tensor, Tensor]:
-    """See :func:`mmvssm.ops.scan_torch.forward`.
+def forward(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
+    """See :func:`mmvssm.ops.selective_scan.pytorch.forward`.
 
     Raises:
         IndexError: If ``order`` or ``source`` name a token that does not exist.
         ValueError: If ``order`` does not visit every token once.
     """
-    scan = _Scan.of(u, delta, A, B, C, D, delta_bias, order, source, gap, rest, delta_softplus)
-    batch, length, walks, channels = u.shape
-    y = scan.output("y", u.shape, scan.element_dtype)
-    states = scan.output(
-        "saved_states", (batch, walks, num_chunks(length), channels, A.shape[-1]), scan.state_dtype
-    )
+    scan = _Scan.of(inputs)
+    y = scan.output("y", inputs.u.shape, scan.element_dtype)
+    states = scan.output("saved_states", inputs.states_shape, scan.state_dtype)
     scan.run("scan_forward")
-    return y.to(u.dtype), states
+    return y.to(inputs.u.dtype), states
 
 
 def backward(
-    grad_y: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Optional[Tensor],
-    delta_bias: Optional[Tensor],
-    order: Optional[Tensor],
-    source: Optional[Tensor],
-    gap: Optional[Tensor],
-    rest: Optional[Tensor],
-    delta_softplus: bool,
-    states: Tensor,
+    grad_y: Tensor, inputs: ScanInputs, states: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`mmvssm.ops.scan_torch.backward`.
+    """See :func:`mmvssm.ops.selective_scan.pytorch.backward`.
 
     Raises:
         IndexError: If ``order`` or ``source`` name a token that does not exist.
         ValueError: If ``order`` or ``source`` do not visit every token once.
     """
-    scan = _Scan.of(u, delta, A, B, C, D, delta_bias, order, source, gap, rest, delta_softplus)
+    scan = _Scan.of(inputs)
     scan.input_rows("grad_y", grad_y)
     scan.input_array("saved_states", states)
     wide, narrow = scan.state_dtype, scan.element_dtype
     differentiated = {
-        "u": (u, narrow),
-        "delta": (delta, narrow),
-        "A": (A, wide),
-        "B": (B, narrow),
-        "C": (C, narrow),
-        "D": (D, wide),
-        "delta_bias": (delta_bias, wide),
-        "rest": (rest, wide),
+        name: (getattr(inputs, name), wide if name in PARAMETERS else narrow)
+        for name in DIFFERENTIABLE
     }
     grads = {
-        name: u.new_empty(0) if x is None else scan.output(f"grad_{name}", x.shape, dtype)
+        name: grad_y.new_empty(0) if x is None else scan.output(f"grad_{name}", x.shape, dtype)
         for name, (x, dtype) in differentiated.items()
     }
     scan.run("scan_backward")
@@ -105,14 +69,15 @@ def backward(
     )
 
 
-def runs_walks_together(*inputs: object, **named_inputs: object) -> bool:
+def runs_walks_together(inputs: ScanInputs) -> bool:
     """Whether :func:`forward`, given the same inputs, computes what the walks share once for all of them."""
     library, _ = _load()
-    return bool(library.scan_runs_walks_together(_Scan.of(*inputs, **named_inputs)))
+    return bool(library.scan_runs_walks_together(_Scan.of(inputs)))
 
 
-def _walks_share(u, delta, A, C, D, delta_bias, order, source, rest) -> bool:
+def _walks_share(inputs: ScanInputs) -> bool:
     """Whether the walks, ``K`` of them, are seen to share all but ``B``, order and gap, by strides of 0."""
+    u, delta, A, _, C, D, delta_bias, order, source, _, rest, _ = inputs
     source = order if source is None else source
     dims = [(u, 2), (delta, 2), (C, 2), (A, 0), (D, 0), (delta_bias, 0), (rest, 0), (source, -2)]
     return all(x is None or x.stride(dim) == 0 for x, dim in dims)
@@ -150,18 +115,19 @@ class _Scan(ctypes.Structure):
     ]
 
     @classmethod
-    def of(cls, u, delta, A, B, C, D, delta_bias, order, source, gap, rest, delta_softplus):
+    def of(cls, inputs: ScanInputs) -> _Scan:
+        u, delta, A, B, C, D, delta_bias, order, source, gap, rest, delta_softplus = inputs
         batch, length, walks, channels = u.shape
         scan = cls(batch, length, walks, channels, A.shape[-1])
         scan.tensors = []
-        scan.state_dtype = accumulation_dtype(u, delta, A, B, C)
+        scan.state_dtype = inputs.accumulation_dtype
         # Where the dtypes differ, the widest.
         dtype = functools.reduce(torch.promote_types, (x.dtype for x in (u, delta, B, C)))
         scan.element_dtype = torch.float64 if scan.state_dtype == torch.float64 else dtype
-        scan.dtype = cpu_library.DTYPES[scan.element_dtype]
+        scan.dtype = backend.DTYPES[scan.element_dtype]
         scan.softplus = delta_softplus
         scan.threads = torch.get_num_threads()
-        scan.shared = _walks_share(u, delta, A, C, D, delta_bias, order, source, rest)
+        scan.shared = _walks_share(inputs)
         for name, x in (("u", u), ("delta", delta), ("B", B), ("C", C)):
             scan.input_rows(name, x)
         for name, x in (("A", A), ("D", D), ("delta_bias", delta_bias), ("rest", rest)):
@@ -211,8 +177,7 @@ class _Scan(ctypes.Structure):
 @functools.cache
 def _load() -> tuple[Optional[ctypes.CDLL], str]:
     """The library, or None and the reason."""
-    return cpu_library.load(
-        Path(__file__).parent,
+    return backend.load_library(
         "scan",
         _INTERFACE_VERSION,
         _Scan,

@@ -13,10 +13,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-
-def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype of sums: float64 if any input is, else float32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+from ..backend import accumulation_dtype
 
 
 def convolve(

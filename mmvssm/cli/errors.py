@@ -7,14 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Callable
 
+from ..engine import UserError
+
 TRACEBACK_VARIABLE = "MMVSSM_TRACEBACK"
 
 # Some releases of mmengine prefix what a constructor raised with "class `X` in module.path: ".
 _BUILD_PREFIX = re.compile(r"^class `[^`]+` in [\w./-]+: ")
-
-
-class UserError(Exception):
-    """Something the user can put right; its message is one clear sentence for them."""
 
 
 def one_sentence(error: BaseException) -> str:

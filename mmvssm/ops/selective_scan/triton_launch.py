@@ -1,8 +1,8 @@
-"""The selective scan on CUDA GPUs, by the Triton kernels of ``scan_triton_kernels.py``, where the mathematics is.
+"""The selective scan on CUDA GPUs, by the Triton kernels of ``triton_kernels.py``, where the mathematics is.
 
-:func:`forward` and :func:`backward` keep the contract of :mod:`mmvssm.ops.scan_torch`. Every walk of every image goes
-in one launch, tokens are read where they are, and what is added up across programs is added up in a fixed order: two
-runs agree bit for bit.
+:func:`forward` and :func:`backward` keep the contract of ``pytorch.py``. Every walk of every image goes in one launch,
+tokens are read where they are, and what is added up across programs is added up in a fixed order: two runs agree bit
+for bit.
 
 ``order`` and ``source`` are not checked: an entry outside the tokens reads or writes memory that is not the tensor's.
 """
@@ -10,65 +10,29 @@ runs agree bit for bit.
 from __future__ import annotations
 
 import contextlib
-import functools
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
-from .scan_torch import CHUNK_LENGTH, accumulation_dtype, num_chunks
+from .inputs import CHUNK_LENGTH, ScanInputs, num_chunks
 
 
-@functools.cache
-def available() -> bool:
-    """Whether triton can be imported. Nothing in this folder does so before it is asked."""
-    try:
-        import triton  # noqa: F401
-    except Exception:  # a broken installation fails in ways of its own
-        return False
-    return True
-
-
-def forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Optional[Tensor],
-    delta_bias: Optional[Tensor],
-    order: Optional[Tensor],
-    source: Optional[Tensor],
-    gap: Optional[Tensor],
-    rest: Optional[Tensor],
-    delta_softplus: bool,
-) -> tuple[Tensor, Tensor]:
-    """Run the scan: see :func:`mmvssm.ops.scan_torch.forward`."""
-    scan = _arguments(u, delta, A, B, C, D, delta_bias, order, source, gap, rest, delta_softplus)
-    states = _taken_over("chunk_ends", scan, accumulation_dtype(u, delta, A, B, C))
-    y = torch.empty_like(u, memory_format=torch.contiguous_format)
+def forward(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
+    """Run the scan: see :func:`mmvssm.ops.selective_scan.pytorch.forward`."""
+    scan = _arguments(inputs)
+    states = _taken_over("chunk_ends", scan, inputs.accumulation_dtype)
+    y = torch.empty_like(inputs.u, memory_format=torch.contiguous_format)
     _launch_over_chunks("chunk_outputs", scan, states=states, y=y)
     return y, states
 
 
 def backward(
-    grad_y: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Optional[Tensor],
-    delta_bias: Optional[Tensor],
-    order: Optional[Tensor],
-    source: Optional[Tensor],
-    gap: Optional[Tensor],
-    rest: Optional[Tensor],
-    delta_softplus: bool,
-    states: Tensor,
+    grad_y: Tensor, inputs: ScanInputs, states: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Differentiate the scan: see :func:`mmvssm.ops.scan_torch.backward`."""
-    scan = _arguments(u, delta, A, B, C, D, delta_bias, order, source, gap, rest, delta_softplus)
+    """Differentiate the scan: see :func:`mmvssm.ops.selective_scan.pytorch.backward`."""
+    u, delta, A, B, C, D, delta_bias, _, _, gap, rest, _ = inputs
+    scan = _arguments(inputs)
     scan.update(_strided(dy=grad_y))
     adjoints = _taken_over("chunk_adjoint_ends", scan, states.dtype, backwards=True)
 
@@ -121,10 +85,9 @@ def _sum_chunks(parts: Tensor, like: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------- arguments
 
 
-def _arguments(
-    u, delta, A, B, C, D, delta_bias, order, source, gap, rest, delta_softplus
-) -> dict[str, Any]:
+def _arguments(inputs: ScanInputs) -> dict[str, Any]:
     """What the kernels take, by the names they give it."""
+    u, delta, A, B, C, D, delta_bias, order, source, gap, rest, delta_softplus = inputs
     batch, length, walks, channels = u.shape
     parameters = dict(A=A, D=D, delta_bias=delta_bias, rest=rest)
     return dict(
@@ -199,9 +162,9 @@ def _launch_hand_over(scan: dict[str, Any], ends: Tensor, times: Tensor, backwar
 
 
 def _launch(kernel: str, grid: tuple[int, int], values: dict[str, Any], threads: int) -> None:
-    from . import scan_triton_kernels
+    from . import triton_kernels
 
-    function = getattr(scan_triton_kernels, kernel)
+    function = getattr(triton_kernels, kernel)
     device = values["A"].device
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         function[grid](

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def selective_scan_reference(
+def selective_scan_naive(
     u: Tensor,
     delta: Tensor,
     A: Tensor,

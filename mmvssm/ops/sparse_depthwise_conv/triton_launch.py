@@ -1,6 +1,6 @@
-"""The sparse depthwise convolution on CUDA GPUs, by the kernels of ``sparse_depthwise_conv_triton_kernels.py``.
+"""The sparse depthwise convolution on CUDA GPUs, by the kernels of ``triton_kernels.py``.
 
-:func:`convolve` and :func:`weight_gradient` keep the contract of :mod:`mmvssm.ops.sparse_depthwise_conv_torch`. What
+:func:`convolve` and :func:`weight_gradient` keep the contract of :mod:`mmvssm.ops.sparse_depthwise_conv.pytorch`. What
 is added up across programs is added up in a fixed order: two runs agree bit for bit.
 
 ``neighbors`` is not checked: an entry beyond the tokens reads memory that is not the tensor's.
@@ -14,10 +14,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from .scan_triton import available
-from .sparse_depthwise_conv_torch import accumulation_dtype
-
-__all__ = ["available", "convolve", "weight_gradient"]
+from ..backend import accumulation_dtype
 
 # Of a tile, which four warps hold in registers.
 _TOKENS, _LANES = 32, 64
@@ -28,7 +25,7 @@ _PART = 512
 def convolve(
     x: Tensor, weight: Tensor, neighbors: Tensor, bias: Optional[Tensor], reverse: bool = False
 ) -> Tensor:
-    """See :func:`mmvssm.ops.sparse_depthwise_conv_torch.convolve`."""
+    """See :func:`mmvssm.ops.sparse_depthwise_conv.pytorch.convolve`."""
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     # Channels adjacent, as those of the tokens are.
     taps = weight.flatten(1).t().to(accumulation_dtype(x, weight)).contiguous()
@@ -43,7 +40,7 @@ def convolve(
 
 
 def weight_gradient(grad_y: Tensor, x: Tensor, neighbors: Tensor) -> Tensor:
-    """See :func:`mmvssm.ops.sparse_depthwise_conv_torch.weight_gradient`."""
+    """See :func:`mmvssm.ops.sparse_depthwise_conv.pytorch.weight_gradient`."""
     taps, parts = neighbors.shape[-1], _tiles(x.shape[0] * x.shape[1], _PART)
     partials = x.new_empty((parts, taps, x.shape[-1]), dtype=accumulation_dtype(grad_y, x))
     arguments = dict(
@@ -82,9 +79,9 @@ def _tiles(size: int, tile: int) -> int:
 
 
 def _launch(kernel: str, grid: tuple[int, ...], values: dict[str, Any]) -> None:
-    from . import sparse_depthwise_conv_triton_kernels
+    from . import triton_kernels
 
-    function = getattr(sparse_depthwise_conv_triton_kernels, kernel)
+    function = getattr(triton_kernels, kernel)
     device = values["x"].device
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         function[grid](

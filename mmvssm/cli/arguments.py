@@ -1,0 +1,105 @@
+"""What tools/train.py and tools/test.py can be told."""
+
+import argparse
+
+from mmengine.config import DictAction
+
+
+def train_parser() -> argparse.ArgumentParser:
+    """The arguments of tools/train.py."""
+    parser = argparse.ArgumentParser(
+        description="Train a detector (mmdet) or a segmenter (mmseg); the config says which."
+    )
+    parser.add_argument("config", help="config file")
+    _add_common(parser)
+    parser.add_argument(
+        "--amp",
+        action="store_true",
+        help="mixed-precision training: float16 on a GPU, bfloat16 backbone and neck on a CPU",
+    )
+    parser.add_argument(
+        "--auto-scale-lr",
+        action="store_true",
+        help="scale the learning rate from the config's base_batch_size to the actual batch size",
+    )
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="CHECKPOINT",
+        help="continue an interrupted training from this checkpoint, or, with no file named, from "
+        "the last one in the work dir",
+    )
+    return parser
+
+
+def test_parser() -> argparse.ArgumentParser:
+    """The arguments of tools/test.py."""
+    parser = argparse.ArgumentParser(
+        description="Evaluate a detector (mmdet) or a segmenter (mmseg); the config says which."
+    )
+    parser.add_argument("config", help="config file")
+    parser.add_argument("checkpoint", help="checkpoint file")
+    _add_common(parser)
+    parser.add_argument("--show", action="store_true", help="show predictions in a window")
+    parser.add_argument(
+        "--show-dir",
+        metavar="DIR",
+        help="write pictures of predictions here (of several processes, the first draws its share)",
+    )
+    parser.add_argument(
+        "--wait-time", type=float, default=2, help="seconds that --show shows a picture for"
+    )
+    parser.add_argument(
+        "--out",
+        metavar="PATH",
+        help="write predictions: to a .pkl file, or, for segmentation, as label maps to a folder",
+    )
+    parser.add_argument(
+        "--tta", action="store_true", help="test-time augmentation (several scales, flips)"
+    )
+    return parser
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--work-dir",
+        help="folder for logs, checkpoints and results (default: work_dirs/<config name>)",
+    )
+    parser.add_argument(
+        "--data-root",
+        metavar="DIR",
+        help="use the data set in this folder, in COCO's or (segmentation) ADE20K's layout; "
+        "classes, heads and evaluators follow",
+    )
+    parser.add_argument(
+        "--classes",
+        nargs="+",
+        metavar="NAME",
+        help="class names of --data-root; default: those in its annotation files (test: those the "
+        "checkpoint was trained on)",
+    )
+    parser.add_argument(
+        "--reduce-zero-label",
+        action=argparse.BooleanOptionalAction,
+        help="whether 0 in the label maps of --data-root means unlabelled and classes count from "
+        "1, as in ADE20K; default: as the maps suggest",
+    )
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        action=DictAction,
+        metavar="KEY=VALUE",
+        help="change settings of the config, such as optim_wrapper.optimizer.lr=0.001; lists are "
+        'key="[a,b]" or key=a,b, without spaces',
+    )
+    parser.add_argument(
+        "--launcher",
+        choices=["none", "pytorch", "slurm", "mpi"],
+        default="none",
+        help="what started the processes of a distributed run",
+    )
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--traceback", action="store_true", help="show where in the code a mistake surfaced"
+    )

@@ -1,0 +1,136 @@
+"""What training and testing have in common: config, data, model, runner."""
+
+import argparse
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.dist import barrier, is_main_process
+from mmengine.registry import MODELS, RUNNERS, init_default_scope
+from mmengine.runner import Runner
+from torch import nn
+
+from ..engine.safe_checkpoint import force_weights_only
+from ..models.pruning import PruningError
+from ..registry import TASK_UTILS
+from .allocator import keep_freed_memory
+from .checkpoints import classes_of, is_url, load_local
+from .data_check import check_data
+from .data_root import SPLIT_OF_LOADER, apply_data_root
+from .distributed import adapt_to_machine, init_processes
+from .errors import TRACEBACK_VARIABLE, UserError, user_mistakes
+
+_SCOPES = ("mmdet", "mmseg")
+
+
+def open_config(args: argparse.Namespace) -> Config:
+    """Read the config file and what the command line changes in it."""
+    if args.traceback:
+        os.environ[TRACEBACK_VARIABLE] = "1"
+    os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    force_weights_only()
+    if not torch.cuda.is_available():
+        keep_freed_memory()
+    if not os.path.isfile(args.config):
+        raise UserError(f"there is no config file {args.config}")
+    with user_mistakes(f"cannot read the config {args.config}"):
+        cfg = Config.fromfile(args.config)
+    with user_mistakes("cannot apply --cfg-options"):
+        cfg.merge_from_dict(args.cfg_options or {})
+    cfg.launcher = args.launcher
+    if cfg.get("default_scope") not in _SCOPES or "model" not in cfg:
+        raise UserError(
+            f"{args.config} is not a config for mmdet or mmseg: it needs a model and "
+            "default_scope='mmdet' or 'mmseg'"
+        )
+    if args.work_dir:
+        cfg.work_dir = args.work_dir
+    elif not cfg.get("work_dir"):
+        cfg.work_dir = os.path.join("work_dirs", Path(args.config).stem)
+    with user_mistakes("cannot import what the config names"):
+        init_default_scope(cfg.default_scope)
+    init_processes(cfg)
+    adapt_to_machine(cfg)
+    return cfg
+
+
+def prepare_data(
+    cfg: Config,
+    args: argparse.Namespace,
+    loaders: Sequence[str],
+    checkpoint: Optional[dict[str, Any]],
+) -> None:
+    """Choose the data set, generate it if the config says how, and check that it is there."""
+    if args.data_root:
+        classes = args.classes or (classes_of(checkpoint) if checkpoint else None)
+        # Loaders of a split that is there anyway follow too, so that the config saved in the work dir
+        # is one of the data set throughout.
+        here = {SPLIT_OF_LOADER[loader] for loader in loaders}
+        following = [name for name, split in SPLIT_OF_LOADER.items() if split in here]
+        say(apply_data_root(cfg, args.data_root, following, classes, args.reduce_zero_label))
+    elif args.classes or args.reduce_zero_label is not None:
+        raise UserError("--classes and --reduce-zero-label describe a --data-root; give that too")
+    generator = cfg.get("prepare_data")
+    if generator and is_main_process():
+        with user_mistakes("cannot prepare the data set"):
+            TASK_UTILS.build(generator).ensure()
+    barrier()
+    # One process looks; when it stops, the launcher stops the others.
+    if is_main_process():
+        check_data(cfg, loaders)
+    barrier()
+
+
+def build_model(cfg: Config) -> nn.Module:
+    """Build the model to see that its config is right, before a work dir exists."""
+    for path in _pretrained_files(cfg.model):
+        load_local(path)
+    with user_mistakes("cannot build the model"):
+        return MODELS.build(cfg.model.copy())
+
+
+def _pretrained_files(node: Any) -> list[str]:
+    """Local checkpoint files that ``init_cfg``s in a model config name."""
+    if isinstance(node, (list, tuple)):
+        return [path for item in node for path in _pretrained_files(item)]
+    if not isinstance(node, dict):
+        return []
+    if node.get("type") == "Pretrained" and isinstance(node.get("checkpoint"), str):
+        return [] if is_url(node["checkpoint"]) else [node["checkpoint"]]
+    return [path for value in node.values() for path in _pretrained_files(value)]
+
+
+def build_runner(cfg: Config) -> Runner:
+    """Build the runner that the config asks for, which makes the work dir."""
+    with user_mistakes("cannot set up the run"):
+        return RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+
+
+@contextmanager
+def pruning_mistakes() -> Iterator[None]:
+    """What a pruned model finds wrong with its config shows only when it runs."""
+    try:
+        yield
+    except PruningError as error:
+        raise UserError(str(error)) from error
+
+
+def say(text: str) -> None:
+    """Print a line at once, from one process of several."""
+    if is_main_process():
+        print(text, flush=True)
+
+
+def use_worker_init(cfg: Config) -> None:
+    """Make every data loader of a config start its workers with :func:`init_worker`.
+
+    Args:
+        cfg: Changed in place. A ``worker_init_fn`` of its own is left.
+    """
+    for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
+        if cfg.get(name):
+            cfg[name].setdefault("worker_init_fn", ConfigDict(type="mmvssm.init_worker"))

@@ -1,0 +1,132 @@
+"""What tools/test.py does."""
+
+import argparse
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.dist import is_main_process
+
+from .checkpoints import check_fits, is_url, load_local
+from .errors import UserError
+from .run import (
+    build_model,
+    build_runner,
+    open_config,
+    prepare_data,
+    pruning_mistakes,
+    say,
+    use_worker_init,
+)
+
+_LOADERS = ("test_dataloader",)
+
+
+def test(args: argparse.Namespace) -> dict[str, Any]:
+    """What tools/test.py does.
+
+    Args:
+        args: Parsed by :func:`test_parser`.
+
+    Returns:
+        The metrics.
+
+    Raises:
+        UserError: If the config, the data or the checkpoint will not do; nothing was written then.
+    """
+    cfg = open_config(args)
+    checkpoint = None if is_url(args.checkpoint) else load_local(args.checkpoint)
+    prepare_data(cfg, args, _LOADERS, checkpoint)
+    if checkpoint is not None:
+        check_fits(build_model(cfg), checkpoint, args.checkpoint)
+    cfg.load_from = args.checkpoint
+    cfg.resume = False
+    if args.show or args.show_dir:
+        _draw_predictions(cfg, args)
+    if args.tta:
+        _use_tta(cfg)
+    if args.out:
+        _write_predictions(cfg, args.out)
+    use_worker_init(cfg)
+    runner = build_runner(cfg)
+    # mmseg's visualization hook asks for the training iteration, and the runner would build the
+    # training data set, which need not be here, to answer.
+    runner._train_loop = None
+    with pruning_mistakes():
+        metrics = runner.test()
+    if is_main_process():
+        path = Path(runner.work_dir) / "test_results.json"
+        content = {"config": args.config, "checkpoint": args.checkpoint, "metrics": _plain(metrics)}
+        path.write_text(json.dumps(content, indent=2) + "\n")
+        say(f"Results: {path}")
+    for what, where in (("Pictures", args.show_dir), ("Predictions", args.out)):
+        if where:
+            say(f"{what}: {where}")
+    return metrics
+
+
+def _draw_predictions(cfg: Config, args: argparse.Namespace) -> None:
+    """Turn on the library's visualization hook, with pictures going to ``--show-dir`` itself."""
+    hook = cfg.get("default_hooks", {}).get("visualization")
+    if not hook:
+        raise UserError("--show and --show-dir need default_hooks.visualization in the config")
+    hook.update(draw=True)
+    if args.show:
+        hook.update(show=True, wait_time=args.wait_time)
+    if not args.show_dir:
+        return
+    folder = os.path.abspath(args.show_dir)
+    if cfg.default_scope == "mmdet":
+        hook.test_out_dir = folder
+        return
+    hook.interval = 1
+    visualizer = cfg.setdefault("visualizer", ConfigDict(type="SegLocalVisualizer"))
+    visualizer.vis_backends = [{"type": "LocalVisBackend", "img_save_dir": folder}]
+    # mmseg's own default covers the picture almost completely.
+    visualizer.setdefault("alpha", 0.5)
+
+
+def _use_tta(cfg: Config) -> None:
+    """Test with the config's test-time augmentation."""
+    if cfg.default_scope == "mmdet" and "mask_head" in repr(cfg.model):
+        raise UserError(
+            "--tta: mmdet cannot merge the masks of several views, only boxes, and this model "
+            "predicts masks; test it without --tta"
+        )
+    if not cfg.get("tta_model") or not cfg.get("tta_pipeline"):
+        raise UserError("--tta needs tta_model and tta_pipeline in the config")
+    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+    dataset = cfg.test_dataloader.dataset
+    while "dataset" in dataset:
+        dataset = dataset.dataset
+    dataset.pipeline = cfg.tta_pipeline
+
+
+def _write_predictions(cfg: Config, out: str) -> None:
+    """Add a metric that writes predictions."""
+    evaluators = cfg.test_evaluator
+    evaluators = list(evaluators) if isinstance(evaluators, (list, tuple)) else [evaluators]
+    if out.endswith((".pkl", ".pickle")):
+        kind = "mmdet.DumpDetResults" if cfg.default_scope == "mmdet" else "DumpResults"
+        evaluators.append(ConfigDict(type=kind, out_file_path=out))
+    elif cfg.default_scope == "mmdet":
+        raise UserError(f"--out {out}: predictions of a detector go to a .pkl file")
+    else:
+        evaluators[0].output_dir = out
+    cfg.test_evaluator = evaluators
+
+
+def _plain(value: Any) -> Any:
+    """``value`` with NumPy's and PyTorch's numbers as Python's, and NaN as None, for JSON."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (np.generic, torch.Tensor)):
+        value = value.item() if getattr(value, "ndim", 0) == 0 else value.tolist()
+    return None if isinstance(value, float) and math.isnan(value) else value

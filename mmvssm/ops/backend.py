@@ -1,0 +1,143 @@
+"""What all operators share: the choice of backend, the compiled library, dtypes, autocast and devices.
+
+An operator has up to three backends, modules with the same functions: Triton kernels for GPUs, compiled C++ for CPUs,
+and plain PyTorch for every other case. The C++ of all operators is one library with a plain C interface that knows
+nothing of Python or PyTorch, so one binary serves every version of both. It is built when mmvssm is installed on a
+machine with a C++ compiler.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import warnings
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+"""The numbers of the element types, ``DType`` of ``csrc/dispatch.h``."""
+
+
+# ------------------------------------------------------------------------------------- choice of backend
+
+
+def choose(x: Tensor, *, gpu: ModuleType, cpu: ModuleType, anywhere: ModuleType) -> ModuleType:
+    """The fastest backend that works for a tensor, of an operator's three."""
+    if x.is_cuda and triton_available():
+        return gpu
+    if x.device.type == "cpu" and cpu.available():
+        return cpu
+    return anywhere
+
+
+@functools.cache
+def triton_available() -> bool:
+    """Whether triton can be imported. Nothing in this folder does so before it is asked."""
+    try:
+        import triton  # noqa: F401
+    except Exception:  # a broken installation fails in ways of its own
+        return False
+    return True
+
+
+# --------------------------------------------------------------------------------- dtypes, autocast, devices
+
+
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype of states and sums: float64 if any input is, else float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def check_devices(operator: str, x_name: str, x: Tensor, others: Mapping[str, object]) -> None:
+    """Compare the devices of an operator's tensors.
+
+    Args:
+        operator: Its name, for the message.
+        x_name: What the operator calls ``x``.
+        x: The tensor whose device counts.
+        others: Its other arguments by name; what is no tensor is passed over.
+
+    Raises:
+        ValueError: If one is on another device.
+    """
+    for name, other in others.items():
+        if isinstance(other, Tensor) and other.device != x.device:
+            raise ValueError(
+                f"{operator}: {name} must be on the device of {x_name}, {x.device}; got {other.device}."
+            )
+
+
+def register_autocast(operator: str, lowered: Collection[int]) -> None:
+    """Let autocast convert some of an operator's arguments, float64 apart, and run it as it is then.
+
+    Args:
+        operator: Its name in the namespace ``mmvssm``.
+        lowered: The positions of those arguments.
+    """
+    for device_type, dispatch_key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        function = functools.partial(_under_autocast, operator, frozenset(lowered), device_type)
+        _library.impl(operator, function, dispatch_key)
+
+
+def _under_autocast(operator: str, lowered: Collection[int], device_type: str, *arguments):
+    dtype = torch.get_autocast_dtype(device_type)
+    arguments = [
+        x.to(dtype) if i in lowered and x.dtype != torch.float64 else x
+        for i, x in enumerate(arguments)
+    ]
+    with torch.autocast(device_type, enabled=False):
+        return getattr(torch.ops.mmvssm, operator)(*arguments)
+
+
+_library = torch.library.Library("mmvssm", "FRAGMENT")
+
+
+# ------------------------------------------------------------------------------------ the compiled library
+
+_LIBRARY = Path(__file__).parent / "_kernels.so"
+
+
+def load_library(
+    prefix: str, version: int, arguments: type[ctypes.Structure], functions: list[str]
+) -> tuple[Optional[ctypes.CDLL], str]:
+    """Load the library and make ready the functions ``{prefix}_{function}(const arguments*)``.
+
+    Returns:
+        The library, or None and the reason.
+    """
+    if not _LIBRARY.exists():
+        return None, "they were not built when mmvssm was installed"
+    try:
+        library = ctypes.CDLL(str(_LIBRARY))
+    except OSError as error:
+        return None, f"they cannot be loaded ({error})"
+    if _interface(library, prefix) != (version, ctypes.sizeof(arguments)):
+        return None, "they were built from another version of mmvssm"
+    for function in functions:
+        getattr(library, f"{prefix}_{function}").argtypes = [ctypes.POINTER(arguments)]
+    return library, ""
+
+
+def _interface(library: ctypes.CDLL, prefix: str) -> Optional[tuple[int, int]]:
+    try:
+        return tuple(
+            getattr(library, f"{prefix}_interface_{part}")() for part in ("version", "size")
+        )
+    except AttributeError:
+        return None
+
+
+@functools.cache
+def warn_no_library(reason: str) -> None:
+    """Say that the library is missing, and what it costs."""
+    warnings.warn(
+        f"mmvssm: the compiled CPU kernels are missing, {reason}. Scans and sparse convolutions on the CPU run in "
+        "plain PyTorch, many times slower. Install a C++ compiler (such as g++) and reinstall mmvssm to build them.",
+        RuntimeWarning,
+        stacklevel=2,
+    )

@@ -1,0 +1,144 @@
+"""The selective-scan operator: its public function, and its registration with PyTorch.
+
+``naive.py`` is its definition, ``inputs.py`` knows its arguments, ``traversal.py`` makes walks over grids, and
+``pytorch.py``, ``cpu.py`` and ``triton_launch.py`` are its backends.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Optional
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from .. import backend
+from . import cpu, pytorch, triton_launch
+from .inputs import DIFFERENTIABLE, SCHEMA, ScanInputs
+from .traversal import Traversal
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Optional[Tensor] = None,
+    delta_bias: Optional[Tensor] = None,
+    *,
+    traversal: Optional[Traversal] = None,
+    rest: Optional[Tensor] = None,
+    delta_softplus: bool = True,
+) -> Tensor:
+    """Selective scan (Mamba, section 3.2) along ``K`` walks over the same tokens, in one call.
+
+    What it computes is written down in :func:`mmvssm.ops.selective_scan.naive.selective_scan_naive`. The
+    state is float32 (float64 for float64 inputs) whatever the dtype of the inputs. Memory is
+    ``O(B * L * K * D)``, forward and backward: no tensor of size ``B * L * K * D * N`` exists. All
+    floating-point arguments are differentiable, once.
+
+    ``u`` and ``delta`` may be expanded along ``K`` (stride 0) where walks share them: nothing is copied. Where all but
+    ``B``, ``traversal.order`` and ``traversal.gap`` is expanded so, the forward pass on a CPU takes half the time at
+    state 16: it computes once what the walks share.
+
+    Args:
+        u: Values ``(B, L, K, D)``: batch, token, walk, channel. Channels should be adjacent in memory.
+        delta: Step sizes before bias and softplus ``(B, L, K, D)``.
+        A: State decay rates ``(K, D, N)``, negative.
+        B: Input projections ``(B, L, K, N)``.
+        C: Output projections ``(B, L, K, N)``.
+        D: Skip connection ``(K, D)``.
+        delta_bias: Added to ``delta`` ``(K, D)``.
+        traversal: Which token each step visits; by default every walk follows the order in memory.
+        rest: Step size at grid positions that are absent from the tokens ``(K, D)``; needed where
+            ``traversal.gap`` is given.
+        delta_softplus: Whether ``delta`` passes through softplus.
+
+    Returns:
+        ``y (B, L, K, D)``, contiguous, each token's output at the token's place, in the dtype of ``u``. Under autocast
+        ``u``, ``delta``, ``B`` and ``C`` take the autocast dtype; ``A``, ``D``, ``delta_bias`` and
+        ``rest`` keep theirs.
+
+    Raises:
+        ValueError: If a shape or dtype does not fit; the message names the argument, its shape and the shape expected.
+    """
+    walks = traversal if traversal is not None else (None, None, None)
+    inputs = ScanInputs(u, delta, A, B, C, D, delta_bias, *walks, rest, delta_softplus)
+    inputs.check()
+    y, _ = torch.ops.mmvssm.selective_scan(*inputs)
+    return y
+
+
+def _backend(u: Tensor) -> ModuleType:
+    return backend.choose(u, gpu=triton_launch, cpu=cpu, anywhere=pytorch)
+
+
+@torch.library.custom_op(
+    "mmvssm::selective_scan", mutates_args=(), schema=f"({SCHEMA}) -> (Tensor y, Tensor states)"
+)
+def _scan(*inputs) -> tuple[Tensor, Tensor]:
+    return _backend(inputs[0]).forward(ScanInputs(*inputs))
+
+
+@_scan.register_fake
+def _(*inputs):
+    inputs = ScanInputs(*inputs)
+    states = inputs.u.new_empty(inputs.states_shape, dtype=inputs.accumulation_dtype)
+    return inputs.u.new_empty(inputs.u.shape), states
+
+
+@torch.library.custom_op(
+    "mmvssm::selective_scan_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_y, {SCHEMA}, Tensor states) -> ({', '.join(['Tensor'] * len(DIFFERENTIABLE))})",
+)
+def _scan_backward(grad_y, *inputs_and_states) -> tuple[Tensor, ...]:
+    *inputs, states = inputs_and_states
+    return _backend(grad_y).backward(grad_y, ScanInputs(*inputs), states)
+
+
+@_scan_backward.register_fake
+def _(grad_y, *inputs_and_states):
+    inputs = ScanInputs(*inputs_and_states[:-1])
+    tensors = (getattr(inputs, name) for name in DIFFERENTIABLE)
+    return tuple(grad_y.new_empty(0) if x is None else x.new_empty(x.shape) for x in tensors)
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    *tensors, ctx.delta_softplus = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, grad_y: Optional[Tensor], _grad_states: Optional[Tensor]):
+    *tensors, states = ctx.saved_tensors
+    inputs = ScanInputs(*tensors, ctx.delta_softplus)
+    grads = dict.fromkeys(ScanInputs._fields)
+    if grad_y is not None:
+        found = torch.ops.mmvssm.selective_scan_backward(grad_y, *inputs, states)
+        for name, grad in zip(DIFFERENTIABLE, found):
+            grads[name] = None if getattr(inputs, name) is None else grad
+    return tuple(grads.values())
+
+
+_scan.register_autograd(_differentiate, setup_context=_save_for_backward)
+backend.register_autocast(
+    "selective_scan", lowered=[ScanInputs._fields.index(x) for x in ("u", "delta", "B", "C")]
+)
+
+
+@register_flop_formula(torch.ops.mmvssm.selective_scan)
+def selective_scan_flops(u_shape, delta_shape, A_shape, *args, out_shape=None, **kwargs) -> int:
+    """``9 L D N + L D`` per image and walk, as the vision Mamba papers count (VMamba, appendix)."""
+    batch, length, walks, channels = u_shape
+    return batch * walks * length * channels * (9 * A_shape[-1] + 1)
+
+
+@register_flop_formula(torch.ops.mmvssm.selective_scan_backward)
+def selective_scan_backward_flops(
+    grad_shape, u_shape, delta_shape, A_shape, *args, out_shape=None, **kwargs
+) -> int:
+    """Twice the forward pass, the usual estimate where a pass is not counted operation by operation."""
+    return 2 * selective_scan_flops(u_shape, delta_shape, A_shape)

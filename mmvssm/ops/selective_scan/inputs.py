@@ -1,0 +1,127 @@
+"""The arguments of the selective scan: their names, order, shapes and checks. Nothing else knows them all."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from .. import backend
+
+CHUNK_LENGTH = 64
+"""Steps between two states that the forward pass saves for the backward pass."""
+
+INDICES = ("order", "source", "gap")
+"""Integer arguments, the fields of a :class:`~.traversal.Traversal`."""
+
+PARAMETERS = ("A", "D", "delta_bias", "rest")
+"""Arguments that belong to the walks and not to tokens. They keep their dtype under autocast."""
+
+SCHEMA = (
+    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias, "
+    "Tensor? order, Tensor? source, Tensor? gap, Tensor? rest, bool delta_softplus"
+)
+"""The fields of :class:`ScanInputs` as PyTorch's operator registration writes them."""
+
+DIFFERENTIABLE = ("u", "delta", "A", "B", "C", "D", "delta_bias", "rest")
+"""Arguments that have gradients, in the order in which the backward pass returns them."""
+
+
+def num_chunks(length: int) -> int:
+    """How many states are saved along a walk of ``length`` steps."""
+    return (length + CHUNK_LENGTH - 1) // CHUNK_LENGTH
+
+
+class ScanInputs(NamedTuple):
+    """What a backend is given, as :func:`~.naive.selective_scan_naive` describes it."""
+
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Optional[Tensor] = None
+    delta_bias: Optional[Tensor] = None
+    order: Optional[Tensor] = None
+    source: Optional[Tensor] = None
+    gap: Optional[Tensor] = None
+    rest: Optional[Tensor] = None
+    delta_softplus: bool = True
+
+    @property
+    def accumulation_dtype(self) -> torch.dtype:
+        """The dtype of the state: float64 if any of ``u``, ``delta``, ``A``, ``B`` and ``C`` is, else float32."""
+        return backend.accumulation_dtype(*self[:5])
+
+    @property
+    def states_shape(self) -> tuple[int, ...]:
+        """``(B, K, S, D, N)``: the states that are saved for the backward pass."""
+        batch, length, walks, channels = self.u.shape
+        return batch, walks, num_chunks(length), channels, self.A.shape[-1]
+
+    def check(self) -> None:
+        """Check shapes, dtypes and devices.
+
+        Raises:
+            ValueError: If one does not fit; the message names the argument.
+        """
+        u, _, A, _, _, _, _, _, _, gap, rest, _ = self
+        if u.dim() != 4:
+            raise ValueError(
+                f"selective_scan: u must have shape (B, L, K, D), batch, token, walk, channel; got {tuple(u.shape)}."
+            )
+        if A.dim() != 3:
+            raise ValueError(
+                f"selective_scan: A must have shape (K, D, N), walk, channel, state; got {tuple(A.shape)}."
+            )
+        (batch, length, walks, channels), states = u.shape, A.shape[-1]
+        if 0 in (batch, length, walks, channels, states):
+            raise ValueError(
+                f"selective_scan: every dimension must be at least 1; got u {tuple(u.shape)} and A {tuple(A.shape)}."
+            )
+        expected = {
+            "u": u.shape,
+            "delta": (batch, length, walks, channels),
+            "A": (walks, channels, states),
+            "B": (batch, length, walks, states),
+            "C": (batch, length, walks, states),
+            "D": (walks, channels),
+            "delta_bias": (walks, channels),
+            "rest": (walks, channels),
+        }
+        for name, shape in expected.items():
+            tensor = getattr(self, name)
+            if tensor is None:
+                continue
+            if tuple(tensor.shape) != tuple(shape):
+                raise ValueError(
+                    f"selective_scan: {name} must have shape {shape} to go with u of shape {tuple(u.shape)} and A of "
+                    f"shape {tuple(A.shape)}; got {tuple(tensor.shape)}."
+                )
+            if not tensor.is_floating_point():
+                raise ValueError(
+                    f"selective_scan: {name} must be floating point; got {tensor.dtype}."
+                )
+        for name in INDICES:
+            index = getattr(self, name)
+            if index is None:
+                continue
+            if tuple(index.shape) not in ((walks, length), (batch, walks, length)):
+                raise ValueError(
+                    f"selective_scan: traversal.{name} must have shape (K, L) = {(walks, length)} or (B, K, L) = "
+                    f"{(batch, walks, length)}; got {tuple(index.shape)}."
+                )
+            if index.dtype != torch.int32:
+                raise ValueError(
+                    f"selective_scan: traversal.{name} must be int32; got {index.dtype}."
+                )
+        backend.check_devices(
+            "selective_scan",
+            *("u", u),
+            {f"traversal.{k}" if k in INDICES else k: v for k, v in self._asdict().items()},
+        )
+        if gap is not None and rest is None:
+            raise ValueError(
+                "selective_scan: traversal.gap needs rest, the step size at absent positions."
+            )
