@@ -102,8 +102,43 @@ _library = torch.library.Library("mmvssm", "FRAGMENT")
 _LIBRARY = Path(__file__).parent / "_kernels.so"
 
 
+class KernelArguments(ctypes.Structure):
+    """Base of the structs that the library's functions take: it fills in tensors and keeps them alive.
+
+    Attributes:
+        element_dtype: Of rows of tokens, to be set before them.
+        wide_dtype: Of parameters, states and sums, likewise.
+    """
+
+    element_dtype: torch.dtype
+    wide_dtype: torch.dtype
+
+    def input_rows(self, name: str, x: Tensor) -> None:
+        """Tokens ``(B, L, ..., C)`` with any strides but the last."""
+        x = x.to(self.element_dtype)
+        if x.shape[-1] > 1 and x.stride(-1) != 1:
+            x = x.contiguous()
+        rows = type(getattr(self, name))
+        setattr(self, name, rows(self.address(x), *x.stride()[:-1]))
+
+    def input_array(self, name: str, x: Tensor) -> None:
+        """A tensor that is read as it lies in contiguous memory."""
+        setattr(self, name, self.address(x.to(self.wide_dtype).contiguous()))
+
+    def output(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Make a tensor for the library to write."""
+        x = torch.empty(shape, dtype=dtype)
+        setattr(self, name, self.address(x))
+        return x
+
+    def address(self, x: Tensor) -> int:
+        """Where a tensor lies, which from now on is kept."""
+        self.__dict__.setdefault("_tensors", []).append(x)
+        return x.data_ptr()
+
+
 def load_library(
-    prefix: str, version: int, arguments: type[ctypes.Structure], functions: list[str]
+    prefix: str, version: int, arguments: type[KernelArguments], functions: list[str]
 ) -> tuple[Optional[ctypes.CDLL], str]:
     """Load the library and make ready the functions ``{prefix}_{function}(const arguments*)``.
 

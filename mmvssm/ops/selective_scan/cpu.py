@@ -36,7 +36,7 @@ def forward(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     """
     scan = _Scan.of(inputs)
     y = scan.output("y", inputs.u.shape, scan.element_dtype)
-    states = scan.output("saved_states", inputs.states_shape, scan.state_dtype)
+    states = scan.output("saved_states", inputs.states_shape, scan.wide_dtype)
     scan.run("scan_forward")
     return y.to(inputs.u.dtype), states
 
@@ -53,7 +53,7 @@ def backward(
     scan = _Scan.of(inputs)
     scan.input_rows("grad_y", grad_y)
     scan.input_array("saved_states", states)
-    wide, narrow = scan.state_dtype, scan.element_dtype
+    wide, narrow = scan.wide_dtype, scan.element_dtype
     differentiated = {
         name: (getattr(inputs, name), wide if name in PARAMETERS else narrow)
         for name in DIFFERENTIABLE
@@ -100,8 +100,8 @@ class _Index(ctypes.Structure):
     ]
 
 
-class _Scan(ctypes.Structure):
-    """``struct Scan`` of ``scan_cpu.cpp``, field by field, and the tensors that its pointers keep alive."""
+class _Scan(backend.KernelArguments):
+    """``struct Scan`` of ``scan_cpu.cpp``, field by field."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("batch", "length", "walks", "channels", "states")),
@@ -119,11 +119,10 @@ class _Scan(ctypes.Structure):
         u, delta, A, B, C, D, delta_bias, order, source, gap, rest, delta_softplus = inputs
         batch, length, walks, channels = u.shape
         scan = cls(batch, length, walks, channels, A.shape[-1])
-        scan.tensors = []
-        scan.state_dtype = inputs.accumulation_dtype
+        scan.wide_dtype = inputs.accumulation_dtype
         # Where the dtypes differ, the widest.
         dtype = functools.reduce(torch.promote_types, (x.dtype for x in (u, delta, B, C)))
-        scan.element_dtype = torch.float64 if scan.state_dtype == torch.float64 else dtype
+        scan.element_dtype = torch.float64 if scan.wide_dtype == torch.float64 else dtype
         scan.dtype = backend.DTYPES[scan.element_dtype]
         scan.softplus = delta_softplus
         scan.threads = torch.get_num_threads()
@@ -138,32 +137,12 @@ class _Scan(ctypes.Structure):
                 scan.input_index(name, x)
         return scan
 
-    def input_rows(self, name: str, x: Tensor) -> None:
-        """``(B, L, K, D)`` or ``(B, L, K, N)`` with any strides but the last."""
-        x = x.to(self.element_dtype)
-        if x.shape[-1] > 1 and x.stride(-1) != 1:
-            x = x.contiguous()
-        self.tensors.append(x)
-        setattr(self, name, _Rows(x.data_ptr(), *x.stride()[:3]))
-
     def input_index(self, name: str, x: Tensor) -> None:
         """``(K, L)`` or ``(B, K, L)``."""
         if x.stride(-1) != 1:
             x = x.contiguous()
-        self.tensors.append(x)
         batch_stride = x.stride(0) if x.dim() == 3 else 0
-        setattr(self, name, _Index(x.data_ptr(), batch_stride, x.stride(-2)))
-
-    def input_array(self, name: str, x: Tensor) -> None:
-        x = x.to(self.state_dtype).contiguous()
-        self.tensors.append(x)
-        setattr(self, name, x.data_ptr())
-
-    def output(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        x = torch.empty(shape, dtype=dtype)
-        self.tensors.append(x)
-        setattr(self, name, x.data_ptr())
-        return x
+        setattr(self, name, _Index(self.address(x), batch_stride, x.stride(-2)))
 
     def run(self, function: str) -> None:
         library, _ = _load()

@@ -62,8 +62,8 @@ class _Rows(ctypes.Structure):
     ]
 
 
-class _Conv(ctypes.Structure):
-    """``struct SparseConv`` of the C++ file, field by field, and the tensors that its pointers keep alive."""
+class _Conv(backend.KernelArguments):
+    """``struct SparseConv`` of the C++ file, field by field."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("batch", "kept", "channels", "taps")),
@@ -75,35 +75,13 @@ class _Conv(ctypes.Structure):
     @classmethod
     def over(cls, x: Tensor, neighbors: Tensor, wide_dtype: torch.dtype) -> _Conv:
         conv = cls(*x.shape, neighbors.shape[-1])
-        conv.tensors = []
         conv.wide_dtype = wide_dtype
         conv.element_dtype = torch.float64 if wide_dtype == torch.float64 else x.dtype
         conv.dtype = backend.DTYPES[conv.element_dtype]
         conv.threads = torch.get_num_threads()
         conv.input_rows("x", x)
-        neighbors = neighbors.contiguous()
-        conv.tensors.append(neighbors)
-        conv.neighbors = neighbors.data_ptr()
+        conv.neighbors = conv.address(neighbors.contiguous())
         return conv
-
-    def input_rows(self, name: str, x: Tensor) -> None:
-        """``(B, K, C)`` with any strides but the last."""
-        x = x.to(self.element_dtype)
-        if x.shape[-1] > 1 and x.stride(-1) != 1:
-            x = x.contiguous()
-        self.tensors.append(x)
-        setattr(self, name, _Rows(x.data_ptr(), *x.stride()[:2]))
-
-    def input_array(self, name: str, x: Tensor) -> None:
-        x = x.to(self.wide_dtype).contiguous()
-        self.tensors.append(x)
-        setattr(self, name, x.data_ptr())
-
-    def output(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        x = torch.empty(shape, dtype=dtype)
-        self.tensors.append(x)
-        setattr(self, name, x.data_ptr())
-        return x
 
     def run(self, function: str) -> None:
         library, _ = _load()
