@@ -3,7 +3,9 @@
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
-PYTHON ?= python3.11
+# The first that runs; on 3.11 most was tried.
+PYTHON ?= $(firstword $(shell for version in 3.11 3.12 3.13 3.10; do \
+	if python$$version -c "" 2>/dev/null; then echo python$$version; fi; done; true) python3.11)
 VENV ?= .venv
 OPENMMLAB ?= auto
 WORK_DIRS ?= work_dirs
@@ -24,7 +26,7 @@ help: ## Show this list.
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | \
 		awk -F '|' '{ printf "%-18s %s\n", $$1, $$2 }'
 	@echo "Variables:"
-	@echo "  PYTHON=python3.11   the interpreter that $(VENV) is made with"
+	@echo "  PYTHON=python3.12   the interpreter that $(VENV) is made with, 3.10 to 3.13 (here: $(PYTHON))"
 	@echo "  VENV=.venv          the environment; one that exists is used, and what it has stays as it is"
 	@echo "  OPENMMLAB=auto      openmmlab (upstream), onedl (the forks), or what is already installed"
 	@echo "  ARGS='...'          further arguments of tools/train.py, or of pytest"
@@ -33,15 +35,15 @@ help: ## Show this list.
 
 $(BIN)/python:
 	@command -v $(PYTHON) >/dev/null || { \
-		echo "[set-up] $(PYTHON) was not found: install Python 3.11 (with its venv module), or name" \
-			"another Python from 3.10 on with make PYTHON=/path/to/python ..."; exit 1; }
+		echo "[set-up] $(PYTHON) was not found: install a Python from 3.10 to 3.13 (with its venv" \
+			"module), or name one with make PYTHON=/path/to/python ..."; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
-		echo "[set-up] $(PYTHON) is too old: name a Python from 3.10 on (3.11 was tested) with" \
+		echo "[set-up] $(PYTHON) is too old: name a Python from 3.10 to 3.13 with" \
 			"make PYTHON=/path/to/python ..."; exit 1; }
 	@echo "[set-up] creating $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 		echo "[set-up] $(PYTHON) cannot create environments: install its venv module (on Debian and" \
-			"Ubuntu the package python3.11-venv)."; exit 1; }
+			"Ubuntu the package $(notdir $(PYTHON))-venv)."; exit 1; }
 
 $(ENVIRONMENT): tools/install/environment.py $(wildcard requirements/*.txt) | $(BIN)/python
 	@$(BIN)/python tools/install/environment.py --openmmlab $(OPENMMLAB)
@@ -89,9 +91,11 @@ train-seg-pruned: $(ENVIRONMENT) $(MMVSSM) ## The same for UperNet.
 # --- checks ------------------------------------------------------------------------------------------
 
 test: $(ENVIRONMENT) $(MMVSSM) ## Run all tests (those for a GPU are skipped where there is none).
+	@$(BIN)/python tools/install/environment.py --print-versions
 	@$(BIN)/python -m pytest $(ARGS)
 
 test-fast: $(ENVIRONMENT) $(MMVSSM) ## Run the tests that take less than about 20 seconds each.
+	@$(BIN)/python tools/install/environment.py --print-versions
 	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
 lint: $(ENVIRONMENT) ## Check style and format.

@@ -7,6 +7,7 @@ replacing it. ``make`` calls this; it is the whole of the set-up except for mmvs
     python tools/install/environment.py                    # the family that is there, else upstream
     python tools/install/environment.py --openmmlab onedl  # the onedl-* forks
     python tools/install/environment.py --print-run-env    # see print_run_environment()
+    python tools/install/environment.py --print-versions   # what tests are about to run with
 """
 
 from __future__ import annotations
@@ -160,12 +161,30 @@ def print_run_environment() -> None:
         print("CUDA_VISIBLE_DEVICES=")
 
 
+def print_versions() -> None:
+    """Print one line that says which Python, build of torch and Triton this environment has."""
+    works, build = python_says(
+        "import torch; print(f'torch {torch.__version__}, built for', 'CUDA ' + torch.version.cuda"
+        " if torch.version.cuda else 'the CPU', 'with a GPU here' if torch.cuda.is_available() else"
+        " 'and no GPU here')"
+    )
+    here = installed_versions()
+    triton = f"Triton {here['triton']}" if "triton" in here else "no Triton"
+    families = (name for names in PROVIDERS.values() for name in names.values())
+    openmmlab = [f"{name} {here[name]}" for name in families if name in here]
+    python = f"Python {sys.version.split()[0]}"
+    print("; ".join([python, build if works else f"no torch ({build})", triton, *openmmlab]))
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--openmmlab", choices=("auto", "openmmlab", "onedl"), default="auto")
     parser.add_argument("--print-run-env", action="store_true", help="print variables for a run")
+    parser.add_argument("--print-versions", action="store_true", help="print what is installed")
     arguments = parser.parse_args()
     if arguments.print_run_env:
         print_run_environment()
+    elif arguments.print_versions:
+        print_versions()
     else:
         set_up(arguments.openmmlab)

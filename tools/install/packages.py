@@ -62,11 +62,16 @@ def distribution_of(requirement: str) -> str:
     return canonical(re.match(r"[A-Za-z0-9._-]+", requirement).group())
 
 
-def read_requirements(name: str) -> dict[str, str]:
-    """Return ``{distribution: requirement line}`` of ``requirements/{name}.txt``."""
+def requirement_lines(name: str) -> list[str]:
+    """Return the requirement lines of ``requirements/{name}.txt``."""
     text = (REQUIREMENTS / f"{name}.txt").read_text()
     lines = (line.split("#")[0].strip() for line in text.splitlines())
-    return {distribution_of(line): line for line in lines if line}
+    return [line for line in lines if line]
+
+
+def read_requirements(name: str) -> dict[str, str]:
+    """Return ``{distribution: requirement line}`` of ``requirements/{name}.txt``."""
+    return {distribution_of(line): line for line in requirement_lines(name)}
 
 
 def constraints(unpinned: Collection[str] = ()) -> list[str]:
@@ -79,9 +84,11 @@ def constraints(unpinned: Collection[str] = ()) -> list[str]:
     if setuptools_major() < 80:
         # A new environment's setuptools may be older than torch wants; versions.txt bounds it.
         kept.pop("setuptools", None)
-    tested = read_requirements("versions")
+    # By line, not by name: markers give one package two versions, and pip knows which one holds.
     return [f"{name}=={version}" for name, version in kept.items()] + [
-        line for name, line in tested.items() if name not in kept and name not in unpinned
+        line
+        for line in requirement_lines("versions")
+        if distribution_of(line) not in kept and distribution_of(line) not in unpinned
     ]
 
 
