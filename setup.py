@@ -9,6 +9,11 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # setuptools < 70.1
+    from wheel.bdist_wheel import bdist_wheel
+
 HERE = Path(__file__).resolve().parent
 
 # A plain shared library for ctypes: it knows neither Python nor torch, so torch need not be there
@@ -59,6 +64,16 @@ class BuildKernel(build_ext):
         super().copy_extensions_to_source()
 
 
+class TagWheel(bdist_wheel):
+    """Tag a wheel by what is in it: the kernel fits one platform, and any Python."""
+
+    def get_tag(self):
+        built = self.get_finalized_command("build_ext")
+        self.root_is_pure = not any(Path(path).exists() for path in built.get_outputs())
+        _, _, platform = super().get_tag()
+        return "py3", "none", platform
+
+
 def compile_kernel(sources, library):
     """Compile and link ``sources`` into ``library``, with OpenMP if the compiler has it."""
     if os.environ.get("CXX"):
@@ -105,13 +120,18 @@ setup(
     name="mmvssm",
     version=version(),
     description="State-space (Mamba) backbones for dense prediction on OpenMMLab",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
     packages=find_packages(include=["mmvssm", "mmvssm.*"]),
+    # Where OpenMMLab's packages have their configs; the folder is a link to ours.
+    package_data={"mmvssm": [".mim/model-index.yml", ".mim/configs/*.py"]},
     ext_modules=[CPU_KERNEL],
-    cmdclass={"build_ext": BuildKernel},
+    cmdclass={"build_ext": BuildKernel, "bdist_wheel": TagWheel},
     python_requires=">=3.9",  # the oldest whose syntax suffices; tests/test_install.py checks it
     install_requires=[
         # No bounds: with one, pip might replace the torch that matches a machine's driver, and the
-        # OpenMMLab packages compiled against it.
+        # OpenMMLab packages compiled against it. `import mmvssm` says if it is older than 2.5.
         "torch",
         "numpy",
         # mmengine, mmcv, mmdet and mmseg are needed too, but come from one of two families with the

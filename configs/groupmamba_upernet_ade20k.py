@@ -43,6 +43,7 @@ tta_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(
         type="TestTimeAug",
+        _scope_="mmseg",  # also in a config that inherits this one as mmvssm::...
         transforms=[
             [
                 dict(type="Resize", scale=(int(2048 * r), int(512 * r)), keep_ratio=True)

@@ -55,6 +55,7 @@ tta_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(
         type="TestTimeAug",
+        _scope_="mmseg",  # also in a config that inherits this one as mmvssm::...
         transforms=[
             [
                 dict(type="Resize", scale=(int(image_size * r),) * 2, keep_ratio=True)

@@ -14,6 +14,17 @@ from .version import __version__
 if find_spec("torch") is None:
     raise ImportError("mmvssm needs torch, which is not installed here; see the README.")
 
+import torch
+
+# The first that reads operators' signatures from annotations which are strings, and in which safe
+# loading of checkpoints can be extended for a while.
+_OLDEST_TORCH = (2, 5)
+if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _OLDEST_TORCH:
+    raise ImportError(
+        f"mmvssm needs torch {'.'.join(map(str, _OLDEST_TORCH))} or later; {torch.__version__} is installed "
+        "here. Install a later one, and mmcv once more, whose operators are compiled for one torch."
+    )
+
 _FOLDERS = ("datasets", "engine", "models", "ops")
 _MISSING = " and ".join(
     f"{name} (or its fork onedl-{name})" for name in ("mmengine", "mmcv") if not find_spec(name)

@@ -1,11 +1,13 @@
 """Every config loads, fits together, builds, trains and is optimised as the recipes say."""
 
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS, DefaultScope
+from mmengine.registry import MODELS, TRANSFORMS, DefaultScope
 from torch import nn
 
 import mmvssm.registry
@@ -22,11 +24,13 @@ LIBRARIES = {"maskrcnn": "mmdet", "upernet": "mmseg"}
 
 SPARED = ("A_logs", "Ds", "A_log", "mixer.D", "pos_embed")
 
+read = cache(Config.fromfile)  # mmengine reads dozens of files for each that is inherited
+
 
 def load(name):
     scope = next(scope for method, scope in LIBRARIES.items() if f"_{method}_" in name)
     library = pytest.importorskip(scope)
-    cfg = Config.fromfile(CONFIGS / f"{name}.py")
+    cfg = deepcopy(read(CONFIGS / f"{name}.py"))
     assert cfg.default_scope == scope == library.__name__
     return cfg
 
@@ -39,6 +43,15 @@ def use_scope(cfg):
         from mmseg.utils import register_all_modules
     register_all_modules(init_default_scope=False)
     return DefaultScope.overwrite_default_scope(cfg.default_scope)
+
+
+def without_scopes(value):
+    """A config without the scopes that mmengine notes in what it inherits."""
+    if isinstance(value, dict):
+        return {key: without_scopes(x) for key, x in value.items() if key != "_scope_"}
+    if isinstance(value, (list, tuple)):
+        return [without_scopes(x) for x in value]
+    return value
 
 
 def build(cfg):
@@ -124,6 +137,19 @@ class TestText:
         )
         with pytest.raises(FileNotFoundError, match=r"absent\.pth"):
             build(cfg).backbone.init_weights()
+
+    def test_can_be_inherited_by_name(self, name, tmp_path):
+        """What builds a pipeline has to know where to look for transforms then, too."""
+        (tmp_path / "inheriting.py").write_text(f"_base_ = 'mmvssm::{name}.py'\n")
+        cfg, direct = Config.fromfile(tmp_path / "inheriting.py"), load(name)
+        assert without_scopes(cfg.to_dict()) == without_scopes(direct.to_dict())
+        pipelines = [
+            cfg[f"{split}_dataloader"].dataset.pipeline for split in ("train", "val", "test")
+        ]
+        with use_scope(cfg):
+            for transform in sum(pipelines, cfg.get("tta_pipeline", [])):
+                built = TRANSFORMS.build(transform)
+                assert type(built).__name__ == transform.type
 
     def test_says_what_it_is(self, name):
         assert (CONFIGS / f"{name}.py").read_text().startswith('"""')

@@ -2,13 +2,15 @@
 
 import ast
 import ctypes
-import importlib
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
+import venv
 import zipfile
 from pathlib import Path
 
@@ -37,11 +39,10 @@ def source(tmp_path):
     here, and the tests of the operator use it.
     """
     folder = tmp_path / "source"
-    shutil.copytree(
-        ROOT / "mmvssm", folder / "mmvssm", ignore=shutil.ignore_patterns("*.so", "__pycache__")
-    )
-    shutil.copytree(ROOT / "requirements", folder / "requirements")
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in"):
+    ignore = shutil.ignore_patterns("*.so", "__pycache__")
+    for name in ("mmvssm", "configs", "requirements"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignore, symlinks=True)
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     kernels = list((folder / "mmvssm" / "ops").rglob("*.cpp"))
     for kernel in kernels:
@@ -157,6 +158,95 @@ def test_pip_installs_with_and_without_a_compiler(source, tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------
+# The wheel, and the configs in it
+# --------------------------------------------------------------------------------------------------
+
+
+def build_wheel(folder, **environment):
+    """Run ``python setup.py bdist_wheel``; return the wheel's path."""
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "bdist_wheel", "--dist-dir", "wheels"],
+        cwd=folder,
+        env={**os.environ, **environment},
+        capture_output=True,
+        check=True,
+    )
+    (wheel,) = (folder / "wheels").iterdir()
+    return wheel
+
+
+def contents(wheel):
+    """Return ``{name: bytes}`` of the files in a wheel, and the lines of its WHEEL file."""
+    with zipfile.ZipFile(wheel) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    (about,) = (text for name, text in files.items() if name.endswith("dist-info/WHEEL"))
+    return files, about.decode().splitlines()
+
+
+@needs_compiler
+def test_a_wheel_with_the_kernel_fits_this_platform_and_any_python(source):
+    wheel = build_wheel(source, CXX="")
+    files, about = contents(wheel)
+    assert LIBRARY.as_posix() in files
+    platform = re.sub(r"\W", "_", sysconfig.get_platform())
+    assert wheel.stem.endswith(f"-py3-none-{platform}")
+    assert f"Tag: py3-none-{platform}" in about
+    assert "Root-Is-Purelib: false" in about
+
+
+def test_a_wheel_without_the_kernel_fits_any_platform(source):
+    wheel = build_wheel(source, CXX="/bin/false", CC="/bin/false")
+    files, about = contents(wheel)
+    assert not [name for name in files if name.endswith(".so")]
+    assert wheel.stem.endswith("-py3-none-any")
+    assert "Tag: py3-none-any" in about
+    assert "Root-Is-Purelib: true" in about
+    # What else there is in it.
+    configs = {path.name: path.read_bytes() for path in (ROOT / "configs").glob("*.py")}
+    packed = {name: text for name, text in files.items() if "/.mim/configs/" in name}
+    assert {Path(name).name: text for name, text in packed.items()} == configs
+    (licence,) = (text for name, text in files.items() if name.endswith("/LICENSE"))
+    assert licence == (ROOT / "LICENSE").read_bytes()
+
+
+@pytest.mark.parametrize("options", [[], ["-e"]], ids=["wheel", "editable"])
+def test_configs_are_inherited_by_name_wherever_a_project_is(source, tmp_path, options):
+    # An environment that has the packages of this one, but for mmvssm.
+    environment = tmp_path / "environment"
+    venv.create(environment, with_pip=False)
+    scheme = {"base": str(environment), "platbase": str(environment)}
+    packages = Path(sysconfig.get_path("purelib", "venv", scheme))
+    (packages / "others.pth").write_text(sysconfig.get_path("purelib"))
+    pip = [sys.executable, "-m", "pip", "--python", environment / "bin" / "python"]
+    without = ["--no-build-isolation", "--no-deps", "--no-index", "--ignore-installed"]
+    subprocess.run(
+        [*pip, "install", "-q", *without, *options, "."],
+        cwd=source,
+        env={**os.environ, "CXX": "/bin/false", "CC": "/bin/false"},
+        check=True,
+    )
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "mine.py").write_text(
+        "_base_ = 'mmvssm::groupmamba_small_maskrcnn_coco.py'\nmodel = dict(neck=dict(num_outs=6))\n"
+    )
+    code = (
+        "import mmvssm; from mmengine.config import Config; model = Config.fromfile('mine.py').model;"
+        "print(mmvssm.__path__[0], model.type, model.backbone.arch, model.neck.num_outs)"
+    )
+    said = subprocess.run(
+        [environment / "bin" / "python", "-c", code],
+        cwd=project,
+        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+    )
+    assert said.returncode == 0, said.stderr
+    installed = source / "mmvssm" if options else packages / "mmvssm"
+    assert said.stdout.split() == [str(installed), "MaskRCNN", "small", "6"]
+
+
+# --------------------------------------------------------------------------------------------------
 # What the package declares
 # --------------------------------------------------------------------------------------------------
 
@@ -176,10 +266,25 @@ def test_torch_has_no_bounds_and_openmmlab_is_optional(source):
     assert [line for line in lines if re.search(r"onedl-mmdetection==.*extra == .onedl", line)]
 
 
-def test_version_is_the_package_s(source):
+@pytest.mark.parametrize("version", ["2.4.1", "1.13.1+cu117"])
+def test_a_torch_that_is_too_old_is_one_sentence(monkeypatch, version):
+    import torch
+
+    monkeypatch.setattr(torch, "__version__", version)
+    spec = importlib.util.spec_from_file_location("again", ROOT / "mmvssm" / "__init__.py")
+    said = rf"^mmvssm needs torch 2\.5 or later; {re.escape(version)} is installed here\."
+    monkeypatch.setitem(sys.modules, "again", importlib.util.module_from_spec(spec))
+    with pytest.raises(ImportError, match=said):
+        spec.loader.exec_module(sys.modules["again"])
+
+
+def test_version_licence_and_readme_are_the_package_s(source):
     from mmvssm.version import __version__
 
-    assert f"Version: {__version__}" in metadata_of(source)
+    lines = metadata_of(source)
+    assert f"Version: {__version__}" in lines
+    assert {"License: Apache-2.0", "License-File: LICENSE"} <= set(lines)
+    assert "# MMVSSM" in lines
 
 
 def test_the_syntax_is_that_of_the_oldest_python_declared():
@@ -275,6 +380,15 @@ def test_constraints_hold_what_is_installed_and_pin_what_is_not(tools, monkeypat
     assert "setuptools==82.0.1" in packages.constraints()
 
 
+@pytest.mark.parametrize("version", ["3.10", "3.11", "3.12", "3.13"])
+def test_each_python_has_one_tested_version_of_each_package(tools, version):
+    from packaging.requirements import Requirement
+
+    lines = [Requirement(line) for line in tools["packages"].requirement_lines("versions")]
+    here = [r.name for r in lines if not r.marker or r.marker.evaluate({"python_version": version})]
+    assert sorted(here) == sorted({requirement.name for requirement in lines})
+
+
 @pytest.mark.parametrize(
     ("installed", "wanted", "family"),
     [
@@ -329,3 +443,125 @@ def test_progress_of_a_build_is_printed_while_it_runs(tools, monkeypatch, tmp_pa
 
 def test_jobs_of_a_build_fit_the_machine(tools):
     assert 1 <= tools["mmcv_operators"].build_jobs() <= os.cpu_count()
+
+
+def test_exec_in_a_function_writes_where_locals_reads(tools, tmp_path):
+    """What mmcv's setup.py counts on, which Python 3.13 no longer does by itself."""
+    (tmp_path / "sitecustomize.py").write_text("print('of this machine')\n")
+    code = (
+        "def version():\n  exec('__version__ = 1')\n  return locals()['__version__']\n"
+        "exec('top = 2')\nspace = {}\nexec('named = 3', space)\n"
+        "print(version(), top, space['named'], 'named' in globals())"
+    )
+    paths = [str(tools["mmcv_operators"].EXEC_INTO_CALLER), str(tmp_path)]
+    printed = subprocess.check_output(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        text=True,
+    )
+    assert printed.splitlines() == ["of this machine", "1 2 3 False"]
+
+
+@pytest.mark.parametrize("version", [(3, 12, 1), (3, 13, 0)])
+def test_builds_are_given_that_exec_from_python_3_13_on(tools, monkeypatch, version):
+    operators = tools["mmcv_operators"]
+    monkeypatch.setattr(sys, "version_info", version)
+    monkeypatch.setenv("PYTHONPATH", "mine")
+    paths = operators.build_environment()["PYTHONPATH"].split(os.pathsep)
+    assert paths == [str(operators.EXEC_INTO_CALLER), "mine"][version < (3, 13) :]
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "calls"),
+    [
+        ([True], ["--only-binary"]),  # a wheel that loads
+        ([False, True], ["--only-binary", "compile"]),
+    ],
+)
+def test_mmcv_is_compiled_only_where_no_wheel_fits(tools, monkeypatch, tmp_path, outcomes, calls):
+    operators = tools["mmcv_operators"]
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    monkeypatch.setattr(operators, "installed_versions", lambda: {"setuptools": "79.0.1"})
+    monkeypatch.setattr(operators, "setuptools_major", lambda: 79)
+    monkeypatch.setattr(operators, "install_missing", lambda *_: None)
+    monkeypatch.setattr(operators, "build_environment", lambda: {"MAX_JOBS": "1"})
+    monkeypatch.setattr(operators, "builds_for_gpu", lambda _: False)
+    monkeypatch.setattr(operators, "python_says", lambda *_: (True, ""))
+    monkeypatch.setattr(operators, "compiler_flags", lambda: ["-O2"])
+    monkeypatch.setattr(operators, "torch_include_paths", list)
+    made = []
+
+    def pip_install(arguments, environment, log):
+        log.write_text("")
+        made.append("--only-binary" if "--only-binary" in arguments else "compile")
+        assert ("CFLAGS" in environment) == (made[-1] == "compile")
+        return outcomes[len(made) - 1]
+
+    monkeypatch.setattr(operators, "pip_install_with_progress", pip_install)
+    operators.install_mmcv("mmcv==2.1.0")
+    assert made == calls
+
+
+def test_flags_of_the_user_come_after_all_others_instead_of_replacing_them(tools, monkeypatch):
+    operators = tools["mmcv_operators"]
+    monkeypatch.setattr(
+        sysconfig, "get_config_var", {"CFLAGS": "-DNDEBUG -g -fwrapv -O3 -Wall"}.get
+    )
+    monkeypatch.setattr(operators, "python_says", lambda _: (True, "1"))
+    monkeypatch.setenv("CFLAGS", "-march=native '-DNAME=two words'")
+    assert operators.compiler_flags() == [
+        *("-DNDEBUG", "-fwrapv", "-Wall", "-D_GLIBCXX_USE_CXX11_ABI=1", "-O2", "-g0"),
+        *("-march=native", "-DNAME=two words"),
+    ]
+
+
+@pytest.fixture
+def header(tools, monkeypatch, tmp_path):
+    """`precompiled_header` for a stand-in of torch's headers, and the environment's folder."""
+    operators, folder = tools["mmcv_operators"], tmp_path / "environment"
+    (tmp_path / "include" / "torch").mkdir(parents=True)
+    (tmp_path / "include" / "torch" / "types.h").write_text(
+        "#pragma once\nnamespace at { struct Tensor {}; }\n"
+    )
+    folder.mkdir()
+    monkeypatch.setattr(sys, "prefix", str(folder))
+    monkeypatch.setattr(operators, "compiler_flags", lambda: ["-O2", "-g0"])
+    monkeypatch.setattr(operators, "torch_include_paths", lambda: [str(tmp_path / "include")])
+    return operators.precompiled_header, folder
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no GCC")
+def test_files_are_compiled_with_the_precompiled_header(header, tmp_path):
+    precompiled_header, folder = header
+    source = tmp_path / "operator.cpp"
+    source.write_text("#include <torch/types.h>\nat::Tensor f() { return {}; }\n")
+    with precompiled_header({**os.environ, "CXX": "g++"}) as flags:
+        assert flags[:2] == ["-O2", "-g0"]
+        # As torch's build helper calls the compiler; -H marks a precompiled header that is used.
+        command = ["g++", *flags, "-H", "-fPIC", f"-I{tmp_path / 'include'}", "-c", source]
+        command += ["-o", tmp_path / "operator.o", "-std=c++17", "-DTORCH_EXTENSION_NAME=_ext"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert [line for line in done.stderr.splitlines() if re.match(r"! .*\.gch$", line)]
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("compiler", ["g++ -D__clang__", "/bin/true", "/no/such/compiler"])
+def test_other_compilers_do_without_a_precompiled_header(header, capsys, compiler):
+    precompiled_header, folder = header
+    (folder / "mmcv-header").mkdir()  # of a set-up that was killed
+    with precompiled_header({**os.environ, "CXX": compiler}) as flags:
+        assert flags == ["-O2", "-g0"]
+    assert "does without a precompiled header" in capsys.readouterr().out
+    assert not list(folder.iterdir())
+
+
+def test_versions_are_said_in_one_line(tools, capsys):
+    import torch
+
+    tools["environment"].print_versions()
+    (line,) = capsys.readouterr().out.splitlines()
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU"
+    assert line.startswith(f"Python {sys.version.split()[0]}; torch {torch.__version__}, ")
+    assert f"built for {build}" in line
+    assert "mmengine" in line

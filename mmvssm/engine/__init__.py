@@ -3,6 +3,7 @@
 from .checkpoint_hook import AtomicCheckpointHook, AtomicLocalBackend
 from .cpu_amp import BFloat16OptimWrapper
 from .keep_ratio_hook import KeepRatioWarmup
+from .packaged_configs import register_configs
 from .reproducible import ReproducibleResumeHook, SeededSampler
 from .safe_checkpoint import (
     UnsafeCheckpointError,
@@ -13,6 +14,7 @@ from .user_error import UserError
 from .workers import init_worker
 
 register_safe_globals()
+register_configs()
 
 __all__ = [
     "AtomicCheckpointHook",

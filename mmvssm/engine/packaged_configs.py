@@ -1,0 +1,26 @@
+"""Configs of this package by name: ``_base_ = 'mmvssm::groupmamba_maskrcnn_coco.py'``.
+
+They lie in ``mmvssm/.mim/configs``, where packages of OpenMMLab have theirs.
+"""
+
+from mmengine.config import config as _mmengine
+
+SCOPE = "mmvssm"
+
+# mmengine finds the distribution's files by pkg_resources, which points into site-packages even
+# where the installation is editable. A module's name it looks up as Python does, and takes the
+# folder that its file is in.
+_MODULE = "mmvssm.version"
+
+_package_and_path = _mmengine._get_package_and_cfg_path
+
+
+def _get_package_and_cfg_path(cfg_path: str) -> tuple[str, str]:
+    """Split ``package::path``; mmengine's own function knows OpenMMLab's packages alone."""
+    package, _, path = cfg_path.partition("::")
+    return (_MODULE, path) if package == SCOPE else _package_and_path(cfg_path)
+
+
+def register_configs() -> None:
+    """Let every config that is read from now on name those of this package. Idempotent."""
+    _mmengine._get_package_and_cfg_path = _get_package_and_cfg_path
