@@ -83,7 +83,13 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         "--reduce-zero-label",
         action=argparse.BooleanOptionalAction,
         help="whether 0 in the label maps of --data-root means unlabelled and classes count from "
-        "1, as in ADE20K; default: as the maps suggest",
+        "1, as in ADE20K; default: as all the maps tell",
+    )
+    parser.add_argument(
+        "--no-data-check",
+        action="store_true",
+        help="do not open all images and label maps before the run, as for giant data sets on slow "
+        "storage; annotation files are checked all the same",
     )
     parser.add_argument(
         "--cfg-options",

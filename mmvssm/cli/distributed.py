@@ -2,11 +2,11 @@
 
 import os
 import subprocess
-from typing import Any
+from typing import Any, Callable
 
 import torch
 from mmengine.config import Config, ConfigDict
-from mmengine.dist import init_dist, is_distributed
+from mmengine.dist import broadcast_object_list, init_dist, is_distributed, is_main_process
 from mmengine.utils.dl_utils import set_multi_processing
 
 from .errors import UserError
@@ -48,6 +48,27 @@ def init_processes(cfg: Config) -> None:
         broadcast_buffers=False,
         find_unused_parameters=cfg.get("find_unused_parameters", False),
     )
+
+
+def on_first_process(function: Callable[..., Any], *args: Any) -> Any:
+    """Call ``function`` in the first of several processes; all of them get what it returns.
+
+    Raises:
+        UserError: In every process, if it was raised in the first.
+    """
+    result, sentence = None, None
+    if is_main_process():
+        try:
+            result = function(*args)
+        except UserError as error:
+            sentence = str(error)
+            if not is_distributed():
+                raise
+    outcome = [result, sentence]
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return outcome[0]
 
 
 def adapt_to_machine(cfg: Config) -> None:

@@ -19,9 +19,9 @@ from ..models.pruning import PruningError
 from ..registry import TASK_UTILS
 from .allocator import keep_freed_memory
 from .checkpoints import classes_of, is_url, load_local
-from .data_check import check_data
-from .data_root import SPLIT_OF_LOADER, apply_data_root
-from .distributed import adapt_to_machine, init_processes
+from .dataset.check import check_data
+from .dataset.root import SPLIT_OF_LOADER, apply_data_root
+from .distributed import adapt_to_machine, init_processes, on_first_process
 from .errors import TRACEBACK_VARIABLE, UserError, user_mistakes
 
 _SCOPES = ("mmdet", "mmseg")
@@ -65,6 +65,8 @@ def prepare_data(
     checkpoint: Optional[dict[str, Any]],
 ) -> None:
     """Choose the data set, generate it if the config says how, and check that it is there."""
+    if args.no_data_check:
+        cfg.check_data = False
     if args.data_root:
         classes = args.classes or (classes_of(checkpoint) if checkpoint else None)
         # Loaders of a split that is there anyway follow too, so that the config saved in the work dir
@@ -79,10 +81,8 @@ def prepare_data(
         with user_mistakes("cannot prepare the data set"):
             TASK_UTILS.build(generator).ensure()
     barrier()
-    # One process looks; when it stops, the launcher stops the others.
-    if is_main_process():
-        check_data(cfg, loaders)
-    barrier()
+    for warning in on_first_process(check_data, cfg, loaders):
+        say(f"warning: {warning}")
 
 
 def build_model(cfg: Config) -> nn.Module:

@@ -8,8 +8,8 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import init_default_scope
 from PIL import Image
 
-from mmvssm.cli.data_check import check_data
-from mmvssm.cli.data_root import apply_data_root, make_palette, set_num_classes
+from mmvssm.cli.dataset.check import check_data
+from mmvssm.cli.dataset.root import apply_data_root, make_palette, set_num_classes
 from mmvssm.engine import UserError
 
 LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")

@@ -17,25 +17,23 @@ and ADE20K's, for segmentation::
 """
 
 import colorsys
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Optional
 
-import numpy as np
 from mmengine.config import Config, ConfigDict
-from PIL import Image
 
-from .errors import UserError
+from ..distributed import on_first_process
+from ..errors import UserError
+from .annotations import category_names
+from .label_maps import labels_in
+from .memory import Memory
+from .pictures import IMAGE_SUFFIXES
 
 SPLIT_OF_LOADER = {"train_dataloader": "train", "val_dataloader": "val", "test_dataloader": "val"}
-IGNORED_LABEL = 255
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
-_MAPS_READ = 200
 # The parts of a model that have a number of classes which is not that of the data set.
 _NOT_CLASSIFYING = ("backbone", "data_preprocessor", "rpn_head", "train_cfg", "test_cfg")
 
@@ -97,7 +95,8 @@ def apply_data_root(
         loaders: Those of the config's data loaders that will be used; only their split is needed.
         classes: Class names. Default: from the annotation files.
         reduce_zero_label: Segmentation in the ADE20K layout: whether 0 in a label map means
-            "unlabelled" and classes count from 1. Default: decided by the largest label found.
+            "unlabelled" and classes count from 1. Default: as all the maps tell, or asked for if they
+            do not.
 
     Returns:
         A line that says what was found.
@@ -219,38 +218,6 @@ def _coco_metrics(evaluator: Any, ann_file: str) -> Any:
 _COCO_METRICS = ("bbox", "segm")
 
 
-@lru_cache(maxsize=4)
-def read_coco(ann_file: str) -> dict[str, Any]:
-    """An annotation file in COCO's format.
-
-    Raises:
-        UserError: If it is none.
-    """
-    try:
-        with open(ann_file, encoding="utf-8") as file:
-            content = json.load(file)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{ann_file} is not a readable JSON file ({error})") from error
-    keys = ("images", "annotations", "categories")
-    if not isinstance(content, dict) or any(not isinstance(content.get(k), list) for k in keys):
-        raise UserError(f"{ann_file} is not in COCO's format: it needs lists {', '.join(keys)}")
-    return content
-
-
-def category_names(ann_file: str) -> list[str]:
-    """Names of an annotation file's categories, in the order that mmdet numbers them.
-
-    Raises:
-        UserError: If the file is not in COCO's format, has no category, or one name twice.
-    """
-    names = [str(category.get("name")) for category in read_coco(ann_file)["categories"]]
-    repeated = [name for name, count in Counter(names).items() if count > 1]
-    if repeated or not names:
-        what = f"has two categories called {repeated[0]!r}" if repeated else "has no categories"
-        raise UserError(f"{ann_file} {what}; every class needs one category with its own name")
-    return names
-
-
 # ------------------------------------------------------------------------------------ label maps
 
 
@@ -277,10 +244,10 @@ def _use_label_maps(
             )
         own_classes = False
     if own_classes:
-        if layout is COCO_MAPS:
-            reduce_zero_label = bool(reduce_zero_label)
-        largest = max(_largest_label(os.path.join(root, layout.labels[s])) for s in splits)
-        reduce_zero_label = _numbering(root, largest, list(classes), reduce_zero_label)
+        if reduce_zero_label is None and layout is ADE20K:
+            folders = [os.path.join(root, layout.labels[s]) for s in splits]
+            reduce_zero_label = _numbering(cfg, root, folders, list(classes))
+        reduce_zero_label = bool(reduce_zero_label)
     for loader, leaf in _leaves(cfg, loaders):
         split = SPLIT_OF_LOADER[loader]
         images, maps = (os.path.join(root, part[split]) for part in (layout.images, layout.labels))
@@ -323,51 +290,42 @@ def _layout_of_maps(root: str, splits: Sequence[str]) -> Layout:
     )
 
 
-def _numbering(
-    root: str, largest: int, classes: list[str], reduce_zero_label: Optional[bool]
-) -> bool:
-    """Whether labels count from 1, checked against the largest one found."""
-    if reduce_zero_label is None:
-        # A label equal to the number of classes can only mean that they count from 1.
-        reduce_zero_label = largest == len(classes)
-    expected = len(classes) if reduce_zero_label else len(classes) - 1
-    if largest > expected:
-        raise UserError(
-            f"the label maps of {root} go up to {largest}, which {len(classes)} classes "
-            f"({_listing(classes)}) cannot name; give --classes a name for every label"
-            + ("" if reduce_zero_label else " from 0 on, background included")
-        )
-    return reduce_zero_label
-
-
-def label_maps(folder: str) -> list[str]:
-    """Up to 200 label maps of a folder, evenly spread; enough to see how they are made."""
-    files = list_files(folder)
-    step = max(1, len(files) // _MAPS_READ)
-    return [os.path.join(folder, name) for name in files[::step]]
-
-
-def labels_in(path: str) -> set[int]:
-    """The labels that occur in one map.
+def _numbering(cfg: Config, root: str, folders: Sequence[str], classes: Sequence[str]) -> bool:
+    """Whether labels count from 1, as all the maps in some folders tell.
 
     Raises:
-        UserError: If the file is no map of 8-bit labels.
+        UserError: If they do not tell, or have labels beyond the classes.
     """
+    flags = "--reduce-zero-label if 0 means unlabelled, or --no-reduce-zero-label"
+    if not cfg.get("check_data", True):
+        raise UserError(
+            f"the label maps of {root} are not opened (--no-data-check), so say what 0 means in "
+            f"them: {flags} if it is {classes[0]!r}"
+        )
+    labels = on_first_process(_labels_of_all, cfg, folders)
+    largest, count = max(labels, default=0), len(classes)
+    if largest > count:
+        raise UserError(
+            f"the label maps of {root} go up to {largest}, which {count} classes "
+            f"({_listing(classes)}) cannot name; give --classes a name for every label"
+        )
+    if largest == count and count > 1:
+        return True  # it can be the last class only
+    if {0, count - 1} <= labels and count > 1:
+        return False  # the first and the last class are there
+    held = f"{min(labels)} to {largest}" if labels else "nothing but 255"
+    raise UserError(
+        f"the label maps of {root} hold {held}, which does not tell whether the {count} classes "
+        f"({_listing(classes)}) count from 0 or from 1; give {flags} if it is {classes[0]!r}"
+    )
+
+
+def _labels_of_all(cfg: Config, folders: Sequence[str]) -> set[int]:
+    memory = Memory.beside(cfg.get("work_dir"))
     try:
-        with Image.open(path) as image:
-            if image.mode not in ("L", "P", "1"):
-                raise UserError(
-                    f"{path} is a {image.mode} picture, not a map of labels: one channel of 8 bits "
-                    "is needed, each pixel holding its class's number"
-                )
-            return set(np.unique(np.asarray(image)).tolist())
-    except OSError as error:
-        raise UserError(f"{path} is not a readable picture ({error})") from error
-
-
-def _largest_label(folder: str) -> int:
-    labels = set().union(*(labels_in(path) for path in label_maps(folder))) - {IGNORED_LABEL}
-    return max(labels, default=0)
+        return labels_in([os.path.join(f, name) for f in folders for name in list_files(f)], memory)
+    finally:
+        memory.save()
 
 
 def _let_dataset_number_labels(pipeline: Any) -> None:

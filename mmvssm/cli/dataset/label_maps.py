@@ -1,0 +1,178 @@
+"""Label maps for segmentation: are they what the classes say, and do they lie upon their images?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mmengine.config import ConfigDict
+
+from ..errors import UserError
+from .images import Size, refuse_unreadable
+from .memory import Memory
+from .pictures import LABEL_MODES, Picture, read_label_maps
+
+IGNORED_LABEL = 255
+_NAMES_SHOWN = 5
+
+
+def labels_in(paths: Sequence[str], memory: Memory) -> set[int]:
+    """All labels that occur in some maps, without the one for pixels to ignore.
+
+    Raises:
+        UserError: If one of them is no map of labels.
+    """
+    found = set()
+    for picture in _read(paths, memory):
+        found.update(picture.labels)
+    return found - {IGNORED_LABEL}
+
+
+def check_label_maps(
+    leaf: ConfigDict, dataset: Any, records: Sequence[dict], sizes: Sequence[Size], memory: Memory
+) -> list[str]:
+    """Read all label maps of a data set.
+
+    Args:
+        leaf: Its config.
+        dataset: mmseg's ``BaseSegDataset`` built from it.
+        records: Its ``load_data_list()``.
+        sizes: ``(width, height)`` of each image.
+        memory: Of what earlier runs read.
+
+    Returns:
+        Warnings.
+
+    Raises:
+        UserError: If a map is none, or not of its image's size, or has a label that is no class's,
+            or if no map has anything to learn from.
+    """
+    paths = [record["seg_map_path"] for record in records]
+    pictures = _read(paths, memory)
+    _refuse_expanded_palettes(leaf, paths, pictures)
+    _refuse_other_sizes(paths, pictures, sizes)
+    classes = list(dataset.metainfo.get("classes") or ())
+    first, last = _range_of_labels(dataset, len(classes))
+    ignored = {IGNORED_LABEL, dataset.ignore_index} | ({0} if first else set())
+    if classes:
+        _refuse_unknown_labels(paths, pictures, last, ignored, len(classes))
+    return _judge_what_is_left(paths, pictures, ignored, classes, first, dataset)
+
+
+def _read(paths: Sequence[str], memory: Memory) -> list[Picture]:
+    pictures = read_label_maps(paths, memory)
+    refuse_unreadable(paths, pictures, "label maps")
+    for path, picture in zip(paths, pictures):
+        if picture.mode not in LABEL_MODES:
+            others = sum(other.mode not in LABEL_MODES for other in pictures) - 1
+            raise UserError(
+                f"{path} is a {picture.mode} picture, not a map of labels: one channel of 8 bits is "
+                "needed, each pixel holding its class's number"
+                + f" ({others} more of {len(paths)} are of such kinds)"
+                * (others > 0)
+            )
+    return pictures
+
+
+def _refuse_expanded_palettes(
+    leaf: ConfigDict, paths: Sequence[str], pictures: Sequence[Picture]
+) -> None:
+    """Pillow gives the numbers in a map that has a palette; OpenCV gives the palette's colours."""
+    backends = {
+        transform.get("imdecode_backend")
+        for transform in leaf.get("pipeline") or []
+        if str(transform.get("type")).endswith("LoadAnnotations")
+    }
+    for path, picture in zip(paths, pictures):
+        if picture.mode == "P" and "cv2" in backends:
+            raise UserError(
+                f"{path} has a palette, of which imdecode_backend='cv2' of this config's "
+                "LoadAnnotations reads the colours instead of the labels; use 'pillow'"
+            )
+
+
+def _refuse_other_sizes(
+    paths: Sequence[str], pictures: Sequence[Picture], sizes: Sequence[Size]
+) -> None:
+    wrong = [i for i, p in enumerate(pictures) if (p.width, p.height) != tuple(sizes[i])]
+    if wrong:
+        picture, size = pictures[wrong[0]], sizes[wrong[0]]
+        others = f" ({len(wrong)} of {len(paths)} are such)" * (len(wrong) > 1)
+        turned = (picture.height, picture.width) == tuple(size)
+        raise UserError(
+            f"{paths[wrong[0]]} has {picture.width}x{picture.height} pixels and its image "
+            f"{size[0]}x{size[1]} as it is read{', EXIF orientation applied' * turned}; a label map "
+            f"has to have its image's size{others}"
+        )
+
+
+def _range_of_labels(dataset: Any, num_classes: int) -> tuple[int, int]:
+    """The first and the last label that mean a class, as stored in the maps."""
+    # A data set that keeps some of its own classes renumbers its labels, after reading them.
+    count = len(dataset.label_map) if dataset.label_map else num_classes
+    first = 1 if dataset.reduce_zero_label else 0
+    return first, first + count - 1
+
+
+def _refuse_unknown_labels(
+    paths: Sequence[str],
+    pictures: Sequence[Picture],
+    last: int,
+    ignored: set[int],
+    num_classes: int,
+) -> None:
+    strange = [
+        (path, label)
+        for path, picture in zip(paths, pictures)
+        for label in picture.labels
+        if label > last and label not in ignored
+    ]
+    if strange:
+        path, label = strange[0]
+        others = len({path for path, _ in strange}) - 1
+        raise UserError(
+            f"{path} holds label {label}, but {num_classes} classes end at {last}"
+            + f" ({others} more of {len(paths)} label maps go beyond it)" * (others > 0)
+            + "; name every label with --classes, or mark pixels to ignore with 255"
+        )
+
+
+def _judge_what_is_left(
+    paths: Sequence[str],
+    pictures: Sequence[Picture],
+    ignored: set[int],
+    classes: Sequence[str],
+    first: int,
+    dataset: Any,
+) -> list[str]:
+    """What there is to learn from."""
+    labels = set().union(*(picture.labels for picture in pictures))
+    if not labels - ignored:
+        values = " and ".join(map(str, sorted(labels)))
+        raise UserError(
+            f"nothing is left to train on: all {len(paths)} label maps beside {paths[0]} hold "
+            f"nothing but {values}, which means pixels to ignore"
+            + " (0 does because of reduce_zero_label)"
+            * (first > 0)
+        )
+    if labels == {0, IGNORED_LABEL} and len(classes) > 1 and not first:
+        raise UserError(
+            f"all {len(paths)} label maps beside {paths[0]} hold nothing but 0 and 255, and 255 "
+            f"means pixels to ignore, not {classes[1]!r}; write 1 in its place"
+        )
+    warnings = []
+    blank = [path for path, picture in zip(paths, pictures) if not set(picture.labels) - ignored]
+    if blank:
+        warnings.append(
+            f"{len(blank)} of {len(paths)} label maps hold nothing but pixels to ignore (first: "
+            f"{blank[0]})"
+        )
+    if not dataset.test_mode and not dataset.label_map:
+        absent = [name for i, name in enumerate(classes) if i + first not in labels]
+        if absent:
+            shown = ", ".join(absent[:_NAMES_SHOWN]) + ", ..." * (len(absent) > _NAMES_SHOWN)
+            warnings.append(
+                f"{len(absent)} of {len(classes)} classes occur in none of the {len(paths)} label "
+                f"maps to train on ({shown}; first map: {paths[0]})"
+            )
+    return warnings
