@@ -234,7 +234,10 @@ def _integers(
 
 
 def encode_rle(mask: np.ndarray) -> dict:
-    """COCO's run-length code of an ``(H, W)`` bool mask: columns first, a run of zeros first."""
+    """COCO's run-length code of an ``(H, W)`` bool mask: columns first, a run of zeros first.
+
+    pycocotools encodes to compressed text only, which would be other bytes.
+    """
     flat = mask.ravel(order="F")
     changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
     counts = np.diff(np.concatenate([[0], changes, [flat.size]])).tolist()
