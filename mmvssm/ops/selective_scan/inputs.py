@@ -119,7 +119,7 @@ class ScanInputs(NamedTuple):
         backend.check_devices(
             "selective_scan",
             *("u", u),
-            {f"traversal.{k}" if k in INDICES else k: v for k, v in self._asdict().items()},
+            {f"traversal.{k}" if k in INDICES else k: v for k, v in zip(self._fields, self)},
         )
         if gap is not None and rest is None:
             raise ValueError(
