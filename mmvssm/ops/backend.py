@@ -27,9 +27,11 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 
 
 
 def choose(x: Tensor, *, gpu: ModuleType, cpu: ModuleType, anywhere: ModuleType) -> ModuleType:
-    """The fastest backend that works for a tensor, of an operator's three."""
-    if x.is_cuda and triton_available():
-        return gpu
+    """The fastest backend that works for a tensor, of an operator's three. Slow ones are taken with a warning."""
+    if x.is_cuda:
+        if triton_available():
+            return gpu
+        warn_no_triton()
     if x.device.type == "cpu" and cpu.available():
         return cpu
     return anywhere
@@ -43,6 +45,17 @@ def triton_available() -> bool:
     except Exception:  # a broken installation fails in ways of its own
         return False
     return True
+
+
+@functools.cache
+def warn_no_triton() -> None:
+    """Say that a GPU's kernels cannot run, and what it costs."""
+    warnings.warn(
+        "mmvssm: Triton cannot be imported, so scans and sparse convolutions on the GPU run in plain PyTorch, which is "
+        'slow. Install the Triton that belongs to your PyTorch, and look at what "import triton" says.',
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 # --------------------------------------------------------------------------------- dtypes, autocast, devices

@@ -39,10 +39,11 @@ def in_chunks(
     """
     tensors = (*maps, *of_images, *parameters)
     first = maps[0]
+    # A compiler must not be asked about sizes, which would fix them.
     if (
-        first.device.type != "cpu"
+        torch.compiler.is_compiling()
+        or first.device.type != "cpu"
         or first.numel() * first.element_size() <= WHOLE_CHUNKS * CHUNK_BYTES
-        or torch.compiler.is_compiling()
     ):
         return function(*tensors)
     return _InChunks.apply(function, len(maps), len(of_images), *tensors)

@@ -361,3 +361,44 @@ def test_wrong_input_is_named(change, words):
 def test_empty_input_is_refused():
     with pytest.raises(ValueError, match="at least 1"):
         public(make_inputs(2, 0, 2, 3, 2, optional=False))
+
+
+# ------------------------------------------------------------------------------------------------ devices
+
+TENSORS = ("delta", "A", "B", "C", "D", "delta_bias", "order", "source", "gap", "rest")
+
+
+def with_one_elsewhere(name):
+    """Inputs on the CPU but for one, which is on the device that has no memory."""
+    inputs = make_inputs(2, 6, 2, 3, 2)
+    return {**inputs, name: inputs[name].detach().to("meta")}
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_inputs_on_two_devices_are_refused(name):
+    written = f"traversal.{name}" if name in ("order", "source", "gap") else name
+    words = f"^selective_scan: {written} must be on the device of u, cpu; got meta.$"
+    with pytest.raises(ValueError, match=words):
+        public(with_one_elsewhere(name))
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_the_bare_operator_refuses_two_devices(name):
+    """As an exported program calls it, which was moved to another device than its constants."""
+    inputs = with_one_elsewhere(name)
+    with pytest.raises(ValueError, match=f"{name} must be on the device of u, cpu; got meta"):
+        torch.ops.mmvssm.selective_scan(*inputs.values(), True)
+
+
+# ----------------------------------------------------------------------------------------- the definition
+
+
+@pytest.mark.parametrize("name", [name for name in GRADIENTS if name != "u"])
+def test_the_definition_computes_in_the_widest_dtype(name):
+    """Whichever input is float64, not only ``u`` and ``A``."""
+    narrow = make_inputs(2, 9, 2, 3, 2, dtype=torch.float32)
+    inputs = {**narrow, name: narrow[name].double() * 1.1}
+    wide = {
+        k: x.double() if x is not None and x.is_floating_point() else x for k, x in inputs.items()
+    }
+    assert torch.equal(selective_scan_naive(**inputs), selective_scan_naive(**wide).float())

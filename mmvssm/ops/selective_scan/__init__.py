@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 from typing import Optional
 
@@ -62,7 +63,8 @@ def selective_scan(
         ``rest`` keep theirs.
 
     Raises:
-        ValueError: If a shape or dtype does not fit; the message names the argument, its shape and the shape expected.
+        ValueError: If a shape, dtype or device does not fit; the message names the argument, what it is and what was
+            expected.
     """
     walks = traversal if traversal is not None else (None, None, None)
     inputs = ScanInputs(u, delta, A, B, C, D, delta_bias, *walks, rest, delta_softplus)
@@ -79,13 +81,19 @@ def _backend(u: Tensor) -> ModuleType:
     "mmvssm::selective_scan", mutates_args=(), schema=f"({SCHEMA}) -> (Tensor y, Tensor states)"
 )
 def _scan(*inputs) -> tuple[Tensor, Tensor]:
-    return _backend(inputs[0]).forward(ScanInputs(*inputs))
+    inputs = ScanInputs(*inputs)
+    # Not every call comes through the checks above: a program may be exported here and moved to another device.
+    inputs.check_devices()
+    y, states = _backend(inputs.u).forward(inputs)
+    # In one dimension, since a size of 1, a walk's only chunk, would be a case of its own to torch.export.
+    return y, states.flatten()
 
 
 @_scan.register_fake
 def _(*inputs):
     inputs = ScanInputs(*inputs)
-    states = inputs.u.new_empty(inputs.states_shape, dtype=inputs.accumulation_dtype)
+    inputs.check_devices()
+    states = inputs.u.new_empty(math.prod(inputs.states_shape), dtype=inputs.accumulation_dtype)
     return inputs.u.new_empty(inputs.u.shape), states
 
 
@@ -96,7 +104,8 @@ def _(*inputs):
 )
 def _scan_backward(grad_y, *inputs_and_states) -> tuple[Tensor, ...]:
     *inputs, states = inputs_and_states
-    return _backend(grad_y).backward(grad_y, ScanInputs(*inputs), states)
+    inputs = ScanInputs(*inputs)
+    return _backend(grad_y).backward(grad_y, inputs, states.view(inputs.states_shape))
 
 
 @_scan_backward.register_fake

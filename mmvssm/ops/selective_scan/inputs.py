@@ -56,7 +56,7 @@ class ScanInputs(NamedTuple):
 
     @property
     def states_shape(self) -> tuple[int, ...]:
-        """``(B, K, S, D, N)``: the states that are saved for the backward pass."""
+        """``(B, K, S, D, N)``: the states that are saved for the backward pass, as backends see them."""
         batch, length, walks, channels = self.u.shape
         return batch, walks, num_chunks(length), channels, self.A.shape[-1]
 
@@ -116,12 +116,17 @@ class ScanInputs(NamedTuple):
                 raise ValueError(
                     f"selective_scan: traversal.{name} must be int32; got {index.dtype}."
                 )
-        backend.check_devices(
-            "selective_scan",
-            *("u", u),
-            {f"traversal.{k}" if k in INDICES else k: v for k, v in zip(self._fields, self)},
-        )
+        self.check_devices()
         if gap is not None and rest is None:
             raise ValueError(
                 "selective_scan: traversal.gap needs rest, the step size at absent positions."
             )
+
+    def check_devices(self) -> None:
+        """Check that all tensors are on one device: what a backend reads on another one is not the input.
+
+        Raises:
+            ValueError: If one is elsewhere; the message names it.
+        """
+        others = {f"traversal.{k}" if k in INDICES else k: v for k, v in zip(self._fields, self)}
+        backend.check_devices("selective_scan", "u", self.u, others)

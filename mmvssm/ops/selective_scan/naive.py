@@ -5,6 +5,7 @@ Every faster version in this folder is tested against this one.
 
 from __future__ import annotations
 
+import functools
 from typing import Optional
 
 import torch
@@ -55,7 +56,8 @@ def selective_scan_naive(
     Returns:
         ``y (B, L, K, D)``, each token's output at the token's place, in the dtype of ``u``.
     """
-    dtype = torch.promote_types(torch.float32, torch.promote_types(u.dtype, A.dtype))
+    floating = (x for x in (u, delta, A, B, C, D, delta_bias, rest) if x is not None)
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in floating), torch.float32)
     batch, length, walks, _ = u.shape
     in_memory = torch.arange(length, device=u.device).expand(batch, walks, length)
     order = in_memory if order is None else order.long().expand(batch, walks, length)
