@@ -5,9 +5,11 @@ What is kept, when, and what travels from a pruned backbone to the neck that reb
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Callable, NoReturn, Optional, Union
 
 import torch
@@ -38,6 +40,10 @@ PRESETS: dict[str, dict] = {
 
 class PruningError(ValueError):
     """Pruned tokens met a setting or a neck that does not go with them. The message says what to do."""
+
+
+class NotAMapError(PruningError, AttributeError):
+    """Pruned tokens were asked for what only maps have. An ``AttributeError``, so that ``hasattr`` answers."""
 
 
 class TokenPruning:
@@ -123,8 +129,8 @@ class TokenPruning:
         if layer not in self.keep_ratios:
             return num_tokens
         ratio = self._warmed_up(self.keep_ratios[layer]) if training else self.keep_ratios[layer]
-        # 0.1 * 30 is a little more than 3 in floating point, and 4 would be kept.
-        return math.ceil(round(ratio * num_tokens, 6))
+        numerator, denominator = _as_fraction(ratio)
+        return -(-num_tokens * numerator // denominator)
 
     def training_keep_ratio(self) -> float:
         """The keep ratio now used in training, the smallest where layers differ."""
@@ -139,6 +145,17 @@ class TokenPruning:
         return METRICS[self.metric](y.float() if y.itemsize < 4 else y)
 
 
+@functools.lru_cache
+def _as_fraction(ratio: float) -> tuple[int, int]:
+    """The ratio that was meant.
+
+    0.1 * 30 is a little more than 3 in floating point, and 4 would be kept. And whole numbers can be calculated with
+    while torch.export doesn't know them yet.
+    """
+    fraction = Fraction(ratio).limit_denominator(1_000_000)
+    return fraction.numerator, fraction.denominator
+
+
 def select(importance: Tensor, num_kept: int) -> tuple[Tensor, Tensor]:
     """Divide tokens into the most important ones and the rest, each in the order in which they were.
 
@@ -151,6 +168,33 @@ def select(importance: Tensor, num_kept: int) -> tuple[Tensor, Tensor]:
     """
     ranked = importance.sort(dim=-1, descending=True, stable=True).indices
     return ranked[:, :num_kept].sort(-1).values, ranked[:, num_kept:].sort(-1).values
+
+
+def padding_tokens(images: Tensor, patch_size: int) -> Tensor:
+    """Which tokens see nothing but padding.
+
+    So that images of a batch have one size, mmdet and mmseg pad them at the bottom and on the right with zeros, after
+    they were normalised. That is looked for here, and not asked for, since neither hands a backbone more than the
+    images: rows of zeros at the bottom, columns of zeros on the right. Pixels are whole numbers and the usual means are
+    not, so after normalisation by those none is zero; where one can be, black borders count as padding too.
+
+    How many tokens are kept is a share of the padded grid's, since images of a batch keep equally many: beside a larger
+    neighbour an image keeps more of its tokens, and once it has kept all, padding.
+
+    Args:
+        images: ``(B, C, H, W)``.
+        patch_size: Height and width of a token in pixels.
+
+    Returns:
+        bool ``(B, ceil(H / patch_size) * ceil(W / patch_size))``, row by row.
+    """
+    used = (images != 0).any(1)
+    rows, columns = (
+        # Up to the last one used all count as used, and a token's are if its first is.
+        used.any(dim).flip(1).cumsum(1).flip(1)[:, ::patch_size] > 0
+        for dim in (2, 1)
+    )
+    return ~(rows[:, :, None] & columns[:, None]).flatten(1)
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
@@ -182,11 +226,12 @@ def packed_grid(num_tokens: int, grid: tuple[int, int]) -> tuple[int, int]:
     return rows, num_tokens // rows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PrunedTokens:
     """A feature map some of whose tokens were pruned on the way.
 
-    :class:`~mmvssm.models.necks.TokenRestoration` makes a map ``(B, C, H, W)`` of it. Positions count row by row.
+    :class:`~mmvssm.models.necks.TokenRestoration` makes a map ``(B, C, H, W)`` of it. Positions count row by row. Like
+    modules, and unlike tensors, two of them are equal if they are the same one.
 
     Attributes:
         tokens: What the kept tokens have become ``(B, K, C)``.
@@ -202,16 +247,27 @@ class PrunedTokens:
     departed: Tensor
     departed_positions: Tensor
 
+    def to(self, *args, **kwargs) -> PrunedTokens:
+        """The same elsewhere or in another dtype, as ``Tensor.to`` has it; positions stay int64."""
+        tokens, departed = (x.to(*args, **kwargs) for x in (self.tokens, self.departed))
+        positions, left = (x.to(tokens.device) for x in (self.positions, self.departed_positions))
+        return PrunedTokens(tokens, positions, self.grid, departed, left)
+
     def __getattr__(self, name: str) -> NoReturn:
         # Asked for what only tensors have, such as shape or dim.
         if name.startswith("__"):
             raise AttributeError(name)
-        raise PruningError(_NO_NECK)
+        raise NotAMapError(f"PrunedTokens has no {name!r}. {_NO_NECK}")
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None) -> NoReturn:
         raise PruningError(_NO_NECK)
 
+
+# What it holds are the inputs and outputs of an exported program.
+torch.export.register_dataclass(
+    PrunedTokens, serialized_type_name="mmvssm.models.pruning.PrunedTokens"
+)
 
 _NO_NECK = (
     "A pruned backbone's outputs are tokens, not maps: put dict(type='mmvssm.TokenRestoration') before other necks, "

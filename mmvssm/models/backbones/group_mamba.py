@@ -24,9 +24,12 @@ from ...ops import Traversal, conv_ffn, cross_traversal, in_chunks, selective_sc
 from ...registry import MODELS
 from .common import (
     check_rates,
+    convolve,
     drop_path_schedule,
     init_parameters,
     init_step_size_bias,
+    is_plain,
+    is_plain_depthwise,
     resolve_arch,
     resolve_out_indices,
 )
@@ -201,16 +204,28 @@ class Stem(nn.Module):
         return self.down(self._convolve(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
     def _convolve(self, x: Tensor) -> Tensor:
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self._can_fold():
             return self.conv(x)
         # BatchNorm with fixed statistics is part of the convolution.
         for conv, norm, activation in zip(self.conv[::3], self.conv[1::3], self.conv[2::3]):
             weight, bias = fuse_conv_bn_weights(
-                *(conv.weight, None, norm.running_mean, norm.running_var),
+                *(conv.weight, conv.bias, norm.running_mean, norm.running_var),
                 *(norm.eps, norm.weight, norm.bias),
             )
             x = activation(F.conv2d(x, weight, bias, conv.stride, conv.padding))
         return x
+
+    def _can_fold(self) -> bool:
+        return (
+            is_plain(self.conv, nn.Sequential)
+            and all(is_plain(conv, nn.Conv2d) for conv in self.conv[::3])
+            and all(
+                is_plain(norm, nn.BatchNorm2d, nn.SyncBatchNorm)
+                and not norm.training
+                and norm.running_mean is not None
+                for norm in self.conv[1::3]
+            )
+        )
 
 
 class DownSample(nn.Module):
@@ -277,7 +292,18 @@ class ConvFFN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(B, H, W, dim)`` to the same shape."""
         layers = (self.fc1, self.conv, self.fc2)
+        if torch.compiler.is_compiling() or not self._is_plain():
+            return self.fc2(F.gelu(convolve(self.conv, self.fc1(x))))
         return conv_ffn(x, *(p for layer in layers for p in (layer.weight, layer.bias)))
+
+    def _is_plain(self) -> bool:
+        layers = (self.fc1, self.conv, self.fc2)
+        return (
+            is_plain(self.fc1, nn.Linear)
+            and is_plain_depthwise(self.conv)
+            and is_plain(self.fc2, nn.Linear)
+            and all(layer.bias is not None for layer in layers)
+        )
 
 
 class ModulatedGroupMamba(nn.Module):
@@ -300,9 +326,13 @@ class ModulatedGroupMamba(nn.Module):
         """``(B, H, W, dim)`` to the same shape."""
         x = self.norm(x)
         affinity = self.affinity(x.mean((1, 2), keepdim=True)) * self.skip_scale
+        scanned = self.scan(x, traversal)
+        # The same norm once more, as published.
+        if torch.compiler.is_compiling() or not is_plain(self.norm, nn.LayerNorm):
+            return self.proj(self.norm(scanned * affinity * x))
         y = in_chunks(
             self._modulate,
-            (self.scan(x, traversal).flatten(1, 2), x.flatten(1, 2)),
+            (scanned.flatten(1, 2), x.flatten(1, 2)),
             (affinity.flatten(1, 2),),
             (self.norm.weight, self.norm.bias),
         )
@@ -312,7 +342,6 @@ class ModulatedGroupMamba(nn.Module):
         self, scanned: Tensor, x: Tensor, affinity: Tensor, weight: Tensor, bias: Tensor
     ) -> Tensor:
         x = scanned * affinity * x
-        # The same norm once more, as published.
         return F.layer_norm(x, self.norm.normalized_shape, weight, bias, self.norm.eps)
 
 
@@ -369,8 +398,11 @@ class GroupedVSSS(nn.Module):
             self.dt_bias,
             traversal=traversal,
         )
-        norm = self.norm
-        y = in_chunks(self._gate, (y, split_groups(gate)), parameters=(norm.weight, norm.bias))
+        gate, norm = split_groups(gate), self.norm
+        if torch.compiler.is_compiling() or not is_plain(norm, GroupedLayerNorm):
+            y = norm(y) * F.silu(gate)
+        else:
+            y = in_chunks(self._gate, (y, gate), parameters=(norm.weight, norm.bias))
         return convolve(self.out_proj, y.view(x.shape))
 
     def _gate(self, y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -396,11 +428,6 @@ class GroupedLayerNorm(nn.LayerNorm):
     def normalize(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """The same with a weight and a bias ``(groups, channels)`` that are given."""
         return F.layer_norm(x, self.normalized_shape, eps=self.eps) * weight + bias
-
-
-def convolve(conv: nn.Module, x: Tensor) -> Tensor:
-    """Apply a convolution to a channels-last map ``(B, H, W, C)`` without moving memory."""
-    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 def grouped_linear(in_features: int, out_features: int) -> nn.Conv2d:

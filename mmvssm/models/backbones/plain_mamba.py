@@ -8,7 +8,9 @@ where they are.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple, Optional, Union
 
 import torch
@@ -28,12 +30,23 @@ from ...ops import (
     sparse_depthwise_conv,
 )
 from ...registry import MODELS
-from ..pruning import PrunedTokens, TokenPruning, leave, packed_grid, select
+from ..pruning import (
+    PrunedTokens,
+    TokenPruning,
+    leave,
+    packed_grid,
+    padding_tokens,
+    select,
+    take,
+)
 from .common import (
     check_rates,
+    convolve,
     drop_path_schedule,
     init_parameters,
     init_step_size_bias,
+    is_plain,
+    is_plain_depthwise,
     resolve_arch,
     resolve_out_indices,
 )
@@ -58,7 +71,8 @@ class PlainMamba(BaseModule):
         drop_path_rate: Stochastic depth of the last layer; it grows linearly from 0 at the first.
         frozen_stages: -1 freezes nothing, 0 the embeddings, ``n`` the embeddings and the first ``n`` layers. Frozen
             parts stay in evaluation mode.
-        with_cp: Whether to recompute each layer's activations in the backward pass instead of storing them.
+        with_cp: Whether to recompute each layer's activations in the backward pass instead of storing them. Those of
+            ``layers_with_dwconv``'s convolutions are stored: their BatchNorm would count each batch twice.
         pruning: None for the dense model; or ``dict(layers=..., keep_ratio=..., metric='clip', alignment='decay')``,
             see :class:`~mmvssm.models.pruning.TokenPruning`; or the name of one of its presets, ``'L1'``, ``'L2'`` or
             ``'L3'``. ``layers`` are those after which tokens leave.
@@ -67,7 +81,9 @@ class PlainMamba(BaseModule):
         double_step_bias: Whether the bias of ``dt_proj`` counts twice, as the published weights expect.
         init_cfg: mmengine initialisation, for example
             ``dict(type='Pretrained', checkpoint='plainmamba_l1.pth', prefix='backbone.')``. The checkpoint's position
-            embedding is resized where ``img_size`` differs, both being square.
+            embedding is resized where ``img_size`` differs. State dicts say of what grid it is; where that was lost, as
+            it is by ``prefix``, or never said, as in published ones, it is taken for this model's own grid if it has as
+            many positions, and else for a square.
 
     Raises:
         ValueError: If an argument is not as described.
@@ -124,7 +140,7 @@ class PlainMamba(BaseModule):
                 f"PlainMamba: layers_with_dwconv must be from 0 to {num_layers - 1}; got "
                 f"{list(arch['layers_with_dwconv'])}."
             )
-        self.embed_dims = arch["embed_dims"]
+        self.embed_dims, self.patch_size = arch["embed_dims"], patch_size
         self.out_indices = resolve_out_indices(
             "PlainMamba",
             num_layers - 1 if out_indices is None else out_indices,
@@ -160,6 +176,7 @@ class PlainMamba(BaseModule):
         )
         self.apply(init_parameters)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        self.register_state_dict_post_hook(_note_embed_grid)
         self._register_load_state_dict_pre_hook(self._resize_loaded_pos_embed)
         self._freeze_stages()
 
@@ -167,7 +184,8 @@ class PlainMamba(BaseModule):
         """Compute the feature maps.
 
         Args:
-            x: Images ``(B, in_channels, H, W)``, of any size.
+            x: Images ``(B, in_channels, H, W)``, of any size. Where tokens are pruned, zeros at the bottom and on the
+                right are taken for padding, see :func:`~mmvssm.models.pruning.padding_tokens`: it goes first.
 
         Returns:
             For each of ``out_indices`` a map ``(B, embed_dims, ceil(H / patch_size), ceil(W / patch_size))``,
@@ -191,6 +209,7 @@ class PlainMamba(BaseModule):
             raise ValueError(
                 f"PlainMamba: expected images (B, {self.in_channels}, H, W); got {tuple(x.shape)}."
             )
+        padding = None if self.pruning is None else padding_tokens(x, self.patch_size)
         tokens, grid = self.patch_embed(x)
         tokens = tokens + self._pos_embed_for(grid)
         layout, pruned = self._dense_layout(grid, x.device), None
@@ -199,15 +218,14 @@ class PlainMamba(BaseModule):
             num_kept = num_tokens
             if self.pruning is not None:
                 num_kept = self.pruning.num_kept(i, num_tokens, self.training)
-            if self.with_cp and tokens.requires_grad:
-                tokens, y = checkpoint(layer, tokens, layout, use_reentrant=False)
-            else:
-                tokens, y = layer(tokens, layout)
+            tokens, y = layer(tokens, layout, self.with_cp)
             if num_kept == num_tokens:
                 yield LayerState(tokens, grid, pruned)
                 continue
             importance = self.pruning.importance(y)
             yield LayerState(tokens, grid, pruned, importance)
+            there = padding if pruned is None else padding.gather(1, pruned.positions)
+            importance = importance.masked_fill(there, -math.inf)
             pruned = leave(tokens, pruned, grid, *select(importance, num_kept))
             tokens, layout = pruned.tokens, self._pruned_layout(pruned)
 
@@ -247,20 +265,41 @@ class PlainMamba(BaseModule):
         )
         sizes = {size for layer in self.layers for size in layer.kernel_sizes}
         neighbors = {size: neighbor_table(pruned.positions, pruned.grid, size) for size in sizes}
-        return Layout(walks, None, neighbors)
+        return Layout(walks, pruned.grid, pruned.positions, neighbors)
 
     def _pos_embed_for(self, grid: tuple[int, int]) -> Tensor:
+        # A compiler must not be asked about sizes, which would fix them. To the same size it changes nothing.
+        if not torch.compiler.is_compiling() and grid == self.embed_grid:
+            return self.pos_embed
         return _resize_pos_embed(self.pos_embed, self.embed_grid, grid)
 
-    def _resize_loaded_pos_embed(self, state_dict, prefix, *args) -> None:
+    def _resize_loaded_pos_embed(self, state_dict, prefix, local_metadata, *args) -> None:
         loaded = state_dict.get(prefix + "pos_embed")
-        if loaded is None or loaded.shape == self.pos_embed.shape or loaded.dim() != 3:
-            return
-        side = math.isqrt(loaded.shape[1])
-        if side * side == loaded.shape[1]:
-            state_dict[prefix + "pos_embed"] = _resize_pos_embed(
-                loaded, (side, side), self.embed_grid
+        if loaded is None or loaded.dim() != 3 or loaded.shape[2] != self.embed_dims:
+            return  # another model's, which is reported as for any other weight
+        source = local_metadata.get("embed_grid") or self._likely_grid(loaded.shape[1])
+        if tuple(source) != self.embed_grid:
+            state_dict[prefix + "pos_embed"] = _resize_pos_embed(loaded, source, self.embed_grid)
+
+    def _likely_grid(self, count: int) -> tuple[int, int]:
+        """What grid a position embedding has that does not say so, as published ones do not."""
+        side = math.isqrt(count)
+        square = (side, side) if side * side == count else None
+        same = self.embed_grid if math.prod(self.embed_grid) == count else None
+        likely = same or square
+        advice = "build the model with the img_size of that training; other images may have any size all the same"
+        if likely is None:
+            raise ValueError(
+                f"PlainMamba: the checkpoint's position embedding has {count} positions and does not say of what grid, "
+                f"and they are no square: {advice}."
             )
+        if square and self.embed_grid[0] != self.embed_grid[1]:
+            warnings.warn(
+                f"PlainMamba: the checkpoint's position embedding has {count} positions and does not say of what grid; "
+                f"it is taken for {likely[0]}x{likely[1]}. If it was trained on another one, {advice}.",
+                stacklevel=2,
+            )
+        return likely
 
     def _freeze_stages(self) -> None:
         if self.frozen_stages >= 0:
@@ -277,20 +316,32 @@ class Layout(NamedTuple):
 
     Attributes:
         walks: In which order to scan them.
-        grid: The height and width of the grid that they fill; None where some of it is pruned.
-        neighbors: Then, for each size of kernel, which tokens lie around which.
+        grid: The height and width of their grid.
+        positions: Where they are on it, int64 ``(B, L)``; None where they fill it.
+        neighbors: For each size of kernel, which of them lie around which; empty where they fill the grid.
     """
 
     walks: SnakeWalks
-    grid: Optional[tuple[int, int]]
-    neighbors: Optional[dict[int, Tensor]] = None
+    grid: tuple[int, int]
+    positions: Optional[Tensor] = None
+    neighbors: Mapping[int, Tensor] = MappingProxyType({})
 
-    def convolve(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
+    def convolve(self, conv: nn.Module, x: Tensor) -> Tensor:
         """Apply a depthwise convolution to tokens ``(B, L, C)``; pruned positions count as zero."""
-        if self.grid is None:
-            neighbors = self.neighbors[conv.kernel_size[0]]
-            return sparse_depthwise_conv(x, conv.weight, neighbors, conv.bias)
-        return depthwise_conv(x, conv.weight, self.grid, conv.bias)
+        if not is_plain_depthwise(conv):
+            return self._call(conv, x)
+        if self.positions is None:
+            return depthwise_conv(x, conv.weight, self.grid, conv.bias)
+        neighbors = self.neighbors[conv.kernel_size[0]]
+        return sparse_depthwise_conv(x, conv.weight, neighbors, conv.bias)
+
+    def _call(self, conv: nn.Module, x: Tensor) -> Tensor:
+        """The same by a module of which nothing is known, on a map of the whole grid."""
+        if self.positions is None:
+            return convolve(conv, x.unflatten(1, self.grid)).flatten(1, 2)
+        maps = x.new_zeros(x.shape[0], self.grid[0] * self.grid[1], x.shape[2])
+        maps = maps.scatter(1, self.positions[..., None].expand_as(x), x)
+        return take(convolve(conv, maps.unflatten(1, self.grid)).flatten(1, 2), self.positions)
 
 
 class LayerState(NamedTuple):
@@ -301,7 +352,7 @@ class LayerState(NamedTuple):
         grid: The full grid.
         pruned: Which tokens these are and what had left before; its own ``tokens`` are the layer's input. None if
             nothing had left.
-        importance: ``(B, L)``, where this layer prunes; some of the tokens then go no further.
+        importance: ``(B, L)``, where this layer prunes; some of the tokens then go no further, padding before others.
     """
 
     tokens: Tensor
@@ -327,13 +378,18 @@ class ConvPatchEmbed(nn.Module):
             ]
             in_channels = self.hidden_dim
         self.convs = nn.Sequential(*layers)
+        self.stride = patch_size // 2
         self.patches = PatchEmbed(
-            self.hidden_dim, dim, kernel_size=patch_size // 2, stride=patch_size // 2
+            self.hidden_dim, dim, kernel_size=self.stride, stride=self.stride, padding=0
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """``(B, in_channels, H, W)`` to ``(B, h * w, dim)`` and ``(h, w)``."""
         x = self.convs(x.contiguous(memory_format=torch.channels_last))
+        # mmcv's padding, padding="corner", asks whether there is any to be done, which would fix that in torch.export.
+        right, bottom = -x.shape[3] % self.stride, -x.shape[2] % self.stride
+        if torch.compiler.is_compiling() or right or bottom:
+            x = F.pad(x, (0, right, 0, bottom))
         return self.patches(x)
 
 
@@ -359,18 +415,25 @@ class PlainMambaLayer(nn.Module):
 
     @property
     def kernel_sizes(self) -> set[int]:
-        """Sizes of the layer's depthwise convolutions."""
-        convs = (self.mixer.conv, self.dwconv)
-        return {conv.kernel_size[0] for conv in convs if conv is not None}
+        """Sizes of the layer's depthwise convolutions, of those that are plain."""
+        convs = (conv for conv in (self.mixer.conv, self.dwconv) if conv is not None)
+        return {conv.kernel_size[0] for conv in convs if is_plain_depthwise(conv)}
 
-    def forward(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, layout: Layout, with_cp: bool = False) -> tuple[Tensor, Tensor]:
         """``(B, L, dim)`` to the same shape, and the scan's output, see :class:`PlainMambaMixer`."""
-        out, y = self.mixer(self.norm(x), layout)
-        x = x + self.drop_path(out)
+        if with_cp and x.requires_grad:
+            x, y = checkpoint(self._mix, x, layout, use_reentrant=False)
+        else:
+            x, y = self._mix(x, layout)
         if self.dwconv is not None:
+            # Not to be recomputed: BatchNorm updates its running statistics whenever it runs.
             x = layout.convolve(self.dwconv, x)
             x = F.gelu(self.dwconv_norm(x.flatten(0, 1)).unflatten(0, x.shape[:2]))
         return x, y
+
+    def _mix(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        out, y = self.mixer(self.norm(x), layout)
+        return x + self.drop_path(out), y
 
 
 class PlainMambaMixer(nn.Module):
@@ -422,8 +485,19 @@ class PlainMambaMixer(nn.Module):
         gate = F.silu(self.gate_proj(x))
         x = F.silu(layout.convolve(self.conv, self.in_proj(x)))
         dt, B, C = self.x_proj(x).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
-        y = self.scan(x, F.linear(dt, self.dt_proj.weight), B, C, layout.walks)
+        if is_plain(self.dt_proj, nn.Linear):
+            delta = F.linear(dt, self.dt_proj.weight)
+        else:
+            delta = self.dt_proj(dt) - self._step_bias(dt)
+        y = self.scan(x, delta, B, C, layout.walks)
         return self.out_proj(y * gate), y
+
+    def _step_bias(self, like: Tensor) -> Tensor:
+        bias = getattr(self.dt_proj, "bias", None)
+        if isinstance(bias, Tensor):
+            return bias
+        # Another module that stands in its place: what it makes of zero.
+        return self.dt_proj(like.new_zeros(1, self.dt_rank))[0]
 
     def scan(self, x: Tensor, delta: Tensor, B: Tensor, C: Tensor, walks: SnakeWalks) -> Tensor:
         """Scan along the four walks, which share all but the direction in B, and sum.
@@ -438,7 +512,7 @@ class PlainMambaMixer(nn.Module):
         Returns:
             ``(B, L, 2 * dim)``.
         """
-        step_bias = self.dt_proj.bias * (2 if self.double_step_bias else 1)
+        step_bias = self._step_bias(x) * (2 if self.double_step_bias else 1)
         # Of a token of value zero all projections but the biases are zero.
         rest = None if walks.traversal.gap is None else every_walk(F.softplus(step_bias), 0)
         direction = F.embedding(walks.arrival, self.direction_Bs).transpose(-3, -2)
@@ -463,10 +537,13 @@ def every_walk(x: Tensor, dim: int) -> Tensor:
     return x.unsqueeze(dim).expand(shape)
 
 
+def _note_embed_grid(model: PlainMamba, state_dict, prefix: str, local_metadata: dict) -> None:
+    """Say beside the weights, as modules say their version, what grid the position embedding is of."""
+    local_metadata["embed_grid"] = model.embed_grid
+
+
 def _resize_pos_embed(pos_embed: Tensor, source: tuple[int, int], grid: tuple[int, int]) -> Tensor:
     """``(1, L, C)`` of one grid to another, bicubic."""
-    if tuple(source) == tuple(grid):
-        return pos_embed
     maps = pos_embed.transpose(1, 2).unflatten(2, source)
     maps = F.interpolate(maps, size=grid, mode="bicubic", align_corners=False)
     return maps.flatten(2).transpose(1, 2)

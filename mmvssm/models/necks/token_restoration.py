@@ -132,6 +132,6 @@ class TokenRestoration(BaseModule):
 def _absent(x: PrunedTokens) -> Tensor:
     """``(B, 1, H, W)``: where a token was pruned."""
     absent = torch.zeros(
-        (len(x.tokens), x.grid[0] * x.grid[1]), dtype=torch.bool, device=x.tokens.device
+        (x.tokens.shape[0], x.grid[0] * x.grid[1]), dtype=torch.bool, device=x.tokens.device
     )
     return absent.scatter(1, x.departed_positions, True).view(-1, 1, *x.grid)
