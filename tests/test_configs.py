@@ -1,5 +1,7 @@
 """Every config loads, fits together, builds, trains and is optimised as the recipes say."""
 
+import ast
+import re
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -152,7 +154,16 @@ class TestText:
                 assert type(built).__name__ == transform.type
 
     def test_says_what_it_is(self, name):
-        assert (CONFIGS / f"{name}.py").read_text().startswith('"""')
+        text = ast.get_docstring(ast.parse((CONFIGS / f"{name}.py").read_text()))
+        backbone = "GroupMamba" if name.startswith("groupmamba") else "PlainMamba"
+        if is_large(name):
+            arch = load(name).model.backbone.arch
+            assert f"{backbone}-{dict(tiny='T', small='S', base='B').get(arch, arch)}" in text
+        else:
+            assert "embedded data set" in text
+        assert ("pruned" in text) == ("_pruned_" in name)
+        for other in re.findall(r"recipe of (\w+\.py)", text):
+            assert (CONFIGS / other).exists()
 
 
 class TestRecipes:

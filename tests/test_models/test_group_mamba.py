@@ -1,5 +1,6 @@
 import importlib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from mmengine.registry import MODELS, DefaultScope
 
 from mmvssm.analysis.flops import count
 from mmvssm.models import GroupMamba, GroupMambaClassifier
-from mmvssm.models.backbones.group_mamba import ConvFFN, GroupedVSSS, split_groups
+from mmvssm.models.backbones.group_mamba import Block, ConvFFN, GroupedVSSS, split_groups
 from mmvssm.models.published import convert_groupmamba
 from mmvssm.ops import cross_traversal
 from mmvssm.ops.selective_scan.naive import selective_scan_naive
@@ -101,16 +102,17 @@ def test_any_input_size(size, batch):
 
 def test_stem_without_gradients_is_the_same():
     """BatchNorm with fixed statistics is then made part of the convolutions."""
-    stem = GroupMamba(MINI).eval().stages[0].embed
+    torch.manual_seed(0)
+    stem = GroupMamba(MINI).double().eval().stages[0].embed
     for module in stem.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             for tensor in (module.running_mean, module.weight.data, module.bias.data):
                 tensor.normal_()
             module.running_var.uniform_(0.5, 2)
-    x = torch.randn(2, 18, 26, 3)
+    x = torch.randn(2, 18, 26, 3, dtype=torch.float64)
     expected = stem(x)
     with torch.no_grad():
-        torch.testing.assert_close(stem(x), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(stem(x), expected, atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.parametrize("stored_bands", [0, 1_000_000])
@@ -290,35 +292,89 @@ def test_out_indices_build_only_what_is_needed():
 
 @pytest.mark.parametrize("frozen_stages", [-1, 0, 2, 4])
 def test_frozen_stages(frozen_stages):
+    """No gradients, no stochastic depth and no new statistics in them, and all of these in the others."""
     model = GroupMamba(MINI, frozen_stages=frozen_stages, drop_path_rate=0.2).train()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     loss = sum(m.square().mean() for m in model(torch.randn(2, 3, 64, 64)))
-    if frozen_stages < 4:
+    assert loss.requires_grad is (frozen_stages < 4)
+    if loss.requires_grad:
         loss.backward()
+    stem = [name for name, _ in model.named_parameters() if name.startswith("stages.0.embed.")]
+    assert stem
+    for name, parameter in model.named_parameters():
+        frozen = int(name.split(".")[1]) < frozen_stages or (frozen_stages == 0 and name in stem)
+        assert parameter.requires_grad is not frozen, name
+        assert (parameter.grad is None) is frozen, name
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, before[name]) is (frozen_stages >= 0), name
     for i, stage in enumerate(model.stages):
-        frozen = i < frozen_stages
-        assert stage.training is not frozen
-        assert all((p.grad is None) is frozen for p in stage.blocks.parameters())
-    stem = model.stages[0].embed
-    assert stem.training is (frozen_stages < 0)
-    assert all((p.grad is None) is (frozen_stages >= 0) for p in stem.parameters())
+        assert all(m.training is (i >= frozen_stages) for m in stage.blocks.modules())
 
 
 def test_activation_checkpointing_changes_no_gradient():
+    """Nor a running statistic; and stochastic depth drops the same when blocks run for the second time."""
     torch.manual_seed(0)
-    plain = GroupMamba(MINI)
-    saving = GroupMamba(MINI, with_cp=True)
+    plain = GroupMamba(MINI, drop_path_rate=0.5)
+    saving = GroupMamba(MINI, drop_path_rate=0.5, with_cp=True)
     saving.load_state_dict(plain.state_dict())
     x = torch.randn(2, 3, 32, 48)
     for model in (plain, saving):
+        torch.manual_seed(1)
         sum(m.square().mean() for m in model(x)).backward()
     for a, b in zip(saving.parameters(), plain.parameters()):
         torch.testing.assert_close(a.grad, b.grad)
+    for a, b in zip(saving.buffers(), plain.buffers()):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("with_cp, expected", [(False, 1), (True, 2)])
+def test_activation_checkpointing_runs_blocks_twice(with_cp, expected):
+    model = GroupMamba(MINI, with_cp=with_cp)
+    blocks = [block for stage in model.stages for block in stage.blocks]
+    runs = dict.fromkeys(blocks, 0)
+
+    def count_run(mixer, args, block):
+        runs[block] += 1
+
+    for block in blocks:
+        block.mixer.register_forward_pre_hook(lambda *args, b=block: count_run(*args, b))
+    sum(m.square().mean() for m in model(torch.randn(1, 3, 32, 32))).backward()
+    assert set(runs.values()) == {expected}
+
+
+def test_epsilons_of_the_norms_are_the_published_ones():
+    """Blocks and outputs are given ``partial(nn.LayerNorm, eps=1e-6)``; all others have PyTorch's default."""
+    model = GroupMambaClassifier(MINI)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            of_block = re.fullmatch(
+                r"backbone\.stages\.\d(\.blocks\.\d)?\.norm|class_block\.norm[12]", name
+            )
+            assert module.eps == (1e-6 if of_block else 1e-5), name
 
 
 def test_drop_path_grows_linearly():
     model = GroupMamba(MINI, drop_path_rate=0.4)
     rates = [block.drop_path.drop_prob for stage in model.stages for block in stage.blocks]
     assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+
+
+def test_drop_path_drops_whole_branches_of_single_images():
+    torch.manual_seed(0)
+    block = Block(16, 2, drop_path_rate=0.5).train()
+    x, traversal = torch.randn(64, 2, 3, 16), cross_traversal(2, 3)
+    mixed = x + 2 * block.mixer(x, traversal)
+    fates = [
+        with_ffn(block, y) for y in (x, mixed)
+    ]  # not mixed or mixed; then not fed forward or fed
+    candidates = torch.stack([x, fates[0], mixed, fates[1]])
+    distance = (block(x, traversal) - candidates).flatten(2).abs().amax(2)
+    assert (distance.amin(0) < 1e-4).all()
+    assert set(distance.argmin(0).tolist()) == {0, 1, 2, 3}
+
+
+def with_ffn(block, x):
+    return x + 2 * block.ffn(block.norm(x))
 
 
 @pytest.mark.parametrize(

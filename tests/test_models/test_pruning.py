@@ -12,6 +12,7 @@ from mmvssm.models.pruning import (
     TokenPruning,
     leave,
     packed_grid,
+    padding_tokens,
     select,
     take,
 )
@@ -169,3 +170,42 @@ def test_necks_that_come_without_restoration_say_so(neck):
 def test_survives_pickling():
     x = pruned_tokens()
     assert torch.equal(pickle.loads(pickle.dumps(x)).tokens, x.tokens)
+
+
+def test_hasattr_answers():
+    x = pruned_tokens()
+    assert hasattr(x, "tokens") and not hasattr(x, "shape") and not hasattr(x, "__len__")
+    assert getattr(x, "dtype", None) is None
+    with pytest.raises(PruningError, match=r"^PrunedTokens has no 'dtype'\. .*TokenRestoration"):
+        _ = x.dtype
+
+
+def test_equal_if_the_same():
+    x = pruned_tokens()
+    other = PrunedTokens(x.tokens, x.positions, x.grid, x.departed, x.departed_positions)
+    assert x == x and x != other
+    assert other not in [x] and len({x, other}) == 2
+
+
+def test_to_moves_all_and_converts_values():
+    x = pruned_tokens()
+    narrow = x.to(torch.bfloat16)
+    assert narrow.tokens.dtype == narrow.departed.dtype == torch.bfloat16
+    assert narrow.positions.dtype == narrow.departed_positions.dtype == torch.int64
+    assert narrow.grid == x.grid and torch.equal(narrow.tokens, x.tokens.bfloat16())
+    moved = x.to("meta", torch.float64)
+    tensors = (moved.tokens, moved.positions, moved.departed, moved.departed_positions)
+    assert all(tensor.is_meta for tensor in tensors)
+    assert moved.departed.dtype == torch.float64 and moved.positions.dtype == torch.int64
+
+
+def test_padding_is_what_is_zero_below_and_to_the_right():
+    x = torch.zeros(4, 3, 10, 13)
+    x[0] = torch.randn(3, 10, 13)  # fills the batch's size
+    x[1, :, :4, :9] = torch.randn(3, 4, 9)
+    x[2, 1, 8, 12] = 1  # a single pixel that is not zero, in one channel
+    padding = padding_tokens(x, 4).view(4, 3, 4)
+    assert not padding[0].any()
+    assert (~padding[1]).int().tolist() == [[1, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+    assert not padding[2].any()
+    assert padding[3].all()

@@ -77,7 +77,7 @@ def drop_path_schedule(drop_path_rate: float, count: int) -> list[float]:
 
 
 def init_parameters(module: nn.Module) -> None:
-    """Initialise one module's own parameters as the published training code does; for ``nn.Module.apply``."""
+    """Initialise one module's own parameters as GroupMamba's published code does; for ``nn.Module.apply``."""
     if hasattr(module, "reset_scan_parameters"):
         module.reset_scan_parameters()
     elif isinstance(module, nn.Linear):

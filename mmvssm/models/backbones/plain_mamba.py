@@ -85,6 +85,15 @@ class PlainMamba(BaseModule):
             it is by ``prefix``, or never said, as in published ones, it is taken for this model's own grid if it has as
             many positions, and else for a square.
 
+    Without ``init_cfg`` step sizes start log-uniform in [0.001, 0.1], as Mamba's. So does the code published for
+    PlainMamba, which notes that the bias of ``dt_proj`` should not be initialised again (``plain_mamba_layer.py``,
+    ``_no_reinit``). But OpenMMLab's ``init_weights`` heeds no such note, and the published classification configs give
+    every linear layer a normal weight and a bias of zero (``plain_mamba_l1_in1k_300e.py``): that training started with
+    all step sizes near ln 2 = 0.69. The intended start is kept here, since it is what the layer's code describes and
+    what this package's figures were measured with; for the other, pass
+    ``init_cfg=dict(type='TruncNormal', layer='Linear', std=0.02, bias=0.0)``. Convolutions start as GroupMamba's do,
+    the published ones as PyTorch's.
+
     Raises:
         ValueError: If an argument is not as described.
     """
