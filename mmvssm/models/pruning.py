@@ -188,11 +188,11 @@ def padding_tokens(images: Tensor, patch_size: int) -> Tensor:
     Returns:
         bool ``(B, ceil(H / patch_size) * ceil(W / patch_size))``, row by row.
     """
-    used = (images != 0).any(1)
+    magnitude = images.abs()
+    rows, columns = (magnitude.amax(dims) != 0 for dims in ((1, 3), (1, 2)))
+    # Up to the last one used all count as used, and a token's are if its first is.
     rows, columns = (
-        # Up to the last one used all count as used, and a token's are if its first is.
-        used.any(dim).flip(1).cumsum(1).flip(1)[:, ::patch_size] > 0
-        for dim in (2, 1)
+        used.flip(1).cumsum(1).flip(1)[:, ::patch_size] > 0 for used in (rows, columns)
     )
     return ~(rows[:, :, None] & columns[:, None]).flatten(1)
 

@@ -122,7 +122,8 @@ class GroupMamba(BaseModule):
         """Compute the feature maps.
 
         Args:
-            x: Images ``(B, in_channels, H, W)``, of any size.
+            x: Images ``(B, in_channels, H, W)``, of any size; for programs made by ``torch.export`` with all three
+                sizes dynamic, larger than 32x32.
 
         Returns:
             For each of ``out_indices`` a map ``(B, embed_dims[i], h, w)``, contiguous in memory,

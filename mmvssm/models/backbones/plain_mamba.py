@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Optional, Union
 
 import torch
@@ -193,7 +192,8 @@ class PlainMamba(BaseModule):
         """Compute the feature maps.
 
         Args:
-            x: Images ``(B, in_channels, H, W)``, of any size. Where tokens are pruned, zeros at the bottom and on the
+            x: Images ``(B, in_channels, H, W)``, of any size; for programs made by ``torch.export`` with all three
+                sizes dynamic, higher and wider than a patch. Where tokens are pruned, zeros at the bottom and on the
                 right are taken for padding, see :func:`~mmvssm.models.pruning.padding_tokens`: it goes first.
 
         Returns:
@@ -204,7 +204,8 @@ class PlainMamba(BaseModule):
 
         Raises:
             ValueError: If ``x`` has another number of dimensions or channels.
-            PruningError: If ``alignment='none'`` cannot pack the tokens that remain.
+            PruningError: If ``alignment='none'`` cannot pack the tokens that remain. It asks for their number, so
+                ``torch.export`` fixes the sizes of the images.
         """
         return tuple(
             self._output(i, state)
@@ -272,9 +273,7 @@ class PlainMamba(BaseModule):
             raster_source=self.raster_source,
             with_gaps=self.pruning.alignment == "decay",
         )
-        sizes = {size for layer in self.layers for size in layer.kernel_sizes}
-        neighbors = {size: neighbor_table(pruned.positions, pruned.grid, size) for size in sizes}
-        return Layout(walks, pruned.grid, pruned.positions, neighbors)
+        return Layout(walks, pruned.grid, pruned.positions, {})
 
     def _pos_embed_for(self, grid: tuple[int, int]) -> Tensor:
         # A compiler must not be asked about sizes, which would fix them. To the same size it changes nothing.
@@ -327,13 +326,13 @@ class Layout(NamedTuple):
         walks: In which order to scan them.
         grid: The height and width of their grid.
         positions: Where they are on it, int64 ``(B, L)``; None where they fill it.
-        neighbors: For each size of kernel, which of them lie around which; empty where they fill the grid.
+        neighbors: Then, for each size of kernel that was needed so far, which of them lie around which.
     """
 
     walks: SnakeWalks
     grid: tuple[int, int]
     positions: Optional[Tensor] = None
-    neighbors: Mapping[int, Tensor] = MappingProxyType({})
+    neighbors: Optional[dict[int, Tensor]] = None
 
     def convolve(self, conv: nn.Module, x: Tensor) -> Tensor:
         """Apply a depthwise convolution to tokens ``(B, L, C)``; pruned positions count as zero."""
@@ -341,8 +340,10 @@ class Layout(NamedTuple):
             return self._call(conv, x)
         if self.positions is None:
             return depthwise_conv(x, conv.weight, self.grid, conv.bias)
-        neighbors = self.neighbors[conv.kernel_size[0]]
-        return sparse_depthwise_conv(x, conv.weight, neighbors, conv.bias)
+        size = conv.kernel_size[0]
+        if size not in self.neighbors:
+            self.neighbors[size] = neighbor_table(self.positions, self.grid, size)
+        return sparse_depthwise_conv(x, conv.weight, self.neighbors[size], conv.bias)
 
     def _call(self, conv: nn.Module, x: Tensor) -> Tensor:
         """The same by a module of which nothing is known, on a map of the whole grid."""
@@ -421,12 +422,6 @@ class PlainMambaLayer(nn.Module):
         if with_dwconv:
             self.dwconv = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim, bias=False)
             self.dwconv_norm = nn.BatchNorm1d(dim)
-
-    @property
-    def kernel_sizes(self) -> set[int]:
-        """Sizes of the layer's depthwise convolutions, of those that are plain."""
-        convs = (conv for conv in (self.mixer.conv, self.dwconv) if conv is not None)
-        return {conv.kernel_size[0] for conv in convs if is_plain_depthwise(conv)}
 
     def forward(self, x: Tensor, layout: Layout, with_cp: bool = False) -> tuple[Tensor, Tensor]:
         """``(B, L, dim)`` to the same shape, and the scan's output, see :class:`PlainMambaMixer`."""
