@@ -1,11 +1,15 @@
 """Which checkpoint to use, and whether it fits the model."""
 
+import ast
 import re
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
-from mmengine.config import Config
+import numpy as np
+import torch
+from mmengine.logging import HistoryBuffer
 from mmengine.runner.checkpoint import load_state_dict
 from torch import nn
 
@@ -13,6 +17,8 @@ from ..engine.safe_checkpoint import UnsafeCheckpointError, load_checkpoint_safe
 from .errors import UserError
 
 _KEYS_SHOWN = 3
+_LONGEST_NOTE = 60  # characters of a checkpoint's own words that are repeated
+_LONGEST_CONFIG = 1_000_000  # characters that are parsed; those in configs/ have under 10,000
 
 
 def is_url(path: str) -> bool:
@@ -94,6 +100,42 @@ def check_resumable(checkpoint: dict[str, Any], path: str) -> None:
             f"{path} cannot be resumed from because it lacks the state of a training run "
             f"({', '.join(missing)}); to start from its weights use --cfg-options load_from={path}"
         )
+    wrong = _not_of_a_run(checkpoint)
+    if wrong:
+        raise UserError(
+            f"{path} cannot be resumed from because its {wrong} is not what a training run writes; to "
+            f"start from its weights use --cfg-options load_from={path}"
+        )
+
+
+def _not_of_a_run(checkpoint: dict[str, Any]) -> str:
+    """The first entry, if any, that mmengine could not go on from."""
+    meta, optimizer, hub = (checkpoint[name] for name in ("meta", "optimizer", "message_hub"))
+    for name, entry, keys in (
+        ("meta", meta, ("epoch", "iter")),
+        ("optimizer", optimizer, ("state", "param_groups")),
+        ("message_hub", hub, ("log_scalars", "runtime_info", "resumed_keys")),
+    ):
+        if type(entry) not in (dict, OrderedDict) or not all(key in entry for key in keys):
+            return name
+    for name in ("epoch", "iter"):
+        if type(meta[name]) is not int or meta[name] < 0:
+            return f"meta['{name}']"
+    if type(meta.get("seed", 0)) not in (int, type(None)):
+        return "meta['seed']"
+    for name in ("log_scalars", "runtime_info", "resumed_keys"):
+        if type(hub[name]) not in (dict, OrderedDict) or not all(
+            isinstance(k, str) for k in hub[name]
+        ):
+            return f"message_hub['{name}']"
+    histories = [entry for entry in hub["log_scalars"].values() if isinstance(entry, HistoryBuffer)]
+    if any(
+        not isinstance(vars(entry).get(name), np.ndarray)
+        for entry in histories
+        for name in ("_log_history", "_count_history")
+    ):
+        return "message_hub['log_scalars']"
+    return ""
 
 
 def check_fits(model: nn.Module, checkpoint: dict[str, Any], path: str) -> None:
@@ -112,7 +154,7 @@ def check_fits(model: nn.Module, checkpoint: dict[str, Any], path: str) -> None:
     state_dict = weights_of(checkpoint)
     try:
         load_state_dict(model, state_dict, strict=True)
-    except RuntimeError as error:
+    except Exception as error:  # what is no tensor fails in many ways
         raise UserError(_misfit(model, state_dict, checkpoint, path)) from error
 
 
@@ -133,8 +175,14 @@ def check_shares_weights(model: nn.Module, checkpoint: dict[str, Any], path: str
 
 
 def weights_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """The weights in a checkpoint, without the ``module.`` of distributed training."""
+    """The weights in a checkpoint, without the ``module.`` of distributed training.
+
+    Raises:
+        UserError: If there is something else where the weights should be.
+    """
     state_dict = checkpoint.get("state_dict", checkpoint)
+    if not isinstance(state_dict, dict) or not all(isinstance(key, str) for key in state_dict):
+        raise UserError("the checkpoint holds no weights: its state_dict is no dictionary of names")
     renamed = type(state_dict)((re.sub(r"^module\.", "", k), v) for k, v in state_dict.items())
     metadata = getattr(state_dict, "_metadata", None)
     if metadata is not None:
@@ -147,7 +195,7 @@ def classes_of(checkpoint: dict[str, Any]) -> Optional[list[str]]:
     meta = checkpoint.get("meta")
     dataset_meta = meta.get("dataset_meta") if isinstance(meta, dict) else None
     classes = dataset_meta.get("classes") if isinstance(dataset_meta, dict) else None
-    return [str(name) for name in classes] if classes else None
+    return [str(name) for name in classes] if isinstance(classes, (list, tuple)) else None
 
 
 def _misfit(
@@ -158,12 +206,12 @@ def _misfit(
     missing = [k for k in own if k not in state_dict and "num_batches_tracked" not in k]
     unexpected = [k for k in state_dict if k not in own]
     reshaped = [
-        f"{k} is {tuple(state_dict[k].shape)} there and {tuple(own[k].shape)} here"
+        f"{k} is {_shape_of(state_dict[k])} there and {tuple(own[k].shape)} here"
         for k in own
         if k in state_dict and getattr(state_dict[k], "shape", None) != own[k].shape
     ]
     found = [
-        f"{len(keys)} {what} ({', '.join(keys[:_KEYS_SHOWN])}{', ...' * (len(keys) > _KEYS_SHOWN)})"
+        f"{len(keys)} {what} ({_shown(keys)})"
         for keys, what in (
             (missing, "missing from it"),
             (unexpected, "unknown to the model"),
@@ -176,6 +224,22 @@ def _misfit(
     return f"{sentence}; {origin}" if origin else sentence
 
 
+def _shape_of(value: Any) -> Any:
+    """The shape of what a checkpoint holds for a weight, or what it is instead of a tensor."""
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+
+
+def _shown(names: Sequence[Any]) -> str:
+    """The first few of ``names``, which may be anything that a file holds."""
+    return ", ".join(map(_brief, names[:_KEYS_SHOWN])) + ", ..." * (len(names) > _KEYS_SHOWN)
+
+
+def _brief(words: Any) -> str:
+    """``words`` out of a file, fit for a line of text: short and without control characters."""
+    text = "".join(c if c.isprintable() else " " for c in str(words)[: _LONGEST_NOTE + 1])
+    return text if len(text) <= _LONGEST_NOTE else f"{text[:_LONGEST_NOTE]}..."
+
+
 def _origin(checkpoint: dict[str, Any]) -> str:
     """What a checkpoint's own notes say about where it comes from."""
     meta = checkpoint.get("meta")
@@ -183,19 +247,52 @@ def _origin(checkpoint: dict[str, Any]) -> str:
         return ""
     notes = []
     # The experiment is named <config>_<date>_<time>.
-    name = re.sub(r"_\d{8}_\d{6}$", "", str(meta.get("experiment_name", "")))
+    name = re.sub(r"_\d{8}_\d{6}$", "", _brief(meta.get("experiment_name", "")))
     if name and not re.fullmatch(r"\d{8}_\d{6}", name):
         notes.append(f"with config {name}")
-    if isinstance(meta.get("cfg"), str):
-        try:
-            backbone = Config.fromstring(meta["cfg"], file_format=".py").model.backbone
-            arch = backbone.get("arch") or backbone.get("depth") or ""
-            arch = "of its own arch" if isinstance(arch, dict) else arch
-            notes.append(f"backbone {backbone.type} {arch}".rstrip())
-        except Exception:  # a note that cannot be read is only left out
-            pass
+    backbone = _backbone_in(meta.get("cfg"))
+    if backbone:
+        arch = backbone.get("arch", backbone.get("depth", ""))
+        arch = "of its own arch" if arch is None else _brief(arch)
+        notes.append(f"backbone {_brief(backbone.get('type'))} {arch}".rstrip())
     classes = classes_of(checkpoint)
     if classes:
-        shown = ", ".join(classes[:_KEYS_SHOWN]) + ", ..." * (len(classes) > _KEYS_SHOWN)
-        notes.append(f"{len(classes)} classes ({shown})")
+        notes.append(f"{len(classes)} classes ({_shown(classes)})")
     return f"it was trained {', '.join(notes)}" if notes else ""
+
+
+def _backbone_in(config: Any) -> dict[str, Any]:
+    """The settings of ``model.backbone`` in the text of a config, which is parsed and never run.
+
+    Returns:
+        Strings and numbers by name; None for whatever else a setting is. Empty where there is no
+        such text.
+    """
+    if not isinstance(config, str) or len(config) > _LONGEST_CONFIG:
+        return {}
+    try:
+        statements = ast.parse(config).body
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return {}
+    for statement in statements:
+        names = statement.targets if isinstance(statement, ast.Assign) else []
+        if any(isinstance(name, ast.Name) and name.id == "model" for name in names):
+            backbone = _entries(_entries(statement.value).get("backbone"))
+            return {
+                name: value.value if isinstance(value, ast.Constant) else None
+                for name, value in backbone.items()
+            }
+    return {}
+
+
+def _entries(node: Optional[ast.expr]) -> dict[str, ast.expr]:
+    """What ``dict(name=value)`` or ``{'name': value}`` holds."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict":
+        return {keyword.arg: keyword.value for keyword in node.keywords if keyword.arg}
+    if isinstance(node, ast.Dict):
+        return {
+            key.value: value
+            for key, value in zip(node.keys, node.values)
+            if isinstance(key, ast.Constant) and isinstance(key.value, str)
+        }
+    return {}

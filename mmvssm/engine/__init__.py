@@ -7,6 +7,7 @@ from .packaged_configs import register_configs
 from .reproducible import ReproducibleResumeHook, SeededSampler
 from .safe_checkpoint import (
     UnsafeCheckpointError,
+    guard_checkpoint_loader,
     load_checkpoint_safely,
     register_safe_globals,
 )
@@ -15,6 +16,7 @@ from .workers import init_worker
 
 register_safe_globals()
 register_configs()
+guard_checkpoint_loader()
 
 __all__ = [
     "AtomicCheckpointHook",
@@ -25,6 +27,7 @@ __all__ = [
     "SeededSampler",
     "UnsafeCheckpointError",
     "UserError",
+    "guard_checkpoint_loader",
     "init_worker",
     "load_checkpoint_safely",
     "register_safe_globals",

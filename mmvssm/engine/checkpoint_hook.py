@@ -84,6 +84,27 @@ class AtomicCheckpointHook(CheckpointHook):
             _remove_partial_files(Path(runner.work_dir))
         super().before_train(runner)
 
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Let a checkpoint name only this run's own files as those that a better or newer one replaces.
+
+        mmengine removes what a resumed checkpoint calls the best so far, file or folder, wherever
+        it is; of another run's checkpoint that would be the other run's best, of a hostile one anything.
+        """
+        hub = checkpoint.get("message_hub")
+        notes = hub.get("runtime_info") if isinstance(hub, dict) else None
+        if not isinstance(notes, dict):
+            return
+        folder = str(runner.work_dir)
+        if self.out_dir is not None:  # before_train adds the last part of the work dir to it
+            folder = os.path.join(self.out_dir, os.path.basename(folder.rstrip(os.sep)))
+        for name in [name for name in notes if str(name).startswith("best_ckpt")]:
+            file = os.path.basename(str(notes.pop(name)))
+            if file.startswith("best_") and file.endswith(".pth"):
+                notes[name] = os.path.join(folder, file)
+        steps = notes.get("keep_ckpt_ids", [])
+        if not isinstance(steps, list) or not all(type(step) is int for step in steps):
+            del notes["keep_ckpt_ids"]
+
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: Optional[dict]) -> None:
         backend, self.file_backend = self.file_backend, _RemovingLater(self.file_backend)
         try:

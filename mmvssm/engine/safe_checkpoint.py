@@ -3,23 +3,34 @@
 PyTorch loads with ``weights_only=True``, which knows tensors and plain containers and refuses
 everything else. A training checkpoint of mmengine holds a little more: the history of its scalars
 (:class:`mmengine.logging.HistoryBuffer`) and NumPy numbers. :func:`register_safe_globals` admits
-exactly those.
+exactly those, with NumPy's own reconstruction replaced: a pickled dtype can be given fields and
+sizes that make NumPy read and free memory that is not its own.
+
+A checkpoint also carries the text of its config, which mmengine reads as Python when it resumes
+(``meta['config']``) or infers from a checkpoint alone (``message_hub``, ``meta['cfg']``).
+:func:`guard_checkpoint_loader` takes that text out before mmengine sees it.
 """
 
+import functools
 import os
 import pickle
 import re
 import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Callable, Union
 
 import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
+from mmengine.runner.checkpoint import CheckpointLoader
 
 # Files and whatever pickles them name NumPy's internals by both the old and the new module path.
 _NUMPY_MODULES = ("numpy.core.multiarray", "numpy._core.multiarray")
-_NUMBER_TYPES = "?bBhHiIlLqQefdg"
+_NUMBER_KINDS = "biuf"
+_FORCE, _FORBID = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 _REFUSED_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
 
 
@@ -38,24 +49,69 @@ def _history_buffer_method(owner: Any, name: str) -> Any:
     return getattr(owner, name)
 
 
+class _Dtype:
+    """Stand-in for ``numpy.dtype``: a plain number's, which a pickle can only give a byte order."""
+
+    def __init__(self, code: str, align: bool = False, copy: bool = False) -> None:
+        dtype = np.dtype(code) if isinstance(code, str) else None
+        if dtype is None or dtype.kind not in _NUMBER_KINDS or dtype.names or dtype.subdtype:
+            raise pickle.UnpicklingError(f"Unsupported global: GLOBAL numpy.dtype of {code!r:.40}")
+        self.dtype = dtype
+
+    def __setstate__(self, state: tuple) -> None:
+        _, order, *rest = state
+        if order not in ("<", ">", "|", "=") or tuple(rest[:6]) != (None, None, None, -1, -1, 0):
+            raise pickle.UnpicklingError("Unsupported global: GLOBAL numpy.dtype with parts")
+        self.dtype = self.dtype.newbyteorder(order)
+
+
+class _Array(np.ndarray):
+    """Stand-in for ``numpy.ndarray`` while it is unpickled; what is computed from it is plain."""
+
+    __array_priority__ = -1.0
+
+    def __new__(cls, *args: Any) -> "_Array":
+        raise pickle.UnpicklingError("Unsupported global: GLOBAL numpy.ndarray made directly")
+
+    def __setstate__(self, state: tuple) -> None:
+        version, shape, dtype, fortran, data = state
+        if not isinstance(dtype, _Dtype) or not isinstance(data, bytes):
+            raise pickle.UnpicklingError("Unsupported global: GLOBAL numpy.ndarray of objects")
+        super().__setstate__((version, shape, dtype.dtype, fortran, data))
+
+    def __reduce__(self) -> tuple:
+        return self.view(np.ndarray).__reduce__()
+
+
+def _reconstruct(kind: Any, shape: Any, code: Any) -> _Array:
+    """Stand-in for NumPy's function of that name, the first step of unpickling an array."""
+    if kind is not _Array:
+        raise pickle.UnpicklingError("Unsupported global: GLOBAL numpy._reconstruct of a class")
+    return np.ndarray.__new__(_Array, (0,), "b")
+
+
+def _scalar(dtype: Any, data: Any) -> np.generic:
+    """Stand-in for NumPy's function of that name, which unpickles a number."""
+    if not isinstance(dtype, _Dtype) or not isinstance(data, bytes):
+        raise pickle.UnpicklingError("Unsupported global: GLOBAL numpy.scalar of an object")
+    (number,) = np.frombuffer(data, dtype.dtype)
+    return number
+
+
 def register_safe_globals() -> None:
     """Let ``torch.load(..., weights_only=True)`` read mmengine's own training checkpoints.
 
-    Admits HistoryBuffer with its four statistics, and NumPy's arrays and numbers. Idempotent. It
-    does nothing under PyTorch older than 2.5, which cannot register a function by another's name.
+    Admits HistoryBuffer with its four statistics, and NumPy's arrays of numbers and numbers.
+    Idempotent. It does nothing under PyTorch older than 2.5, which cannot register a function by
+    another's name.
     """
-    try:
-        from numpy._core import multiarray
-    except ImportError:  # NumPy 1
-        from numpy.core import multiarray
     allowed: list[Any] = [
         HistoryBuffer,
         (_history_buffer_method, "builtins.getattr"),
-        np.ndarray,
-        np.dtype,
-        *{type(np.dtype(code)) for code in _NUMBER_TYPES},
-        *[(multiarray._reconstruct, f"{module}._reconstruct") for module in _NUMPY_MODULES],
-        *[(multiarray.scalar, f"{module}.scalar") for module in _NUMPY_MODULES],
+        (_Array, "numpy.ndarray"),
+        (_Dtype, "numpy.dtype"),
+        *[(_reconstruct, f"{module}._reconstruct") for module in _NUMPY_MODULES],
+        *[(_scalar, f"{module}.scalar") for module in _NUMPY_MODULES],
     ]
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 5):
         torch.serialization.add_safe_globals(allowed)
@@ -67,16 +123,78 @@ def force_weights_only() -> None:
     For tools: a library that falls back on full unpickling, or a PyTorch whose default that is,
     cannot get around it.
     """
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-    os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
+    os.environ[_FORCE] = "1"
+    os.environ.pop(_FORBID, None)
     register_safe_globals()
 
 
-def load_checkpoint_safely(path: Union[str, Path]) -> dict[str, Any]:
-    """Load a checkpoint file onto the CPU with ``weights_only=True``.
+@contextmanager
+def _weights_only() -> Iterator[None]:
+    """:func:`force_weights_only` for a while."""
+    before = {name: os.environ.get(name) for name in (_FORCE, _FORBID)}
+    force_weights_only()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def guard_checkpoint_loader() -> None:
+    """Make mmengine's CheckpointLoader load weights only, and without the text of a config.
+
+    Everything of OpenMMLab's that reads a checkpoint goes through it: the runner's ``load_from``
+    and ``resume``, ``init_cfg``, ``init_detector``, ``init_model``, the inferencers. An inferencer
+    that was given weights alone then finds no config, and needs one named. Idempotent.
+    """
+    for prefix, loader in list(CheckpointLoader._schemes.items()):
+        if not hasattr(loader, "loads_weights_only"):
+            loader = _load_from_local if prefix == "" else _guarded(loader)
+            CheckpointLoader.register_scheme(prefix, loader, force=True)
+
+
+def _load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
+    return without_config_text(load_checkpoint_safely(filename, map_location))
+
+
+_load_from_local.loads_weights_only = True  # type: ignore[attr-defined]
+
+
+def _guarded(loader: Callable) -> Callable:
+    """A loader of mmengine's that cannot fall back on full unpickling."""
+
+    @functools.wraps(loader)  # mmengine logs its name
+    def load(filename: str, *args: Any, **kwargs: Any) -> Any:
+        with _weights_only():
+            return without_config_text(loader(filename, *args, **kwargs))
+
+    load.loads_weights_only = True  # type: ignore[attr-defined]
+    return load
+
+
+def without_config_text(checkpoint: Any) -> Any:
+    """``checkpoint`` less what mmengine would run as a config; changed in place."""
+    if isinstance(checkpoint, dict):
+        hub = checkpoint.get("message_hub")
+        for notes in (
+            checkpoint.get("meta"),
+            hub.get("runtime_info") if isinstance(hub, dict) else None,
+        ):
+            if isinstance(notes, dict):
+                notes.pop("cfg", None)
+                notes.pop("config", None)
+    return checkpoint
+
+
+def load_checkpoint_safely(path: Union[str, Path], map_location: Any = "cpu") -> dict[str, Any]:
+    """Load a checkpoint file with ``weights_only=True``.
 
     Args:
         path: A local file.
+        map_location: Where to, as for :func:`torch.load`.
 
     Returns:
         The dictionary in the file.
@@ -90,14 +208,25 @@ def load_checkpoint_safely(path: Union[str, Path]) -> dict[str, Any]:
     if not path.is_file():
         raise UnsafeCheckpointError(f"there is no checkpoint file {path}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:
         raise UnsafeCheckpointError(_why_refused(path, error)) from error
     if not isinstance(checkpoint, dict):
         raise UnsafeCheckpointError(
             f"{path} holds a {type(checkpoint).__name__}, not a dictionary of weights"
         )
+    for part in (checkpoint, checkpoint.get("state_dict")):
+        if isinstance(part, OrderedDict):
+            _without_attributes(part)
     return checkpoint
+
+
+def _without_attributes(weights: OrderedDict) -> None:
+    """Leave of the attributes that a pickle gives a dictionary, which hide its methods, only PyTorch's."""
+    metadata = vars(weights).get("_metadata")
+    vars(weights).clear()
+    if isinstance(metadata, dict) and all(isinstance(item, dict) for item in metadata.values()):
+        weights._metadata = metadata  # type: ignore[attr-defined]
 
 
 def _why_refused(path: Path, error: Exception) -> str:
