@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 import mmvssm
-from mmvssm.cli.errors import UserError, run_tool, user_mistakes
+from mmvssm.cli.errors import UserError, add_traceback_option, run_tool, user_mistakes
 from mmvssm.engine.safe_checkpoint import force_weights_only, load_checkpoint_safely
 from mmvssm.models.published import CONVERTERS, inert_globals, unwrap
 
@@ -25,6 +25,7 @@ def parse_args() -> argparse.Namespace:
         help="where in SRC the weights are, such as 'model'; by default averaged (EMA) weights where there are any",
     )
     parser.add_argument("--force", action="store_true", help="overwrite DST")
+    add_traceback_option(parser)
     return parser.parse_args()
 
 

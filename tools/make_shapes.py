@@ -1,8 +1,8 @@
 """Write the embedded data set, which the shapes configs also do by themselves when first used."""
 
 import argparse
-import sys
 
+from mmvssm.cli.errors import add_traceback_option, run_tool, user_mistakes
 from mmvssm.datasets import ShapesGenerator
 
 
@@ -16,18 +16,19 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--num-val", type=int, default=100, help="number of validation images")
     parser.add_argument("--image-size", type=int, default=160, help="height and width in pixels")
     parser.add_argument("--seed", type=int, default=0, help="chooses the scenes")
+    add_traceback_option(parser)
     return parser.parse_args()
 
 
 def main() -> None:
     """Write the data set, or say in one sentence why not."""
     args = parse_args()
-    try:
-        root = ShapesGenerator(**vars(args)).ensure()
-    except (ValueError, OSError) as error:
-        sys.exit(f"make_shapes: {error}")
+    with user_mistakes():
+        root = ShapesGenerator(
+            args.root, args.num_train, args.num_val, args.image_size, args.seed
+        ).ensure()
     print(f"The data set is in {root}")
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -25,7 +25,7 @@ from mmvssm.analysis.pruning_view import (
     summarize,
 )
 from mmvssm.cli.checkpoints import check_fits, load_local
-from mmvssm.cli.errors import UserError, run_tool, user_mistakes
+from mmvssm.cli.errors import UserError, add_traceback_option, run_tool, user_mistakes
 from mmvssm.engine.safe_checkpoint import force_weights_only
 
 
@@ -55,6 +55,7 @@ def parse_args() -> argparse.Namespace:
         metavar="KEY=VALUE",
         help="change settings of the config, such as model.backbone.pruning.keep_ratio=0.7",
     )
+    add_traceback_option(parser)
     return parser.parse_args()
 
 

@@ -4,6 +4,8 @@ import argparse
 
 from mmengine.config import DictAction
 
+from .errors import add_traceback_option
+
 
 def train_parser() -> argparse.ArgumentParser:
     """The arguments of tools/train.py."""
@@ -106,6 +108,4 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         help="what started the processes of a distributed run",
     )
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
-    parser.add_argument(
-        "--traceback", action="store_true", help="show where in the code a mistake surfaced"
-    )
+    add_traceback_option(parser)

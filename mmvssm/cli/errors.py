@@ -1,15 +1,17 @@
 """Mistakes a user can make, told in one sentence instead of a traceback."""
 
+import argparse
 import os
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Callable
+from typing import Any, Callable
 
 from ..engine import UserError
 
 TRACEBACK_VARIABLE = "MMVSSM_TRACEBACK"
+HINT = f"(--traceback, or {TRACEBACK_VARIABLE}=1, shows where in the code this surfaced)"
 
 # Some releases of mmengine prefix what a constructor raised with "class `X` in module.path: ".
 _BUILD_PREFIX = re.compile(r"^class `[^`]+` in [\w./-]+: ")
@@ -56,11 +58,28 @@ def user_mistakes(doing: str = "") -> Iterator[None]:
         raise UserError(f"{doing}: {sentence}" if doing else sentence) from error
 
 
+class _ShowTraceback(argparse.Action):
+    """Sets the variable that :func:`run_tool` looks for."""
+
+    def __call__(self, *args: Any) -> None:
+        os.environ[TRACEBACK_VARIABLE] = "1"
+
+
+def add_traceback_option(parser: argparse.ArgumentParser) -> None:
+    """Give a tool the option ``--traceback`` that :func:`run_tool` speaks of."""
+    parser.add_argument(
+        "--traceback",
+        action=_ShowTraceback,
+        nargs=0,
+        help="show where in the code a mistake surfaced",
+    )
+
+
 def run_tool(main: Callable[[], None]) -> None:
     """Run a command-line tool; a :class:`UserError` becomes one line on stderr and exit code 1.
 
-    The whole traceback appears when the environment variable ``MMVSSM_TRACEBACK`` is set to 1
-    (the tools' ``--traceback`` sets it). Of several distributed processes only the first speaks.
+    A second line says how to see more: the whole traceback appears with ``--traceback``, which sets
+    the environment variable ``MMVSSM_TRACEBACK`` to 1. Of several distributed processes only the first speaks.
 
     Args:
         main: The tool's main function.
@@ -71,7 +90,8 @@ def run_tool(main: Callable[[], None]) -> None:
         if os.environ.get(TRACEBACK_VARIABLE) == "1":
             raise
         if process_rank() == 0:
-            print(f"error: {error}", file=sys.stderr)
+            text = "".join(c if c.isprintable() else " " for c in str(error))
+            print(f"error: {text}\n{HINT}", file=sys.stderr)
         sys.exit(1)
 
 

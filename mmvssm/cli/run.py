@@ -22,15 +22,13 @@ from .checkpoints import classes_of, is_url, load_local
 from .dataset.check import check_data
 from .dataset.root import SPLIT_OF_LOADER, apply_data_root
 from .distributed import adapt_to_machine, init_processes, on_first_process
-from .errors import TRACEBACK_VARIABLE, UserError, user_mistakes
+from .errors import UserError, user_mistakes
 
 _SCOPES = ("mmdet", "mmseg")
 
 
 def open_config(args: argparse.Namespace) -> Config:
     """Read the config file and what the command line changes in it."""
-    if args.traceback:
-        os.environ[TRACEBACK_VARIABLE] = "1"
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     force_weights_only()
     if not torch.cuda.is_available():

@@ -215,18 +215,28 @@ def load_checkpoint_safely(path: Union[str, Path], map_location: Any = "cpu") ->
         raise UnsafeCheckpointError(
             f"{path} holds a {type(checkpoint).__name__}, not a dictionary of weights"
         )
-    for part in (checkpoint, checkpoint.get("state_dict")):
-        if isinstance(part, OrderedDict):
-            _without_attributes(part)
+    _strip_attributes(checkpoint)
     return checkpoint
 
 
-def _without_attributes(weights: OrderedDict) -> None:
-    """Leave of the attributes that a pickle gives a dictionary, which hide its methods, only PyTorch's."""
-    metadata = vars(weights).get("_metadata")
-    vars(weights).clear()
-    if isinstance(metadata, dict) and all(isinstance(item, dict) for item in metadata.values()):
-        weights._metadata = metadata  # type: ignore[attr-defined]
+def _strip_attributes(content: dict[str, Any]) -> None:
+    """Take from dictionaries the attributes that a pickle can give them, which would hide their methods.
+
+    PyTorch's own ``_metadata`` of a state dict stays.
+    """
+    pending: list[Any] = [content]
+    seen = set()
+    while pending:
+        item = pending.pop()
+        if id(item) in seen or not isinstance(item, (dict, list, tuple)):
+            continue
+        seen.add(id(item))
+        if isinstance(item, OrderedDict) and vars(item):
+            metadata = vars(item).get("_metadata")
+            vars(item).clear()
+            if isinstance(metadata, dict) and all(type(v) is dict for v in metadata.values()):
+                item._metadata = metadata  # type: ignore[attr-defined]
+        pending.extend(item.values() if isinstance(item, dict) else item)
 
 
 def _why_refused(path: Path, error: Exception) -> str:

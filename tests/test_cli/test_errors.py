@@ -7,7 +7,7 @@ import pytest
 from mmengine.config import Config
 
 from mmvssm.cli.distributed import adapt_to_machine, init_processes
-from mmvssm.cli.errors import one_sentence, run_tool, user_mistakes
+from mmvssm.cli.errors import HINT, one_sentence, run_tool, user_mistakes
 from mmvssm.engine import UserError
 
 
@@ -31,7 +31,8 @@ def test_tool_ends_with_the_sentence(capsys, monkeypatch):
     with pytest.raises(SystemExit) as caught:
         run_tool(fail)
     assert caught.value.code == 1
-    assert capsys.readouterr().err == "error: cannot build the model: no such arch\n"
+    assert capsys.readouterr().err == f"error: cannot build the model: no such arch\n{HINT}\n"
+    assert "--traceback" in HINT
     monkeypatch.setenv("RANK", "1")  # one process speaks for all
     with pytest.raises(SystemExit):
         run_tool(fail)

@@ -253,4 +253,4 @@ class TestCommandLine:
         result = self.run("--root", tmp_path)
         assert result.returncode != 0
         assert "nothing was changed" in result.stderr
-        assert result.stderr.count("\n") == 1
+        assert result.stderr.count("\n") == 2

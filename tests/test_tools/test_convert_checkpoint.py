@@ -141,4 +141,4 @@ def test_not_a_plainmamba(weights, tmp_path):
     done = convert(tmp_path / "src.pth", tmp_path / "dst.pth", model="plainmamba")
     assert done.returncode == 1
     assert "not the weights of a published PlainMamba" in done.stderr
-    assert done.stderr.count("\n") == 1 and not (tmp_path / "dst.pth").exists()
+    assert done.stderr.count("\n") == 2 and not (tmp_path / "dst.pth").exists()

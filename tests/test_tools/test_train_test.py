@@ -1,13 +1,13 @@
 """tools/train.py and tools/test.py as a user runs them: processes, exit codes, files."""
 
 import json
-import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,10 +18,9 @@ pytest.importorskip("mmseg")
 
 from mmengine.registry import init_default_scope
 
-from mmvssm.cli import test as test_command
-from mmvssm.cli import train as train_command
-from mmvssm.cli.errors import run_tool
+from mmvssm.cli.errors import HINT
 from mmvssm.datasets.shapes import ShapesGenerator
+from support.tool_runs import sentence_of_refusal, undo_what_tools_set
 
 REPO = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {
@@ -324,7 +323,7 @@ def test_data_root_of_ones_own_trains_and_tests(trained, tmp_path):
     code, _, err = run("test.py", path, checkpoint, cwd=tmp_path)
     assert code == 1
     assert "does not fit" in err and "2 classes (round, other)" in err
-    assert len(err.strip().splitlines()) == 1
+    assert err.splitlines()[1:] == [HINT]
 
 
 class Malicious:
@@ -339,29 +338,8 @@ def refused(tmp_path, monkeypatch, capsys):
     Nothing may be written and no work dir made.
     """
     monkeypatch.chdir(tmp_path)
-    # mmengine's logger keeps the stream that an earlier test's capture has closed.
-    monkeypatch.setattr(logging, "raiseExceptions", False)
-    for variable in ("LOCAL_RANK", "TORCH_FORCE_WEIGHTS_ONLY_LOAD"):
-        monkeypatch.setenv(variable, "0")  # so that what the tools set is undone
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-
-    def call(tool, *arguments):
-        before = sorted(tmp_path.rglob("*"))
-        run_main, parser = {
-            "train.py": (train_command.train, arguments.train_parser()),
-            "test.py": (test_command.test, arguments.test_parser()),
-        }[tool]
-        arguments = parser.parse_args(list(map(str, arguments)))
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            run_tool(lambda: run_main(arguments))
-        assert caught.value.code == 1
-        lines = capsys.readouterr().err.splitlines()
-        assert len(lines) == 1 and lines[0].startswith("error: ")
-        assert sorted(tmp_path.rglob("*")) == before
-        return lines[0]
-
-    yield call
+    undo_what_tools_set(monkeypatch)
+    yield partial(sentence_of_refusal, capsys)
     init_default_scope("mmengine")
 
 
@@ -383,7 +361,8 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(config, tmp_path, refused):
         assert "evil.pth was refused because it carries code" in sentence
         assert "system" in sentence
     code, _, err = run("test.py", path, "evil.pth", cwd=tmp_path)
-    assert code == 1 and err.startswith("error: evil.pth was refused") and err.count("\n") == 1
+    assert code == 1 and err.startswith("error: evil.pth was refused")
+    assert err.splitlines()[1:] == [HINT]
     assert not (tmp_path / "harmed").exists()
 
 

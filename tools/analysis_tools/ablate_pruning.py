@@ -20,7 +20,7 @@ from pathlib import Path
 
 from prettytable import PrettyTable, TableStyle
 
-from mmvssm.cli.errors import UserError, run_tool
+from mmvssm.cli.errors import UserError, add_traceback_option, run_tool
 
 REPO = Path(__file__).resolve().parents[2]
 PRUNED = REPO / "configs/plainmamba_pruned_upernet_shapes.py"
@@ -77,6 +77,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--cfg-options", nargs="+", default=[], help="more settings, for all variants"
     )
+    add_traceback_option(parser)
     args = parser.parse_args()
     unknown = sorted(set(args.variants) - set(VARIANTS))
     if unknown:

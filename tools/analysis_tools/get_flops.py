@@ -16,7 +16,7 @@ from torch import nn
 
 import mmvssm  # noqa: F401  (registers the models)
 from mmvssm.analysis.flops import count
-from mmvssm.cli.errors import UserError, run_tool, user_mistakes
+from mmvssm.cli.errors import UserError, add_traceback_option, run_tool, user_mistakes
 
 
 def parse_args() -> argparse.Namespace:
@@ -37,6 +37,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--cfg-options", nargs="+", action=DictAction, default={}, help="override settings"
     )
+    add_traceback_option(parser)
     return parser.parse_args()
 
 

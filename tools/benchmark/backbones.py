@@ -24,7 +24,7 @@ from common import (
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
-from mmvssm.cli.errors import UserError, run_tool
+from mmvssm.cli.errors import UserError, add_traceback_option, run_tool
 from mmvssm.models import GroupMamba, PlainMamba
 
 GROUPS = {
@@ -91,6 +91,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--no-training", action="store_true", help="evaluation only")
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     parser.add_argument("--out", default="work_dirs/benchmark/backbones.json")
+    add_traceback_option(parser)
     args = parser.parse_args()
     args.threads = torch.get_num_threads()
     return args

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from mmvssm.analysis.flops import count
-from mmvssm.cli.errors import UserError, run_tool
+from mmvssm.cli.errors import UserError, add_traceback_option, run_tool
 from mmvssm.models import PlainMamba
 from mmvssm.models.pruning import PrunedTokens
 
@@ -59,6 +59,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=7, help="runs of each model")
     parser.add_argument("--no-training", action="store_true", help="evaluation only")
     parser.add_argument("--out", default="work_dirs/benchmark/pruning.json", help="where to write")
+    add_traceback_option(parser)
     args = parser.parse_args()
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("there is no CUDA GPU here; leave out --device")

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from common import about, copy_bandwidth, markdown_table, time_side_by_side, write_json
 from torch import Tensor
 
-from mmvssm.cli.errors import UserError, run_tool
+from mmvssm.cli.errors import UserError, add_traceback_option, run_tool
 from mmvssm.ops import selective_scan
 from mmvssm.ops.selective_scan import pytorch
 from mmvssm.ops.selective_scan.inputs import ScanInputs
@@ -58,6 +58,7 @@ def parse_args() -> argparse.Namespace:
         "--sequential", action="store_true", help="with the definition, which is slow"
     )
     parser.add_argument("--out", default="work_dirs/benchmark/scan.json")
+    add_traceback_option(parser)
     args = parser.parse_args()
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("there is no CUDA GPU here; leave out --device")

@@ -1,0 +1,53 @@
+"""tools/train.py and tools/test.py called in this process, for inputs that they refuse."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmvssm.cli.arguments import test_parser, train_parser
+from mmvssm.cli.errors import HINT, run_tool
+from mmvssm.cli.test import test
+from mmvssm.cli.train import train
+
+TOOLS = {"train.py": (train, train_parser), "test.py": (test, test_parser)}
+
+
+def call(tool, *arguments):
+    """Run a tool with command-line arguments."""
+    main, parser = TOOLS[tool]
+    parsed = parser().parse_args(list(map(str, arguments)))
+    run_tool(lambda: main(parsed))
+
+
+def files_in(folder):
+    """Every file below ``folder`` with its content, every folder with None."""
+    return {path: path.read_bytes() if path.is_file() else None for path in Path(folder).rglob("*")}
+
+
+def undo_what_tools_set(monkeypatch):
+    """Restore after the test what running a tool in this process changes for good."""
+    # mmengine's logger keeps the stream that an earlier test's capture has closed.
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    for variable in ("LOCAL_RANK", "TORCH_FORCE_WEIGHTS_ONLY_LOAD"):
+        monkeypatch.setenv(variable, "0")
+    monkeypatch.delenv("MMVSSM_TRACEBACK", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def sentence_of_refusal(capsys, tool, *arguments):
+    """Run a tool that must refuse and leave every file in the working directory as it is.
+
+    Returns:
+        Its one sentence.
+    """
+    before = files_in(".")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        call(tool, *arguments)
+    assert caught.value.code == 1
+    sentence, *rest = capsys.readouterr().err.splitlines()
+    assert sentence.startswith("error: ") and rest == [HINT]
+    assert files_in(".") == before
+    return sentence
