@@ -151,7 +151,7 @@ def check_fits(model: nn.Module, checkpoint: dict[str, Any], path: str) -> None:
     Raises:
         UserError: If the checkpoint belongs to another model.
     """
-    state_dict = weights_of(checkpoint)
+    state_dict = weights_of(checkpoint, path)
     try:
         load_state_dict(model, state_dict, strict=True)
     except Exception as error:  # what is no tensor fails in many ways
@@ -167,14 +167,14 @@ def check_shares_weights(model: nn.Module, checkpoint: dict[str, Any], path: str
     own = model.state_dict()
     shared = [
         key
-        for key, value in weights_of(checkpoint).items()
+        for key, value in weights_of(checkpoint, path).items()
         if key in own and getattr(value, "shape", None) == own[key].shape
     ]
     if not shared:
         raise UserError(f"none of the weights in {path} fits this model")
 
 
-def weights_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
+def weights_of(checkpoint: dict[str, Any], path: str = "the checkpoint") -> dict[str, Any]:
     """The weights in a checkpoint, without the ``module.`` of distributed training.
 
     Raises:
@@ -182,7 +182,7 @@ def weights_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """
     state_dict = checkpoint.get("state_dict", checkpoint)
     if not isinstance(state_dict, dict) or not all(isinstance(key, str) for key in state_dict):
-        raise UserError("the checkpoint holds no weights: its state_dict is no dictionary of names")
+        raise UserError(f"{path} holds no weights: its state_dict is not a dictionary of names")
     renamed = type(state_dict)((re.sub(r"^module\.", "", k), v) for k, v in state_dict.items())
     metadata = getattr(state_dict, "_metadata", None)
     if metadata is not None:

@@ -25,6 +25,16 @@ from mmengine.runner import load_checkpoint
 from mmengine.runner.checkpoint import CheckpointLoader
 from PIL import Image
 
+from support import tiny_configs
+from support.tool_runs import call, sentence_of_refusal
+
+pytest.importorskip("mmdet")
+pytest.importorskip("mmseg")
+
+from mmdet.apis import DetInferencer, init_detector
+from mmseg.apis import MMSegInferencer, init_model
+
+from mmvssm.cli.errors import HINT, run_tool
 from mmvssm.engine import UnsafeCheckpointError, guard_checkpoint_loader, load_checkpoint_safely
 
 REPO = Path(__file__).resolve().parents[2]
@@ -70,7 +80,9 @@ def saved(content, **options):
 
 
 def with_state(entry, where="meta"):
-    return saved({"state_dict": OrderedDict(weight=torch.ones(1, 1), bias=torch.ones(1)), where: entry})
+    return saved(
+        {"state_dict": OrderedDict(weight=torch.ones(1, 1), bias=torch.ones(1)), where: entry}
+    )
 
 
 def with_attribute(name, value):
@@ -115,7 +127,10 @@ FILES = {
     "object in optimizer": (lambda: with_state({"state": RUN}, "optimizer"), True),
     "object as a key": (lambda: saved({Pickled(tuple, ((RUN,),)): 1}), True),
     "eval": (lambda: with_state(Pickled(eval, ("__import__('os').mkdir('canary')",))), True),
-    "getattr of os": (lambda: with_state(Pickled(getattr, (HistoryBuffer, "__subclasses__"))), True),
+    "getattr of os": (
+        lambda: with_state(Pickled(getattr, (HistoryBuffer, "__subclasses__"))),
+        True,
+    ),
     "attrgetter": (lambda: with_state(operator.attrgetter("a.b")), True),
     "partial": (lambda: with_state(functools.partial(os.mkdir, "canary")), True),
     "class of its own as state dict": (lambda: saved({"state_dict": Weights()}), True),
@@ -211,7 +226,9 @@ def test_nothing_in_a_file_is_run(monkeypatch, name, loader):
     if expected is UnsafeCheckpointError:
         sentence = str(caught.value)
         assert sentence.startswith("a.pth ") and "\n" not in sentence
-        assert "refused because it carries code or objects" in sentence or "not a readable" in sentence
+        assert (
+            "refused because it carries code or objects" in sentence or "not a readable" in sentence
+        )
 
 
 def test_canary_sings():
@@ -262,3 +279,221 @@ def test_arrays_of_numbers_load_as_they_were_saved():
         assert loaded["history"].mean() == content["history"].mean()
     # What was read is saved without a trace of how.
     assert b"mmvssm" not in zipfile.ZipFile("b.pth").read("b/data.pkl")
+
+
+def everywhere(checkpoint):
+    """A checkpoint of a training run with code in every text that mmengine reads as a config."""
+    text = CODE + "model = dict(backbone=dict(type=__import__('os').mkdir('canary'), depth=3))\n"
+    checkpoint["meta"].update(cfg=text, config=text, experiment_name="a\x1b[2J\nerror: b" * 9)
+    checkpoint["message_hub"]["runtime_info"].update(cfg=text, config=text)
+    return checkpoint
+
+
+def of_another_model(checkpoint):
+    checkpoint = everywhere(checkpoint)
+    checkpoint["state_dict"].popitem()
+    checkpoint["state_dict"]["unknown\x1b\nname"] = torch.ones(1)
+    return checkpoint
+
+
+def with_an_object(checkpoint):
+    checkpoint["meta"]["cfg"] = RUN
+    return checkpoint
+
+
+def with_words_for_weights(checkpoint):
+    checkpoint["state_dict"] = dict.fromkeys(checkpoint["state_dict"], "words")
+    return checkpoint
+
+
+def without_weights(checkpoint):
+    checkpoint["state_dict"] = ["words"]
+    return checkpoint
+
+
+def with_broken_history(checkpoint):
+    checkpoint["message_hub"]["log_scalars"]["train/loss"] = Pickled(
+        HistoryBuffer, ([1.0], [1]), {"_log_history": "words"}
+    )
+    return checkpoint
+
+
+OBJECT_SAID = "tampered.pth was refused because it carries code"
+MISFIT_SAID = "tampered.pth does not fit this config's model"
+NO_WEIGHTS_SAID = "tampered.pth holds no weights"
+LOAD_FROM = ("train.py", "tiny.py", "--cfg-options", "load_from=tampered.pth")
+RESUME = ("train.py", "tiny.py", "--resume", "tampered.pth")
+TEST = ("test.py", "tiny.py", "tampered.pth")
+INIT_CFG = (
+    *("train.py", "tiny.py", "--cfg-options", "model.backbone.init_cfg.type=Pretrained"),
+    *(
+        "model.backbone.init_cfg.checkpoint=tampered.pth",
+        "model.backbone.init_cfg.prefix=backbone.",
+    ),
+)
+REFUSED = [
+    (with_an_object, TEST, OBJECT_SAID),
+    (with_an_object, RESUME, OBJECT_SAID),
+    (with_an_object, LOAD_FROM, OBJECT_SAID),
+    (with_an_object, INIT_CFG, OBJECT_SAID),
+    (of_another_model, TEST, MISFIT_SAID),
+    (of_another_model, RESUME, MISFIT_SAID),
+    (with_words_for_weights, TEST, "is a str there"),
+    (with_words_for_weights, RESUME, "is a str there"),
+    (with_words_for_weights, LOAD_FROM, "none of the weights in tampered.pth"),
+    (with_words_for_weights, INIT_CFG, "tampered.pth"),
+    (without_weights, TEST, NO_WEIGHTS_SAID),
+    (without_weights, RESUME, NO_WEIGHTS_SAID),
+    (without_weights, LOAD_FROM, NO_WEIGHTS_SAID),
+    (without_weights, INIT_CFG, NO_WEIGHTS_SAID),
+    (
+        with_broken_history,
+        RESUME,
+        "its message_hub['log_scalars'] is not what a training run writes",
+    ),
+]
+
+
+@pytest.fixture
+def tampered(trained, config):
+    """Writes a changed copy of a training checkpoint, and the config it belongs to."""
+
+    def write(change):
+        config(tiny_configs.SEGMENTER, "train_cfg = dict(max_iters=3, val_interval=9)\n")
+        torch.save(change(torch.load(trained / "iter_2.pth", weights_only=True)), "tampered.pth")
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "said"), REFUSED, ids=lambda part: getattr(part, "__name__", None)
+)
+def test_tools_refuse_it_in_one_sentence(tampered, capsys, change, arguments, said):
+    tampered(change)
+    sentence = sentence_of_refusal(capsys, *arguments)
+    assert said in sentence and sentence.isprintable() and len(sentence) < 800
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [TEST, RESUME, LOAD_FROM, INIT_CFG],
+    ids=["test", "resume", "load_from", "init_cfg"],
+)
+def test_tools_take_text_as_data(tampered, arguments):
+    tampered(everywhere)
+    call(*arguments)
+    if arguments[0] == "train.py":
+        saved = torch.load("work_dirs/tiny/iter_3.pth", weights_only=True)
+        texts = saved["meta"]["cfg"], saved["message_hub"]["runtime_info"]["cfg"]
+        assert all("GroupMamba" in text and "canary" not in text for text in texts)
+
+
+def test_resumed_run_removes_no_files_but_its_own(tampered, in_folder):
+    """mmengine removes what a checkpoint calls the best so far, folders too."""
+    for name in ("precious", "elsewhere"):
+        (in_folder / name).mkdir()
+    (in_folder / "precious/work.txt").write_text("years of it")
+    other_best = in_folder / "elsewhere/best_mIoU_iter_1.pth"
+    other_best.write_text("another run's")
+
+    for named in (in_folder / "precious", other_best):
+
+        def change(checkpoint, named=named):
+            info = checkpoint["message_hub"]["runtime_info"]
+            info.update(
+                best_ckpt=str(named), best_score=-1.0, keep_ckpt_ids=["/../../precious/work"]
+            )
+            return checkpoint
+
+        tampered(change)
+        options = (
+            "default_hooks.checkpoint.save_best=mIoU",
+            "default_hooks.checkpoint.max_keep_ckpts=1",
+        )
+        work_dir = f"run of {named.name}"
+        call(*RESUME, "--work-dir", work_dir, "--cfg-options", *options, "train_cfg.val_interval=1")
+        assert list(Path(work_dir).glob("best_mIoU_iter_*.pth"))
+    assert (in_folder / "precious/work.txt").exists() and other_best.exists()
+
+
+@pytest.fixture
+def argv_tool(monkeypatch):
+    """Runs another tool in this process as its own main function."""
+
+    def run(name, *arguments):
+        spec = importlib.util.spec_from_file_location(name, REPO / "tools" / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            run_tool(module.main)
+        assert caught.value.code == 1
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (with_an_object, OBJECT_SAID),
+        (of_another_model, MISFIT_SAID),
+        (without_weights, NO_WEIGHTS_SAID),
+    ],
+)
+def test_visualize_pruning_refuses_it(tampered, argv_tool, capsys, change, said):
+    tampered(change)
+    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save("image.png")
+    pruned = REPO / "configs/plainmamba_pruned_upernet_shapes.py"
+    argv_tool("visualize_pruning", pruned, "tampered.pth", "image.png", "--out", "out.png")
+    sentence, hint = capsys.readouterr().err.splitlines()[-2:]
+    assert said in sentence and sentence.isprintable() and hint == HINT
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (with_an_object, OBJECT_SAID),
+        (everywhere, "weights of a published GroupMamba"),
+        (without_weights, "holds no weights"),
+    ],
+)
+def test_conversion_refuses_it(tampered, argv_tool, capsys, change, said):
+    tampered(change)
+    argv_tool("convert_checkpoint", "groupmamba", "tampered.pth", "out.pth")
+    sentence, hint = capsys.readouterr().err.splitlines()[-2:]
+    assert said in sentence and sentence.isprintable() and hint == HINT
+    assert not Path("out.pth").exists()
+
+
+def infer_segmenter():
+    return init_model("tiny.py", "tampered.pth", device="cpu")
+
+
+def infer_detector():
+    return init_detector("detector.py", "tampered.pth", device="cpu")
+
+
+def det_inferencer(model="detector.py"):
+    return DetInferencer(model, "tampered.pth", device="cpu", show_progress=False).model
+
+
+def seg_inferencer():
+    return MMSegInferencer("tiny.py", "tampered.pth", device="cpu").model
+
+
+@pytest.mark.parametrize("door", [infer_segmenter, infer_detector, det_inferencer, seg_inferencer])
+def test_openmmlabs_own_inference(tampered, config, door):
+    """Importing mmvssm is enough: text is data, objects are refused."""
+    tampered(everywhere)
+    config(tiny_configs.DETECTOR, name="detector.py")
+    assert isinstance(door(), torch.nn.Module)
+    tampered(with_an_object)
+    with pytest.raises(UnsafeCheckpointError, match=OBJECT_SAID):
+        door()
+
+
+def test_inference_from_weights_alone_needs_a_config(tampered):
+    """mmengine would run the text in the checkpoint as the config."""
+    tampered(everywhere)
+    with pytest.raises(ValueError, match="Cannot find the config in the checkpoint"):
+        det_inferencer(model=None)
