@@ -11,5 +11,4 @@ from mmvssm.cli.errors import run_tool
 from mmvssm.cli.test import test
 
 if __name__ == "__main__":
-    args = test_parser().parse_args()
-    run_tool(lambda: test(args))
+    run_tool(lambda: test(test_parser().parse_args()))

@@ -11,5 +11,4 @@ from mmvssm.cli.errors import run_tool
 from mmvssm.cli.train import train
 
 if __name__ == "__main__":
-    args = train_parser().parse_args()
-    run_tool(lambda: train(args))
+    run_tool(lambda: train(train_parser().parse_args()))

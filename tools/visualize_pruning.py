@@ -10,7 +10,7 @@ from pathlib import Path
 import mmcv
 import torch
 from matplotlib.backend_bases import FigureCanvasBase
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
@@ -26,6 +26,7 @@ from mmvssm.analysis.pruning_view import (
 )
 from mmvssm.cli.checkpoints import check_fits, load_local
 from mmvssm.cli.errors import UserError, add_traceback_option, run_tool, user_mistakes
+from mmvssm.cli.settings import SettingsAction, check_config_file, check_options
 from mmvssm.engine.safe_checkpoint import force_weights_only
 
 
@@ -50,7 +51,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--cfg-options",
         nargs="+",
-        action=DictAction,
+        action=SettingsAction,
         default={},
         metavar="KEY=VALUE",
         help="change settings of the config, such as model.backbone.pruning.keep_ratio=0.7",
@@ -61,9 +62,9 @@ def parse_args() -> argparse.Namespace:
 
 def check_files(args: argparse.Namespace) -> None:
     """Find out what is wrong with the files before anything takes time."""
-    for what, path in (("config file", args.config), ("image", args.image)):
-        if not os.path.isfile(path):
-            raise UserError(f"there is no {what} {path}")
+    check_config_file(args.config)
+    if not os.path.isfile(args.image):
+        raise UserError(f"there is no image {args.image}")
     if mmcv.imread(args.image) is None:
         raise UserError(f"{args.image} is not an image that can be read")
     out = Path(args.out)
@@ -92,6 +93,7 @@ def main() -> None:
     force_weights_only()
     with user_mistakes(f"cannot read the config {args.config}"):
         cfg = Config.fromfile(args.config)
+    check_options(cfg, args.cfg_options)
     with user_mistakes("cannot apply --cfg-options"):
         cfg.merge_from_dict(args.cfg_options)
     model = load_model(cfg, args)

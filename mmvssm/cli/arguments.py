@@ -2,9 +2,8 @@
 
 import argparse
 
-from mmengine.config import DictAction
-
 from .errors import add_traceback_option
+from .settings import SettingsAction
 
 
 def train_parser() -> argparse.ArgumentParser:
@@ -96,7 +95,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cfg-options",
         nargs="+",
-        action=DictAction,
+        action=SettingsAction,
         metavar="KEY=VALUE",
         help="change settings of the config, such as optim_wrapper.optimizer.lr=0.001; lists are "
         'key="[a,b]" or key=a,b, without spaces',

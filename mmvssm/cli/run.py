@@ -23,6 +23,7 @@ from .dataset.check import check_data
 from .dataset.root import SPLIT_OF_LOADER, apply_data_root
 from .distributed import adapt_to_machine, init_processes, on_first_process
 from .errors import UserError, user_mistakes
+from .settings import check_config_file, check_options, check_types, check_values
 
 _SCOPES = ("mmdet", "mmseg")
 
@@ -33,12 +34,13 @@ def open_config(args: argparse.Namespace) -> Config:
     force_weights_only()
     if not torch.cuda.is_available():
         keep_freed_memory()
-    if not os.path.isfile(args.config):
-        raise UserError(f"there is no config file {args.config}")
+    check_config_file(args.config)
     with user_mistakes(f"cannot read the config {args.config}"):
         cfg = Config.fromfile(args.config)
+    options = args.cfg_options or {}
+    unsure = check_options(cfg, options)
     with user_mistakes("cannot apply --cfg-options"):
-        cfg.merge_from_dict(args.cfg_options or {})
+        cfg.merge_from_dict(options)
     cfg.launcher = args.launcher
     if cfg.get("default_scope") not in _SCOPES or "model" not in cfg:
         raise UserError(
@@ -51,8 +53,12 @@ def open_config(args: argparse.Namespace) -> Config:
         cfg.work_dir = os.path.join("work_dirs", Path(args.config).stem)
     with user_mistakes("cannot import what the config names"):
         init_default_scope(cfg.default_scope)
+        check_types(cfg)
+    check_values(cfg)
     init_processes(cfg)
     adapt_to_machine(cfg)
+    if unsure:
+        say(f"New in this config, read if its model or data set knows it: {', '.join(unsure)}")
     return cfg
 
 

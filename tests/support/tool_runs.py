@@ -3,6 +3,7 @@
 import logging
 from pathlib import Path
 
+import mmengine.config.config
 import pytest
 import torch
 
@@ -17,8 +18,7 @@ TOOLS = {"train.py": (train, train_parser), "test.py": (test, test_parser)}
 def call(tool, *arguments):
     """Run a tool with command-line arguments."""
     main, parser = TOOLS[tool]
-    parsed = parser().parse_args(list(map(str, arguments)))
-    run_tool(lambda: main(parsed))
+    run_tool(lambda: main(parser().parse_args(list(map(str, arguments)))))
 
 
 def files_in(folder):
@@ -33,6 +33,8 @@ def undo_what_tools_set(monkeypatch):
     for variable in ("LOCAL_RANK", "TORCH_FORCE_WEIGHTS_ONLY_LOAD"):
         monkeypatch.setenv(variable, "0")
     monkeypatch.delenv("MMVSSM_TRACEBACK", raising=False)
+    # Laying out the config's text takes longer than a few iterations.
+    monkeypatch.setattr(mmengine.config.config, "FormatCode", lambda text, **_: (text, True))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
