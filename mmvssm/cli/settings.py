@@ -10,6 +10,7 @@ import difflib
 import inspect
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Optional
 
@@ -19,7 +20,7 @@ from mmengine.registry import DefaultScope, Registry, init_default_scope
 from mmengine.runner import Runner, set_random_seed
 from torch.utils.data import DataLoader
 
-from .errors import UserError
+from .errors import UserError, user_mistakes
 
 _CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 _DELETE = "_delete_"  # mmengine's word for: replace, do not merge
@@ -349,6 +350,9 @@ def find_type(kind: Any) -> Optional[Any]:
     if not isinstance(kind, str):
         return kind
     scope = DefaultScope.get_current_instance()
+    if scope is not None:
+        with user_mistakes(f"cannot use default_scope={scope.scope_name!r}"):
+            import_module(f"{scope.scope_name}.registry")  # which is how children come to be known
     for registry in _registries():
         # As building does, which also says something for each registry that the scope lacks.
         scoped = registry.children.get(scope.scope_name) if scope else None
