@@ -5,16 +5,16 @@ import re
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
-from mmengine.runner.checkpoint import load_state_dict
+from mmengine.runner.checkpoint import CheckpointLoader, load_state_dict
 from torch import nn
 
 from ..engine.safe_checkpoint import UnsafeCheckpointError, load_checkpoint_safely
-from .errors import UserError
+from .errors import UserError, user_mistakes
 
 _KEYS_SHOWN = 3
 _LONGEST_NOTE = 60  # characters of a checkpoint's own words that are repeated
@@ -38,7 +38,34 @@ def load_local(path: str) -> dict[str, Any]:
         raise UserError(str(error)) from error
 
 
-def find_resumable(work_dir: str) -> Optional[str]:
+def load_any(path: str) -> dict[str, Any]:
+    """:func:`load_local` for a file, and for a URL mmengine's download.
+
+    Raises:
+        UserError: If it cannot or must not be loaded.
+    """
+    if not is_url(path):
+        return load_local(path)
+    with user_mistakes(f"cannot load {path}"):
+        checkpoint = CheckpointLoader.load_checkpoint(path, "cpu")
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{path} holds a {type(checkpoint).__name__}, not a dictionary of weights")
+    return checkpoint
+
+
+class Resumable(NamedTuple):
+    """The checkpoint to go on from.
+
+    Attributes:
+        path: Its file.
+        skipped: Newer ones that do not load.
+    """
+
+    path: str
+    skipped: list[str]
+
+
+def find_resumable(work_dir: str) -> Optional[Resumable]:
     """The newest checkpoint of a training run that loads.
 
     That is the one ``last_checkpoint`` names unless the run was killed while writing it or
@@ -48,18 +75,20 @@ def find_resumable(work_dir: str) -> Optional[str]:
         work_dir: Where the run wrote.
 
     Returns:
-        A path, or None if there is no checkpoint at all.
+        It, or None if there is no checkpoint at all.
 
     Raises:
         UserError: If there are checkpoints but none of them loads.
     """
     candidates = list(_by_recency(Path(work_dir)))
+    skipped = []
     for path in candidates:
         try:
             if "optimizer" in load_checkpoint_safely(path):
-                return str(path)
+                return Resumable(str(path), skipped)
         except UnsafeCheckpointError:
-            continue
+            pass
+        skipped.append(str(path))
     if candidates:
         raise UserError(
             f"none of the {len(candidates)} checkpoints in {work_dir} can be resumed from; name "
@@ -158,23 +187,9 @@ def check_fits(model: nn.Module, checkpoint: dict[str, Any], path: str) -> None:
         raise UserError(_misfit(model, state_dict, checkpoint, path)) from error
 
 
-def check_shares_weights(model: nn.Module, checkpoint: dict[str, Any], path: str) -> None:
-    """Check that a checkpoint to start from (``load_from``) has anything for ``model``.
-
-    Raises:
-        UserError: If no key of the right shape is found.
-    """
-    own = model.state_dict()
-    shared = [
-        key
-        for key, value in weights_of(checkpoint, path).items()
-        if key in own and getattr(value, "shape", None) == own[key].shape
-    ]
-    if not shared:
-        raise UserError(f"none of the weights in {path} fits this model")
-
-
-def weights_of(checkpoint: dict[str, Any], path: str = "the checkpoint") -> dict[str, Any]:
+def weights_of(
+    checkpoint: dict[str, Any], path: str = "the checkpoint", strip: str = r"^module\."
+) -> dict[str, Any]:
     """The weights in a checkpoint, without the ``module.`` of distributed training.
 
     Raises:
@@ -183,7 +198,7 @@ def weights_of(checkpoint: dict[str, Any], path: str = "the checkpoint") -> dict
     state_dict = checkpoint.get("state_dict", checkpoint)
     if not isinstance(state_dict, dict) or not all(isinstance(key, str) for key in state_dict):
         raise UserError(f"{path} holds no weights: its state_dict is not a dictionary of names")
-    renamed = type(state_dict)((re.sub(r"^module\.", "", k), v) for k, v in state_dict.items())
+    renamed = type(state_dict)((re.sub(strip, "", k), v) for k, v in state_dict.items())
     metadata = getattr(state_dict, "_metadata", None)
     if metadata is not None:
         renamed._metadata = metadata
@@ -211,7 +226,7 @@ def _misfit(
         if k in state_dict and getattr(state_dict[k], "shape", None) != own[k].shape
     ]
     found = [
-        f"{len(keys)} {what} ({_shown(keys)})"
+        f"{len(keys)} {what} ({shown(keys)})"
         for keys, what in (
             (missing, "missing from it"),
             (unexpected, "unknown to the model"),
@@ -229,8 +244,8 @@ def _shape_of(value: Any) -> Any:
     return tuple(value.shape) if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
 
 
-def _shown(names: Sequence[Any]) -> str:
-    """The first few of ``names``, which may be anything that a file holds."""
+def shown(names: Sequence[Any]) -> str:
+    """A listing of the first few of ``names``, which may be anything that a file holds."""
     return ", ".join(map(_brief, names[:_KEYS_SHOWN])) + ", ..." * (len(names) > _KEYS_SHOWN)
 
 
@@ -250,37 +265,46 @@ def _origin(checkpoint: dict[str, Any]) -> str:
     name = re.sub(r"_\d{8}_\d{6}$", "", _brief(meta.get("experiment_name", "")))
     if name and not re.fullmatch(r"\d{8}_\d{6}", name):
         notes.append(f"with config {name}")
-    backbone = _backbone_in(meta.get("cfg"))
+    backbone = text_settings(checkpoint, "model", "backbone")
     if backbone:
         arch = backbone.get("arch", backbone.get("depth", ""))
         arch = "of its own arch" if arch is None else _brief(arch)
         notes.append(f"backbone {_brief(backbone.get('type'))} {arch}".rstrip())
     classes = classes_of(checkpoint)
     if classes:
-        notes.append(f"{len(classes)} classes ({_shown(classes)})")
+        notes.append(f"{len(classes)} classes ({shown(classes)})")
     return f"it was trained {', '.join(notes)}" if notes else ""
 
 
-def _backbone_in(config: Any) -> dict[str, Any]:
-    """The settings of ``model.backbone`` in the text of a config, which is parsed and never run.
+def text_settings(checkpoint: dict[str, Any], variable: str, *names: str) -> dict[str, Any]:
+    """Part of the config whose text a checkpoint carries; that is parsed and never run.
+
+    Args:
+        checkpoint: With the text in ``meta['cfg']``, or without.
+        variable: The variable of the config, such as ``"model"``.
+        names: Names inside it, such as ``"backbone"``.
 
     Returns:
         Strings and numbers by name; None for whatever else a setting is. Empty where there is no
         such text.
     """
-    if not isinstance(config, str) or len(config) > _LONGEST_CONFIG:
+    meta = checkpoint.get("meta")
+    text = meta.get("cfg") if isinstance(meta, dict) else None
+    if not isinstance(text, str) or len(text) > _LONGEST_CONFIG:
         return {}
     try:
-        statements = ast.parse(config).body
+        statements = ast.parse(text).body
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         return {}
     for statement in statements:
-        names = statement.targets if isinstance(statement, ast.Assign) else []
-        if any(isinstance(name, ast.Name) and name.id == "model" for name in names):
-            backbone = _entries(_entries(statement.value).get("backbone"))
+        targets = statement.targets if isinstance(statement, ast.Assign) else []
+        if any(isinstance(target, ast.Name) and target.id == variable for target in targets):
+            entries = _entries(statement.value)
+            for name in names:
+                entries = _entries(entries.get(name))
             return {
                 name: value.value if isinstance(value, ast.Constant) else None
-                for name, value in backbone.items()
+                for name, value in entries.items()
             }
     return {}
 

@@ -37,23 +37,26 @@ def one_sentence(error: BaseException) -> str:
 
 
 @contextmanager
-def user_mistakes(doing: str = "") -> Iterator[None]:
-    """Turn whatever is raised inside into a :class:`UserError`.
+def user_mistakes(
+    doing: str = "", kinds: tuple[type[Exception], ...] = (Exception,)
+) -> Iterator[None]:
+    """Turn what is raised inside into a :class:`UserError`.
 
     For the steps that only read what the user gave (config, model definition, files), where
     every exception is about that input.
 
     Args:
         doing: What was being done, put before the message, such as ``"cannot build the model"``.
+        kinds: Which exceptions are about that input.
 
     Raises:
-        UserError: In place of any exception raised inside.
+        UserError: In place of any of those exceptions.
     """
     try:
         yield
     except UserError:
         raise
-    except Exception as error:
+    except kinds as error:
         sentence = one_sentence(error)
         raise UserError(f"{doing}: {sentence}" if doing else sentence) from error
 

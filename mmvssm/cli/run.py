@@ -18,7 +18,7 @@ from ..engine.safe_checkpoint import force_weights_only
 from ..models.pruning import PruningError
 from ..registry import TASK_UTILS
 from .allocator import keep_freed_memory
-from .checkpoints import classes_of, is_url, load_local
+from .checkpoints import classes_of
 from .dataset.check import check_data
 from .dataset.root import SPLIT_OF_LOADER, apply_data_root
 from .distributed import adapt_to_machine, init_processes, on_first_process
@@ -91,21 +91,8 @@ def prepare_data(
 
 def build_model(cfg: Config) -> nn.Module:
     """Build the model to see that its config is right, before a work dir exists."""
-    for path in _pretrained_files(cfg.model):
-        load_local(path)
     with user_mistakes("cannot build the model"):
         return MODELS.build(cfg.model.copy())
-
-
-def _pretrained_files(node: Any) -> list[str]:
-    """Local checkpoint files that ``init_cfg``s in a model config name."""
-    if isinstance(node, (list, tuple)):
-        return [path for item in node for path in _pretrained_files(item)]
-    if not isinstance(node, dict):
-        return []
-    if node.get("type") == "Pretrained" and isinstance(node.get("checkpoint"), str):
-        return [] if is_url(node["checkpoint"]) else [node["checkpoint"]]
-    return [path for value in node.values() for path in _pretrained_files(value)]
 
 
 def build_runner(cfg: Config) -> Runner:

@@ -12,8 +12,9 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.dist import is_main_process
 
-from .checkpoints import check_fits, is_url, load_local
+from .checkpoints import check_fits, load_any
 from .errors import UserError
+from .resuming import check_same_classes
 from .run import (
     build_model,
     build_runner,
@@ -40,10 +41,10 @@ def test(args: argparse.Namespace) -> dict[str, Any]:
         UserError: If the config, the data or the checkpoint will not do; nothing was written then.
     """
     cfg = open_config(args)
-    checkpoint = None if is_url(args.checkpoint) else load_local(args.checkpoint)
+    checkpoint = load_any(args.checkpoint)
     prepare_data(cfg, args, _LOADERS, checkpoint)
-    if checkpoint is not None:
-        check_fits(build_model(cfg), checkpoint, args.checkpoint)
+    check_fits(build_model(cfg), checkpoint, args.checkpoint)
+    check_same_classes(cfg, "test_dataloader", checkpoint, args.checkpoint)
     cfg.load_from = args.checkpoint
     cfg.resume = False
     if args.show or args.show_dir:

@@ -7,15 +7,10 @@ from mmengine.config import Config, ConfigDict
 from torch import nn
 
 from ..engine.reproducible import make_reproducible
-from .checkpoints import (
-    check_fits,
-    check_resumable,
-    check_shares_weights,
-    find_resumable,
-    is_url,
-    load_local,
-)
-from .errors import UserError
+from .checkpoints import check_fits, check_resumable, find_resumable, load_any
+from .errors import UserError, user_mistakes
+from .pretrained import check_pretrained, count_shared
+from .resuming import check_progress, check_same_classes
 from .run import (
     build_model,
     build_runner,
@@ -25,6 +20,7 @@ from .run import (
     say,
     use_worker_init,
 )
+from .work_dir import check_not_locked, check_unused, lock_work_dir
 
 _LOADERS = ("train_dataloader", "val_dataloader")
 
@@ -46,16 +42,26 @@ def train(args: argparse.Namespace) -> None:
         if "base_batch_size" not in (cfg.get("auto_scale_lr") or {}):
             raise UserError("--auto-scale-lr needs auto_scale_lr.base_batch_size in the config")
         cfg.auto_scale_lr.enable = True
+    check_not_locked(cfg.work_dir)
+    if not (args.resume or cfg.get("resume")):
+        check_unused(cfg.work_dir, None)
     prepare_data(cfg, args, _LOADERS, None)
     model = build_model(cfg)
     _choose_start(cfg, args, model)
+    for line in check_pretrained(model):
+        say(line)
     del model
     _use_atomic_checkpoints(cfg)
     make_reproducible(cfg)
     use_worker_init(cfg)
-    runner = build_runner(cfg)
-    with pruning_mistakes():
-        runner.train()
+    with lock_work_dir(cfg.work_dir):
+        runner = build_runner(cfg)
+        # Not what the machine may lack when workers start, such as memory.
+        with user_mistakes("cannot set up the training", (KeyError, TypeError, ValueError)):
+            _ = runner.train_loop
+            runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+        with pruning_mistakes():
+            runner.train()
     say(f"Training is finished: checkpoints, logs and the config are in {runner.work_dir}")
     say(f"Losses and metrics of this run: {runner.log_dir}/vis_data/scalars.json")
 
@@ -65,19 +71,27 @@ def _choose_start(cfg: Config, args: argparse.Namespace, model: nn.Module) -> No
     if args.resume:
         cfg.resume, cfg.load_from = True, None if args.resume == "auto" else args.resume
     if cfg.get("resume") and not cfg.get("load_from"):
-        cfg.load_from = find_resumable(cfg.work_dir)
-        if cfg.load_from is None:
+        found = find_resumable(cfg.work_dir)
+        if found is None:
             say(f"There is no checkpoint in {cfg.work_dir}; training starts from the beginning")
             cfg.resume = False
+        else:
+            cfg.load_from = found.path
+            for path in found.skipped:
+                say(f"{path} is damaged or incomplete and was skipped")
     path = cfg.get("load_from")
-    if not path or is_url(path):
+    check_unused(cfg.work_dir, path if cfg.get("resume") else None)
+    if not path:
         return
-    checkpoint = load_local(path)
+    checkpoint = load_any(path)
     if not cfg.get("resume"):
-        check_shares_weights(model, checkpoint, path)
+        say(count_shared(model, checkpoint, path))
         return
     check_resumable(checkpoint, path)
     check_fits(model, checkpoint, path)
+    check_same_classes(cfg, "train_dataloader", checkpoint, path)
+    for line in check_progress(cfg, checkpoint, path):
+        say(line)
     # mmengine restores a seed it had chosen itself only after the data order is settled.
     randomness = cfg.setdefault("randomness", ConfigDict())
     if randomness.get("seed") is None:

@@ -21,15 +21,16 @@ def test_resumes_from_the_newest_that_loads(tmp_path):
     assert find_resumable(str(tmp_path)) is None
     for step in (2, 9, 10):
         torch.save(training_state(), tmp_path / f"iter_{step}.pth")
-    assert find_resumable(str(tmp_path)).endswith("iter_10.pth")  # by number, not by name
+    assert find_resumable(str(tmp_path)).path.endswith("iter_10.pth")  # by number, not by name
     (tmp_path / "last_checkpoint").write_text(str(tmp_path / "iter_9.pth"))
-    assert find_resumable(str(tmp_path)).endswith("iter_9.pth")
+    assert find_resumable(str(tmp_path)).path.endswith("iter_9.pth")
     (tmp_path / "iter_9.pth").write_bytes(b"torn")
-    assert find_resumable(str(tmp_path)).endswith("iter_10.pth")
+    assert find_resumable(str(tmp_path)).path.endswith("iter_10.pth")
+    assert find_resumable(str(tmp_path)).skipped == [str(tmp_path / "iter_9.pth")]
     (tmp_path / "last_checkpoint").write_text("")  # killed between opening and writing it
-    assert find_resumable(str(tmp_path)).endswith("iter_10.pth")
+    assert find_resumable(str(tmp_path)).path.endswith("iter_10.pth")
     (tmp_path / "last_checkpoint").write_text("/elsewhere/iter_2.pth")  # the work dir was moved
-    assert find_resumable(str(tmp_path)).endswith("iter_2.pth")
+    assert find_resumable(str(tmp_path)).path.endswith("iter_2.pth")
 
 
 def test_only_torn_checkpoints_is_a_mistake(tmp_path):
