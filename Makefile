@@ -29,7 +29,8 @@ help: ## Show this list.
 	@echo "  PYTHON=python3.12   the interpreter that $(VENV) is made with, 3.10 to 3.13 (here: $(PYTHON))"
 	@echo "  VENV=.venv          the environment; one that exists is used, and what it has stays as it is"
 	@echo "  OPENMMLAB=auto      openmmlab (upstream), onedl (the forks), or what is already installed"
-	@echo "  ARGS='...'          further arguments of tools/train.py, or of pytest"
+	@echo "  ARGS='...'          further arguments of tools/train.py (--resume continues a run), or of pytest"
+	@echo "  WORK_DIRS=work_dirs where the trainings write; none writes over an earlier one"
 
 # --- set-up ------------------------------------------------------------------------------------------
 

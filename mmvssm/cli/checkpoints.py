@@ -103,8 +103,9 @@ def _by_recency(work_dir: Path) -> Iterator[Path]:
     marker = work_dir / "last_checkpoint"
     if marker.is_file():
         named = Path(marker.read_text().strip() or ".")
-        # A work dir that was moved or mounted elsewhere still holds the file of that name.
-        named = named if named.is_file() else work_dir / named.name
+        # Of a work dir that was moved or copied, its own file of that name.
+        here = work_dir / named.name
+        named = here if here.is_file() else named
         if named.is_file():
             yield named
     steps = {

@@ -1,0 +1,418 @@
+"""What tools/train.py and tools/test.py say of settings, checkpoints and work dirs that will not do.
+
+Each row is a case, what is called, and words of the one sentence that the user sees. The tools are
+called in this process; a refusal must leave every file as it was and make no work dir.
+"""
+
+import json
+import os
+import shutil
+import socket
+import sys
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("mmdet")
+pytest.importorskip("mmseg")
+
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+
+from mmvssm.cli import work_dir as work_dirs
+from mmvssm.cli.errors import UserError
+from mmvssm.cli.settings import check_types, check_values
+from mmvssm.cli.work_dir import LOCK
+from support import tiny_configs
+from support.tool_runs import call, sentence_of_refusal
+
+# --cfg-options that are refused: (option, words of the sentence).
+OPTIONS = [
+    ("train_datalader.batch_size=2", "nothing reads a setting of that name; the nearest is train_dataloader"),
+    ("train_dataloader.batchsize=2", "the nearest is train_dataloader.batch_size"),
+    ("train_dataloader.num_worker=2", "the nearest is train_dataloader.num_workers"),
+    ("model.backbone.drop_path_rat=0.1", "the nearest is model.backbone.drop_path_rate"),
+    ("model.decode_head.num_clases=3", "the nearest is model.decode_head.num_classes"),
+    ("model.decode_head.loss_decode.loss_wieght=2", "the nearest is model.decode_head.loss_decode.loss_weight"),
+    ("model.test_cfg.mod=whole", "the nearest is model.test_cfg.mode"),
+    ("model.backbone.arch.depth=1", "the nearest is model.backbone.arch.depths"),
+    ("randomnes.seed=1", "the nearest is randomness"),
+    ("randomness.sed=1", "the nearest is randomness.seed"),
+    ("train_cfg.max_iter=3", "the nearest is train_cfg.max_iters"),
+    ("optim_wrapper.optimiser.lr=1", "the nearest is optim_wrapper.optimizer"),
+    ("optim_wrapper.optimizer.beta=1", "the nearest is optim_wrapper.optimizer.betas"),
+    ("optim_wrapper.paramwise_cfg.bias_lr=1", "the nearest is optim_wrapper.paramwise_cfg.bias_lr_mult"),
+    ("default_hooks.chekpoint.interval=1", "the nearest is default_hooks.checkpoint"),
+    ("default_hooks.checkpoint.save_bst=mIoU", "the nearest is default_hooks.checkpoint.save_best"),
+    ("test_evaluator.iou_metric=mIoU", "the nearest is test_evaluator.iou_metrics"),
+    ("param_scheduler.0.ned=4", "the nearest is param_scheduler.0.end"),
+    ("param_scheduler.9.end=4", "param_scheduler is a list of 2, whose elements are called"),
+    ("param_scheduler.first.end=4", "param_scheduler is a list of 2, whose elements are called"),
+    ("train_dataloader.dataset.pipeline.4.prop=1", "the nearest is train_dataloader.dataset.pipeline.4.prob"),
+    ("train_dataloader.batch_size.x=1", "train_dataloader.batch_size is 2 in the config, which has no settings"),
+    ("lr=0.1", "the nearest is optim_wrapper.optimizer.lr"),
+    ("batch_size=2", "the nearest is train_dataloader.batch_size"),
+    ("max_iters=3", "max_iters has no effect: it is a variable of the config file"),
+    ("image_size=32", "image_size has no effect: it is a variable of the config file"),
+    ("train_dataloader.batch_size=two", "this is 2 in the config; give a number"),
+    ("train_dataloader.batch_size=0", "train_dataloader.batch_size is 0; it has to be a whole number from 1 on"),
+    ("train_dataloader.batch_size=2.5", "train_dataloader.batch_size is 2.5"),
+    ("train_dataloader.batch_size=2,3", "train_dataloader.batch_size is [2, 3]"),
+    ("train_cfg.max_iters=-1", "train_cfg.max_iters is -1"),
+    ("train_dataloader.persistent_workers=maybe", "this is False in the config; give True or False"),
+    ("model.backbone.out_indices=(0,1", "the value cannot be read"),
+    ("model.backbone.drop_path_rate", "options are KEY=VALUE, without spaces"),
+    ("=3", "options are KEY=VALUE, without spaces"),
+    ("model.backbone.type=mmvssm.GroupMambo", "the nearest is 'mmvssm.GroupMamba'"),
+    ("model.type=EncoderDecodr", "the nearest is 'EncoderDecoder'"),
+    ("optim_wrapper.optimizer.type=AdamV", "optim_wrapper.optimizer.type='AdamV' is not registered; the nearest is"),
+    ("train_dataloader.dataset.pipeline.4.type=RandomFlap", "the nearest is 'RandomFlip'"),
+    ("param_scheduler.0.type=LinearRL", "the nearest is 'LinearLR'"),
+    ("test_evaluator.type=IoUMetrics", "the nearest is 'IoUMetric'"),
+    ("default_hooks.checkpoint.type=CheckpointHok", "the nearest is 'CheckpointHook'"),
+    ("model.backbone.arch=huge", "huge"),
+    ("default_scope=mmfoo", "is not a config for mmdet or mmseg"),
+]  # fmt: skip
+
+# Those that the tools take, though the config does not have them.
+TAKEN = [
+    "model.backbone.init_cfg.type=Constant model.backbone.init_cfg.val=0 model.backbone.init_cfg.layer=Conv9d",
+    "model.backbone.frozen_stages=1",
+    "model.decode_head.dropout_ratio=0.5",  # of a base class's constructor
+    "load_from=None",
+    "randomness.seed=3 randomness.deterministic=True",
+    "train_dataloader.prefetch_factor=None",
+    "optim_wrapper.accumulative_counts=1",
+    "optim_wrapper.clip_grad.norm_type=2",
+    "optim_wrapper.paramwise_cfg.custom_keys.decode_head.lr_mult=2.0",
+    "default_hooks.checkpoint.save_last=False",
+    "env_cfg.dist_cfg.timeout=60",
+    "model.test_cfg.crop_size=(8,8)",
+    "find_unused_parameters=True",
+    "param_scheduler.0.end=2",
+    "model.neck._delete_=True model.neck.type=Feature2Pyramid model.neck.embed_dim=16",
+]
+
+
+@pytest.fixture
+def tiny(config):
+    """Writes tiny.py, the segmenter's config with ``extra`` merged into it."""
+
+    def write(extra=""):
+        config(tiny_configs.SEGMENTER, name="base.py")
+        return config("_base_ = ['base.py']\n", extra)
+
+    return write
+
+
+@pytest.fixture
+def refused(capsys):
+    def call_and_read(*arguments):
+        sentence = sentence_of_refusal(capsys, *arguments)
+        assert sentence.isprintable() and len(sentence) < 600
+        return sentence
+
+    return call_and_read
+
+
+@pytest.mark.parametrize(("option", "said"), OPTIONS, ids=[option for option, _ in OPTIONS])
+def test_option_that_has_no_effect(tiny, refused, option, said):
+    tiny("model = dict(test_cfg=dict(mode='whole'))\n")
+    assert said in refused("train.py", "tiny.py", "--cfg-options", option)
+
+
+class StoppedError(Exception):
+    """Ends a run where its settings have been accepted."""
+
+
+@pytest.mark.parametrize("options", TAKEN)
+def test_option_that_something_reads(tiny, monkeypatch, options):
+    def stop(*_):
+        raise StoppedError
+
+    monkeypatch.setattr("mmvssm.cli.run.init_processes", stop)
+    with pytest.raises(StoppedError):
+        call("train.py", tiny(), "--cfg-options", *options.split())
+
+
+def test_new_setting_of_a_part_without_a_class_is_said(tiny, capsys, monkeypatch):
+    monkeypatch.setattr("mmvssm.cli.train.prepare_data", lambda *_: sys.exit(1))
+    with pytest.raises(SystemExit):
+        call("train.py", tiny(), "--cfg-options", "model.test_cfg.crop_size=(8,8)")
+    assert "New in this config" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", sorted(tiny_configs.CONFIGS.glob("*.py")), ids=lambda p: p.stem)
+def test_configs_that_come_along_are_not_refused(in_folder, path):
+    cfg = Config.fromfile(path)
+    init_default_scope(cfg.default_scope)
+    check_types(cfg)
+    check_values(cfg)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("tinny.py", "there is no config file tinny.py; tiny.py is one"),
+        ("configs/groupmamba_upernet_shape.py", "groupmamba_upernet_shapes.py is one"),
+        ("plainmamba_maskrcn_coco.py", "plainmamba_maskrcnn_coco.py is one"),
+        ("zzz.py", "there is no config file zzz.py"),
+    ],
+)
+def test_config_name(tiny, refused, name, said):
+    tiny()
+    assert said in refused("train.py", name)
+
+
+@pytest.mark.parametrize("text", ["model = dict(", "model = undefined\n", "model = 1 / 0\n"])
+def test_config_that_cannot_be_read(in_folder, refused, text):
+    Path("broken.py").write_text(text)
+    assert "cannot read the config broken.py" in refused("train.py", "broken.py")
+
+
+# --- init_cfg ---------------------------------------------------------------------------------------
+
+
+def pretrained(name="a.pth", **settings):
+    init_cfg = dict(type="Pretrained", checkpoint=name, **settings)
+    return f"model = dict(backbone=dict(init_cfg={init_cfg!r}))\n"
+
+
+def weights(trained, change=lambda key: key, keep=lambda key: True):
+    """Weights of the trained model under changed names."""
+    old = torch.load(trained / "iter_2.pth", weights_only=True)["state_dict"]
+    new = OrderedDict((change(key), value) for key, value in old.items() if keep(key))
+    torch.save({"state_dict": new}, "a.pth")
+
+
+def of_backbone(key):
+    return key.startswith("backbone.")
+
+
+def without_backbone(key):
+    return key.removeprefix("backbone.")
+
+
+def same(key):
+    return key
+
+
+def in_wrapper(key):
+    return f"module.{key}"
+
+
+def stem_without_backbone(key):
+    return key if "stem" not in key else without_backbone(key)
+
+
+def other_name(key):
+    return f"{key}_"
+
+
+PREFIX = {"prefix": "backbone."}
+INIT_CFGS = [
+    # (case, how weights are called, which there are, settings of init_cfg, words of the sentence)
+    ("no prefix", same, of_backbone, {}, "with prefix='backbone.' "),
+    (
+        *("another prefix", same, of_backbone, {"prefix": "encoder."}),
+        "with prefix='encoder.'; with prefix='backbone.' ",
+    ),
+    ("prefix of a wrapper", in_wrapper, of_backbone, PREFIX, "with prefix='module.backbone.' "),
+    ("prefix where none is due", without_backbone, of_backbone, PREFIX, "with no prefix "),
+    ("few match", stem_without_backbone, of_backbone, {}, "with prefix='backbone.' "),
+    ("other names", other_name, of_backbone, PREFIX, "under no prefix would any"),
+    ("no weights at all", same, lambda key: False, {}, "model.backbone.init_cfg: 0 of its "),
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "keep", "settings", "said"),
+    [row[1:] for row in INIT_CFGS],
+    ids=[row[0] for row in INIT_CFGS],
+)
+def test_init_cfg_that_loads_nothing(tiny, trained, refused, change, keep, settings, said):
+    tiny(pretrained(**settings))
+    weights(trained, change, keep)
+    sentence = refused("train.py", "tiny.py")
+    assert said in sentence and "of its" in sentence and "weights match a.pth" in sentence
+
+
+def test_init_cfg_deeper_in_the_model_and_absent_file(tiny, trained, refused):
+    tiny("model = dict(decode_head=dict(init_cfg=[dict(type='Pretrained', checkpoint='a.pth')]))\n")
+    assert "there is no checkpoint file a.pth" in refused("train.py", "tiny.py")
+    weights(trained)
+    sentence = refused("train.py", "tiny.py")
+    assert "model.decode_head.init_cfg: 0 of its" in sentence
+    assert "with prefix='decode_head.'" in sentence
+
+
+def test_downloaded_init_cfg_is_judged_too(tiny, trained, refused, monkeypatch):
+    tiny(pretrained("https://example.org/a.pth"))
+    weights(trained)
+    monkeypatch.setattr(
+        "mmengine.runner.checkpoint.load_url",
+        lambda *_, **__: torch.load("a.pth", weights_only=True),
+    )
+    assert "with prefix='backbone.' " in refused("train.py", "tiny.py")
+
+
+def test_init_cfg_that_fits_in_part_trains_and_is_said(tiny, trained, capsys):
+    tiny(pretrained(prefix="backbone."))
+    weights(trained, keep=lambda key: of_backbone(key) and ".stages.3." not in key)
+    call("train.py", "tiny.py", "--work-dir", "out")
+    line = next(text for text in capsys.readouterr().out.splitlines() if "init_cfg" in text)
+    assert "weights come from a.pth" in line and "stages.3." in line
+    assert Path("out/iter_2.pth").exists()
+
+
+def test_load_from_says_how_much_it_has(tiny, trained, refused, capsys):
+    tiny()
+    weights(trained, keep=of_backbone)
+    call("train.py", "tiny.py", "--work-dir", "out", "--cfg-options", "load_from=a.pth")
+    assert "Starting from a.pth: " in capsys.readouterr().out
+    weights(trained, without_backbone, of_backbone)
+    assert "none of the weights in a.pth fits" in refused(
+        "train.py", "tiny.py", "--cfg-options", "load_from=a.pth"
+    )
+
+
+# --- classes, resuming, work dirs -------------------------------------------------------------------
+
+NAMES = ("background", "disk", "square", "triangle", "star", "ring")
+
+
+def classes(names):
+    data = f"dataset=dict(metainfo=dict(classes={tuple(names)!r}))"
+    return "".join(f"{part}_dataloader = dict({data})\n" for part in ("train", "val", "test"))
+
+
+SWAPPED = (NAMES[0], NAMES[2], NAMES[1], *NAMES[3:])
+RENAMED = (*NAMES[:-1], "torus")
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (SWAPPED, "in another order (where it has disk, there is square here)"),
+        (RENAMED, "was trained on other classes: 6 (background, disk, square, ...)"),
+    ],
+    ids=["reordered", "renamed"],
+)
+def test_other_classes(tiny, trained, refused, names, said):
+    tiny(classes(names) + "train_cfg = dict(max_iters=3, val_interval=9)\n")
+    checkpoint = trained / "iter_2.pth"
+    assert said in refused("train.py", "tiny.py", "--resume", checkpoint)
+    assert said in refused("test.py", "tiny.py", checkpoint)
+
+
+@pytest.fixture
+def used(trained, in_folder):
+    """A copy of the trained run's work dir."""
+    shutil.copytree(trained, "out")
+    return Path("out")
+
+
+def test_reordered_categories_of_a_resumed_work_dir(tiny, used, refused):
+    tiny(classes(SWAPPED) + "train_cfg = dict(max_iters=3, val_interval=9)\n")
+    assert "in another order" in refused("train.py", "tiny.py", "--work-dir", used, "--resume")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "out holds the checkpoints of an earlier run (iter_1.pth, iter_2.pth); continue that with --resume"),
+        (("--cfg-options", "load_from=out/iter_1.pth"), "out holds the checkpoints of an earlier run"),
+        (("--resume", "ELSEWHERE"), "out holds the checkpoints of an earlier run"),
+        (("--resume", "--cfg-options", "train_cfg.max_iters=1"), "has done 2 iterations, more than"),
+    ],
+    ids=["again", "load_from", "resume of another", "fewer iterations than done"],
+)  # fmt: skip
+def test_used_work_dir(tiny, used, trained, refused, arguments, said):
+    arguments = [str(trained / "iter_2.pth") if a == "ELSEWHERE" else a for a in arguments]
+    assert said in refused("train.py", tiny(), "--work-dir", used, *arguments)
+
+
+def test_best_checkpoint_alone_is_a_used_work_dir(tiny, used, refused):
+    for name in ("iter_1.pth", "iter_2.pth", "last_checkpoint"):
+        (used / name).unlink()
+    (used / "best_mIoU_iter_2.pth").touch()
+    assert "(best_mIoU_iter_2.pth)" in refused("train.py", tiny(), "--work-dir", used)
+
+
+def test_resuming_says_what_is_different(tiny, used, capsys):
+    tiny("train_cfg = dict(max_iters=3, val_interval=9)\n")
+    (used / "iter_2.pth").write_bytes((used / "iter_2.pth").read_bytes()[:999])
+    options = ("--cfg-options", "train_dataloader.batch_size=4")
+    call("train.py", "tiny.py", "--work-dir", used, "--resume", *options)
+    out = capsys.readouterr().out
+    assert "out/iter_2.pth is damaged or incomplete and was skipped" in out
+    assert "Resuming from out/iter_1.pth" in out
+    assert "The run had a batch size of 2 so far and goes on with 4" in out
+    assert (used / "iter_3.pth").exists() and not (used / LOCK).exists()
+    call("train.py", "tiny.py", "--work-dir", used, "--resume", *options)
+    assert "has done 3 iterations, all that train_cfg.max_iters asks for" in capsys.readouterr().out
+
+
+def test_nothing_left_to_resume(tiny, used, refused):
+    for name in ("iter_1.pth", "iter_2.pth"):
+        (used / name).write_bytes(b"torn")
+    sentence = refused("train.py", tiny(), "--work-dir", used, "--resume")
+    assert "none of the 2 checkpoints in out can be resumed from" in sentence
+
+
+def lock(folder, **changes):
+    folder.mkdir(exist_ok=True)
+    holder = {**work_dirs._this_process(), "since": "2024-05-01 12:00:00", **changes}
+    (folder / LOCK).write_text(json.dumps(holder))
+
+
+def test_locked_work_dir_says_by_whom(tiny, refused):
+    tiny()
+    lock(Path("out"))
+    sentence = refused("train.py", "tiny.py", "--work-dir", "out")
+    assert f"process {os.getpid()} on {socket.gethostname()} has been training into out" in sentence
+    assert "since 2024-05-01 12:00:00" in sentence and "remove" not in sentence
+    lock(Path("out"), host="elsewhere", pid=1)
+    sentence = refused("train.py", "tiny.py", "--work-dir", "out", "--resume")
+    assert "process 1 on elsewhere" in sentence and f"remove out/{LOCK}" in sentence
+
+
+def test_second_run_beside_a_living_one(in_folder):
+    """The lock is there while a run writes, also for a run that begins at the same moment."""
+    with work_dirs.lock_work_dir("out"):
+        assert json.loads(Path("out", LOCK).read_text())["pid"] == os.getpid()
+        with pytest.raises(UserError, match=f"process {os.getpid()} on"):
+            work_dirs.lock_work_dir("out").__enter__()
+        with pytest.raises(UserError):  # which begins before the lock is there
+            work_dirs._acquire(Path("out", LOCK), {})
+        assert json.loads(Path("out", LOCK).read_text())["pid"] == os.getpid()
+    assert os.listdir("out") == []
+
+
+@pytest.mark.parametrize(
+    "holder",
+    [{"pid": 2**22 + 1}, {"started": 1}, {"pid": "words"}, None],
+    ids=["ended", "another process of its number", "damaged", "empty"],
+)
+def test_lock_of_a_process_that_ended_is_taken_over(in_folder, holder):
+    lock(Path("out"), **(holder or {}))
+    if holder is None:
+        Path("out", LOCK).write_text("")
+    with work_dirs.lock_work_dir("out"):
+        assert json.loads(Path("out", LOCK).read_text())["started"] != 1
+    assert os.listdir("out") == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_work_dir_that_cannot_be_written(tiny, refused, in_folder):
+    (in_folder / "closed").mkdir(mode=0o500)
+    sentence = refused("train.py", tiny(), "--work-dir", "closed/out")
+    assert "cannot write to the work dir closed/out" in sentence
+
+
+def test_work_dir_that_is_a_file(tiny, refused):
+    Path("out").write_text("a file")
+    sentence = refused("train.py", tiny(), "--work-dir", "out")
+    assert "cannot write to the work dir out" in sentence
