@@ -14,6 +14,7 @@ DATA_SAMPLERS = root.Registry(
 FUNCTIONS = root.Registry(
     "function", parent=root.FUNCTIONS, scope="mmvssm", locations=["mmvssm.engine"]
 )
+LOOPS = root.Registry("loop", parent=root.LOOPS, scope="mmvssm", locations=["mmvssm.engine"])
 OPTIM_WRAPPERS = root.Registry(
     "optimizer wrapper", parent=root.OPTIM_WRAPPERS, scope="mmvssm", locations=["mmvssm.engine"]
 )

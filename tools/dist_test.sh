@@ -12,7 +12,11 @@ CHECKPOINT=$2
 GPUS=$3
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
+PORT=${PORT:-29500}
+# torchrun would tell it in a traceback. Only the first machine listens.
+[ "${NODE_RANK:-0}" != 0 ] || "${PYTHON:-python}" "$HERE/check_port.py" "$PORT"
+
 PYTHONPATH="$HERE/..:${PYTHONPATH:-}" exec "${PYTHON:-python}" -m torch.distributed.run \
     --nnodes="${NNODES:-1}" --node_rank="${NODE_RANK:-0}" --nproc_per_node="$GPUS" \
-    --master_addr="${MASTER_ADDR:-127.0.0.1}" --master_port="${PORT:-29500}" \
+    --master_addr="${MASTER_ADDR:-127.0.0.1}" --master_port="$PORT" \
     "$HERE/test.py" "$CONFIG" "$CHECKPOINT" --launcher pytorch "${@:4}"

@@ -10,8 +10,9 @@ from mmengine.dist import broadcast_object_list, init_dist, is_distributed, is_m
 from mmengine.utils.dl_utils import set_multi_processing
 
 from .errors import UserError
+from .failures import run_failures
 
-_SYNCHRONISED_NORMS = {"SyncBN": "BN", "MMSyncBN": "BN", "NaiveSyncBN": "BN"}
+_SYNCHRONISED_NORMS = ("SyncBN", "MMSyncBN")
 
 
 def init_processes(cfg: Config) -> None:
@@ -38,10 +39,12 @@ def init_processes(cfg: Config) -> None:
                 f"more processes than GPUs were started: this machine has "
                 f"{torch.cuda.device_count()}"
             )
-        init_dist(cfg.launcher, **env_cfg.get("dist_cfg", {}))
+        with run_failures():
+            init_dist(cfg.launcher, **env_cfg.get("dist_cfg", {}))
         return
     _export_torch_variables(cfg.launcher)
-    torch.distributed.init_process_group(backend="gloo")
+    with run_failures():
+        torch.distributed.init_process_group(backend="gloo")
     cfg.model_wrapper_cfg = ConfigDict(
         type="MMDistributedDataParallel",
         device_ids=None,
@@ -91,10 +94,14 @@ def adapt_to_machine(cfg: Config) -> None:
 
 
 def _replace_norms(node: Any) -> None:
-    """Turn synchronised norms in a model config into plain ones, in place."""
+    """Turn synchronised norms in a model config into plain ones, in place.
+
+    mmengine's ``revert_sync_batchnorm`` does it to a model, which comes too late: its runner builds
+    and wraps the model in one go, and PyTorch's wrapper refuses ``SyncBatchNorm`` on CPUs.
+    """
     if isinstance(node, dict):
         if node.get("type") in _SYNCHRONISED_NORMS:
-            node["type"] = _SYNCHRONISED_NORMS[node["type"]]
+            node["type"] = "BN"
         for value in node.values():
             _replace_norms(value)
     elif isinstance(node, (list, tuple)):

@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,7 +80,7 @@ def add_traceback_option(parser: argparse.ArgumentParser) -> None:
 
 
 def run_tool(main: Callable[[], None]) -> None:
-    """Run a command-line tool; a :class:`UserError` becomes one line on stderr and exit code 1.
+    """Run a command-line tool; a :class:`UserError` becomes one line on stderr and its exit code.
 
     A second line says how to see more: the whole traceback appears with ``--traceback``, which sets
     the environment variable ``MMVSSM_TRACEBACK`` to 1. Of several distributed processes only the first speaks.
@@ -92,10 +93,13 @@ def run_tool(main: Callable[[], None]) -> None:
     except UserError as error:
         if os.environ.get(TRACEBACK_VARIABLE) == "1":
             raise
-        if process_rank() == 0:
+        if error.every_rank or process_rank() == 0:
             text = "".join(c if c.isprintable() else " " for c in str(error))
             print(f"error: {text}\n{HINT}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def process_rank() -> int:

@@ -2,8 +2,7 @@
 
 import argparse
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
 
@@ -15,7 +14,6 @@ from mmengine.runner import Runner
 from torch import nn
 
 from ..engine.safe_checkpoint import force_weights_only
-from ..models.pruning import PruningError
 from ..registry import TASK_UTILS
 from .allocator import keep_freed_memory
 from .checkpoints import classes_of
@@ -99,15 +97,6 @@ def build_runner(cfg: Config) -> Runner:
     """Build the runner that the config asks for, which makes the work dir."""
     with user_mistakes("cannot set up the run"):
         return RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
-
-
-@contextmanager
-def pruning_mistakes() -> Iterator[None]:
-    """What a pruned model finds wrong with its config shows only when it runs."""
-    try:
-        yield
-    except PruningError as error:
-        raise UserError(str(error)) from error
 
 
 def say(text: str) -> None:

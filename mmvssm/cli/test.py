@@ -14,13 +14,13 @@ from mmengine.dist import is_main_process
 
 from .checkpoints import check_fits, load_any
 from .errors import UserError
+from .failures import run_failures
 from .resuming import check_same_classes
 from .run import (
     build_model,
     build_runner,
     open_config,
     prepare_data,
-    pruning_mistakes,
     say,
     use_worker_init,
 )
@@ -58,7 +58,7 @@ def test(args: argparse.Namespace) -> dict[str, Any]:
     # mmseg's visualization hook asks for the training iteration, and the runner would build the
     # training data set, which need not be here, to answer.
     runner._train_loop = None
-    with pruning_mistakes():
+    with run_failures():
         metrics = runner.test()
     if is_main_process():
         path = Path(runner.work_dir) / "test_results.json"

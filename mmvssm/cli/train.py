@@ -9,6 +9,7 @@ from torch import nn
 from ..engine.reproducible import make_reproducible
 from .checkpoints import check_fits, check_resumable, find_resumable, load_any
 from .errors import UserError, user_mistakes
+from .failures import run_failures
 from .pretrained import check_pretrained, count_shared
 from .resuming import check_progress, check_same_classes
 from .run import (
@@ -16,7 +17,6 @@ from .run import (
     build_runner,
     open_config,
     prepare_data,
-    pruning_mistakes,
     say,
     use_worker_init,
 )
@@ -37,7 +37,7 @@ def train(args: argparse.Namespace) -> None:
     """
     cfg = open_config(args)
     if args.amp:
-        _use_amp(cfg)
+        use_amp(cfg)
     if args.auto_scale_lr:
         if "base_batch_size" not in (cfg.get("auto_scale_lr") or {}):
             raise UserError("--auto-scale-lr needs auto_scale_lr.base_batch_size in the config")
@@ -51,19 +51,29 @@ def train(args: argparse.Namespace) -> None:
     for line in check_pretrained(model):
         say(line)
     del model
-    _use_atomic_checkpoints(cfg)
-    make_reproducible(cfg)
-    use_worker_init(cfg)
+    prepare_training(cfg)
     with lock_work_dir(cfg.work_dir):
         runner = build_runner(cfg)
         # Not what the machine may lack when workers start, such as memory.
         with user_mistakes("cannot set up the training", (KeyError, TypeError, ValueError)):
             _ = runner.train_loop
             runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
-        with pruning_mistakes():
+        with run_failures(runner.work_dir):
             runner.train()
     say(f"Training is finished: checkpoints, logs and the config are in {runner.work_dir}")
     say(f"Losses and metrics of this run: {runner.log_dir}/vis_data/scalars.json")
+
+
+def prepare_training(cfg: Config) -> None:
+    """Add to a training config what every run has: resuming exactly, saving safely, ending properly.
+
+    Args:
+        cfg: Changed in place. What it has of these already is left as it is.
+    """
+    _use_atomic_checkpoints(cfg)
+    make_reproducible(cfg)
+    _add_hooks(cfg, "mmvssm.NonFiniteGuardHook", "mmvssm.InterruptionHook")
+    use_worker_init(cfg)
 
 
 def _choose_start(cfg: Config, args: argparse.Namespace, model: nn.Module) -> None:
@@ -99,9 +109,16 @@ def _choose_start(cfg: Config, args: argparse.Namespace, model: nn.Module) -> No
     say(f"Resuming from {path}")
 
 
-def _use_amp(cfg: Config) -> None:
+def use_amp(cfg: Config) -> None:
+    """Turn on mixed precision as this machine has it.
+
+    Args:
+        cfg: Changed in place. Without a GPU, settings that only loss scaling has are dropped.
+    """
     if not torch.cuda.is_available():
         cfg.optim_wrapper.type = "mmvssm.BFloat16OptimWrapper"
+        for name in ("loss_scale", "dtype", "use_fsdp"):  # AmpOptimWrapper's own
+            cfg.optim_wrapper.pop(name, None)
         return
     cfg.optim_wrapper.type = "AmpOptimWrapper"
     cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
@@ -111,3 +128,10 @@ def _use_atomic_checkpoints(cfg: Config) -> None:
     hook = cfg.get("default_hooks", {}).get("checkpoint")
     if hook and hook.get("type") == "CheckpointHook":
         hook.type = "mmvssm.AtomicCheckpointHook"
+
+
+def _add_hooks(cfg: Config, *types: str) -> None:
+    """Add hooks that every training has; one that the config has already keeps its settings."""
+    hooks = list(cfg.get("custom_hooks") or [])
+    there = {hook.get("type") for hook in hooks}
+    cfg.custom_hooks = [*hooks, *(ConfigDict(type=name) for name in types if name not in there)]

@@ -41,7 +41,7 @@ def check_unused(work_dir: str, resumed: Optional[str]) -> None:
 
 
 def _is_of_a_run(name: str) -> bool:
-    return re.fullmatch(r"(epoch_\d+|iter_\d+|best_.+)\.pth", name) is not None
+    return re.fullmatch(r"(epoch_\d+|iter_\d+|best_.+|interrupted)\.pth", name) is not None
 
 
 @contextmanager

@@ -2,16 +2,23 @@
 
 from .checkpoint_hook import AtomicCheckpointHook, AtomicLocalBackend
 from .cpu_amp import BFloat16OptimWrapper
+from .interruption_hook import InterruptionHook
 from .keep_ratio_hook import KeepRatioWarmup
+from .non_finite_guard import NonFiniteError, NonFiniteGuardHook
 from .packaged_configs import register_configs
-from .reproducible import ReproducibleResumeHook, SeededSampler
+from .reproducible import (
+    ReproducibleResumeHook,
+    ResumableBatchSampler,
+    ResumableEpochLoop,
+    SeededSampler,
+)
 from .safe_checkpoint import (
     UnsafeCheckpointError,
     guard_checkpoint_loader,
     load_checkpoint_safely,
     register_safe_globals,
 )
-from .user_error import UserError
+from .user_error import RunFailure, Stopped, UserError
 from .workers import init_worker
 
 register_safe_globals()
@@ -22,9 +29,16 @@ __all__ = [
     "AtomicCheckpointHook",
     "AtomicLocalBackend",
     "BFloat16OptimWrapper",
+    "InterruptionHook",
     "KeepRatioWarmup",
+    "NonFiniteError",
+    "NonFiniteGuardHook",
     "ReproducibleResumeHook",
+    "ResumableBatchSampler",
+    "ResumableEpochLoop",
+    "RunFailure",
     "SeededSampler",
+    "Stopped",
     "UnsafeCheckpointError",
     "UserError",
     "guard_checkpoint_loader",

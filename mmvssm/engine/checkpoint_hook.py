@@ -2,6 +2,8 @@
 
 import os
 import tempfile
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Optional, Union
 
@@ -12,8 +14,11 @@ from mmengine.hooks import CheckpointHook
 from mmengine.runner import Runner
 
 from ..registry import HOOKS
+from .agreement import any_process
+from .non_finite_guard import NonFiniteError, advice, network_of, non_finite_states
 
 _BACKEND = "AtomicLocalBackend"
+INTERRUPTED = "interrupted.pth"
 
 
 @register_backend(_BACKEND, force=True)
@@ -26,6 +31,9 @@ class AtomicLocalBackend(LocalBackend):
         Args:
             obj: What to write.
             filepath: The file to write or replace.
+
+        Raises:
+            OSError: If it cannot be written, with the file's name; what was there before still is.
         """
         filepath = Path(filepath)
         filepath.parent.mkdir(parents=True, exist_ok=True)
@@ -40,6 +48,10 @@ class AtomicLocalBackend(LocalBackend):
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, filepath)
+        except OSError as error:
+            Path(partial).unlink(missing_ok=True)
+            # Errors of writing name no file.
+            raise OSError(error.errno, error.strerror, str(filepath)) from error
         except BaseException:
             Path(partial).unlink(missing_ok=True)
             raise
@@ -61,18 +73,27 @@ class _RemovingLater:
     def rmtree(self, path: str) -> None:
         self._pending.append((self._backend.rmtree, path))
 
-    def flush(self) -> None:
+    def flush(self, keep: Collection[str]) -> None:
+        """Remove it all, apart from files that have been written anew in the meantime."""
         for remove, path in self._pending:
-            remove(path)
+            if path not in keep:
+                remove(path)
 
 
 @HOOKS.register_module()
 class AtomicCheckpointHook(CheckpointHook):
-    """mmengine's CheckpointHook, safe against being killed while it writes.
+    """mmengine's CheckpointHook, safe against being killed while it writes, and against NaN.
 
-    mmengine writes straight into the final file, and with ``max_keep_ckpts`` removes the oldest
-    checkpoint before it writes the new one. Here a checkpoint on a local disk is written to a
-    temporary file and renamed, and the oldest goes only when the new one is complete.
+    mmengine writes straight into the final file, and removes the oldest checkpoint (with
+    ``max_keep_ckpts``) and the best one so far (with ``save_best``) before it writes the new one.
+    Here a checkpoint on a local disk is written to a temporary file and renamed, and old ones go
+    only when the new one is complete. A state with NaN or infinity in it is not saved: resuming
+    from it is of no use, and it would push out a good one. Since neither weights nor running
+    statistics recover from that, the run ends.
+
+    Raises:
+        NonFiniteError: If what is to be saved is not finite. Buffers that were not when training
+            began may stay so.
     """
 
     def before_train(self, runner: Runner) -> None:
@@ -83,6 +104,31 @@ class AtomicCheckpointHook(CheckpointHook):
         if is_main_process() and "://" not in out_dir:
             _remove_partial_files(Path(runner.work_dir))
         super().before_train(runner)
+        parameters = {name for name, _ in network_of(runner).named_parameters()}
+        self._meant_to_be = set(non_finite_states(runner)) - parameters
+
+    def save_interrupted(self, runner: Runner, meta: dict[str, int]) -> str:
+        """Save a checkpoint out of turn, in place of the one that an earlier interruption left.
+
+        Args:
+            runner: The one that is interrupted.
+            meta: ``epoch`` and ``iter`` with which it is to go on.
+
+        Returns:
+            The file, ``interrupted.pth``, which ``last_checkpoint`` names from now on.
+        """
+        self._insist_on_finite(runner, meta["iter"])
+        rotation, self.max_keep_ckpts = self.max_keep_ckpts, -1
+        template, self.filename_tmpl = self.filename_tmpl, INTERRUPTED
+        try:
+            self._save_checkpoint_with_step(runner, meta["iter"], meta)
+        finally:
+            self.max_keep_ckpts, self.filename_tmpl = rotation, template
+        return str(self.last_ckpt)
+
+    def _save_checkpoint(self, runner: Runner) -> None:
+        self._insist_on_finite(runner, runner.iter + (not self.by_epoch))
+        super()._save_checkpoint(runner)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Let a checkpoint name only this run's own files as those that a better or newer one replaces.
@@ -106,12 +152,41 @@ class AtomicCheckpointHook(CheckpointHook):
             del notes["keep_ckpt_ids"]
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: Optional[dict]) -> None:
-        backend, self.file_backend = self.file_backend, _RemovingLater(self.file_backend)
-        try:
+        with self._removing_later():
             super()._save_checkpoint_with_step(runner, step, meta)
-            self.file_backend.flush()
+
+    def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
+        if self.save_best:
+            self._insist_on_finite(runner, runner.iter)
+            with self._removing_later():
+                super()._save_best_checkpoint(runner, metrics)
+
+    @contextmanager
+    def _removing_later(self) -> Iterator[None]:
+        """Remove at the end, if it is reached, what is to be removed."""
+        backend = self.file_backend
+        self.file_backend = later = _RemovingLater(backend)
+        try:
+            yield
+            best = [getattr(self, "best_ckpt_path", None)]
+            best += getattr(self, "best_ckpt_path_dict", {}).values()
+            later.flush(keep=[self.last_ckpt, *best])
         finally:
             self.file_backend = backend
+
+    def _insist_on_finite(self, runner: Runner, iterations: int) -> None:
+        names = [name for name in non_finite_states(runner) if name not in self._meant_to_be]
+        if any_process(bool(names)):
+            what = f"{names[0]}{f' and {len(names) - 1} others' * (len(names) > 1)}" if names else (
+                "something on another process"
+            )  # fmt: skip
+            last = f"the last one before is {self.last_ckpt}" if self.last_ckpt else (
+                "none had been saved before"
+            )  # fmt: skip
+            raise NonFiniteError(
+                f"the state after {iterations} iterations holds NaN or infinity in {what}, and no "
+                f"checkpoint of it was saved ({last}); {advice(runner)}"
+            )
 
 
 def _remove_partial_files(work_dir: Path) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
+from mmengine.utils import apply_to
 from torch import Tensor, nn
 
 from ..registry import OPTIM_WRAPPERS
+from .user_error import UserError
 
 
 @OPTIM_WRAPPERS.register_module()
@@ -26,14 +29,24 @@ class BFloat16OptimWrapper(OptimWrapper):
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
-        """Compute the feature maps of this training step in bfloat16."""
+        """Compute the feature maps of this training step in bfloat16.
+
+        Raises:
+            UserError: If the model has no ``extract_feat``, so that it is not clear what its
+                feature maps are.
+        """
         network = model.module if is_model_wrapper(model) else model
-        extract_feat = network.extract_feat
+        extract_feat = getattr(network, "extract_feat", None)
+        if extract_feat is None:
+            raise UserError(
+                f"--amp on a CPU computes what extract_feat does in bfloat16, which {type(network).__name__} "
+                "does not have; train without --amp, or on a GPU"
+            )
 
         def in_bfloat16(*args: object, **kwargs: object) -> tuple[Tensor, ...]:
             with torch.autocast("cpu", torch.bfloat16):
                 maps = extract_feat(*args, **kwargs)
-            return tuple(x.float() for x in maps)
+            return _in_float32(maps)
 
         network.extract_feat = in_bfloat16
         try:
@@ -41,3 +54,8 @@ class BFloat16OptimWrapper(OptimWrapper):
                 yield
         finally:
             del network.extract_feat  # the class's own is seen again
+
+
+def _in_float32(maps: Any) -> Any:
+    """Tensors in nested tuples, lists and dictionaries, as the head is to get them."""
+    return apply_to(maps, lambda item: isinstance(item, Tensor), Tensor.float)

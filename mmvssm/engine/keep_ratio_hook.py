@@ -41,9 +41,9 @@ class KeepRatioWarmup(Hook):
     def progress(self, iteration: int) -> float:
         """How much of the pruning takes place at an iteration, from 0 to 1."""
         passed = iteration - self.begin
-        if passed >= self.num_iters:
-            return 1.0
-        return max(passed, 0) / self.num_iters
+        if passed < 0:
+            return 0.0
+        return min(passed / self.num_iters, 1.0) if self.num_iters else 1.0
 
     def before_train(self, runner: Runner) -> None:
         """Find out whether there is anything to do."""

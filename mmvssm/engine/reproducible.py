@@ -9,19 +9,20 @@ the randomness of a training step (dropout, drop path, sampling of proposals) fr
 
 import random
 from collections.abc import Iterator, Sequence
+from itertools import chain, islice, repeat
 from typing import Any, Optional
 
 import numpy as np
 import torch
 from mmengine import registry as root
 from mmengine.config import Config, ConfigDict
+from mmengine.dataset import InfiniteSampler
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
-from mmengine.runner import IterBasedTrainLoop, Runner
-from mmengine.runner.loops import _InfiniteDataloaderIterator
+from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from torch.utils.data import BatchSampler, Sampler
 
-from ..registry import DATA_SAMPLERS, HOOKS
+from ..registry import DATA_SAMPLERS, HOOKS, LOOPS
 
 # Keep the two families of seeds apart.
 _SAMPLE, _STEP = 0, 1
@@ -40,18 +41,29 @@ def seed_all(seed: int) -> None:
 
 
 class SeededIndex(int):
-    """The index of a sample, with the seed for its augmentation."""
+    """The index of a sample, with the seed for its augmentation.
 
-    seed: int
+    Args:
+        index: The index.
+        path: What the seed is derived from, where it is needed: most of the samples that a resumed
+            run jumps over never need it.
+    """
 
-    def __new__(cls, index: int, seed: int) -> "SeededIndex":
+    path: tuple[int, ...]
+
+    def __new__(cls, index: int, *path: int) -> "SeededIndex":
         """See the class."""
         instance = super().__new__(cls, index)
-        instance.seed = seed
+        instance.path = path
         return instance
 
     def __reduce__(self) -> tuple:
-        return SeededIndex, (int(self), self.seed)
+        return SeededIndex, (int(self), *self.path)
+
+    @property
+    def seed(self) -> int:
+        """32 bits."""
+        return derive_seed(*self.path)
 
 
 class _SeededFetch:
@@ -93,15 +105,12 @@ class SeededSampler(Sampler):
             self._config["seed"] = getattr(self.sampler, "seed", 0)
         self.seed = self._config["seed"]
         self.epoch = 0
-        self._start = 0
         dataset.__getitems__ = _SeededFetch(dataset)
 
     def __iter__(self) -> Iterator[SeededIndex]:
-        start, self._start = self._start, 0
         rank, epoch = get_rank(), self.epoch
         for position, index in enumerate(self.sampler):
-            if position >= start:
-                yield SeededIndex(index, derive_seed(_SAMPLE, self.seed, rank, epoch, position))
+            yield SeededIndex(index, _SAMPLE, self.seed, rank, epoch, position)
 
     def __len__(self) -> int:
         return len(self.sampler)
@@ -112,14 +121,106 @@ class SeededSampler(Sampler):
         if hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(epoch)
 
-    def restart_at(self, position: int) -> None:
-        """Begin the next iteration ``position`` samples into the stream, as if they were drawn."""
+    @property
+    def endless(self) -> bool:
+        """Whether the inner sampler is mmengine's ``InfiniteSampler``."""
+        return isinstance(self.sampler, InfiniteSampler)
+
+    def restart(self) -> None:
+        """Begin the next iteration at the beginning, whatever was drawn before."""
         self.sampler = self._build()
         self.set_epoch(self.epoch)
-        self._start = position
 
     def _build(self) -> Sampler:
         return root.DATA_SAMPLERS.build(self._config, default_args={"dataset": self.dataset})
+
+
+@DATA_SAMPLERS.register_module()
+class ResumableBatchSampler(Sampler):
+    """Gives the batches of another batch sampler, from anywhere on.
+
+    Args:
+        sampler: What to draw from.
+        batch_size: Samples in a batch.
+        batch_sampler: Config of the batch sampler that makes the batches. Defaults to PyTorch's,
+            which takes samples as they come.
+        drop_last: For the default: whether to leave out a last batch that is smaller.
+    """
+
+    def __init__(
+        self,
+        sampler: SeededSampler,
+        batch_size: int,
+        batch_sampler: Optional[dict] = None,
+        drop_last: bool = False,
+    ) -> None:
+        self.sampler = sampler
+        self.batch_size = batch_size
+        self.drop_last = drop_last
+        self._config = batch_sampler
+        self.batch_sampler = self._build()
+        self._skip = 0
+
+    def __iter__(self) -> Iterator[list[SeededIndex]]:
+        # A generator, which begins when the first batch is asked for: PyTorch makes two iterators
+        # and uses one.
+        skip, self._skip = self._skip, 0
+        yield from islice(self.batch_sampler, skip, None)
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+    def restart_at(self, batch: int) -> None:
+        """Begin the next iteration at this batch, as if those before had been drawn."""
+        self.sampler.restart()
+        self.batch_sampler = self._build()
+        self._skip = batch
+
+    def _build(self) -> Sampler:
+        if self._config is None:
+            return BatchSampler(self.sampler, self.batch_size, self.drop_last)
+        arguments = {"sampler": self.sampler, "batch_size": self.batch_size}
+        return root.DATA_SAMPLERS.build(dict(self._config), default_args=arguments)
+
+
+@LOOPS.register_module()
+class ResumableEpochLoop(EpochBasedTrainLoop):
+    """mmengine's loop over epochs, which can go on in the middle of one.
+
+    Takes the arguments of :class:`mmengine.runner.EpochBasedTrainLoop`; the batch sampler has to be
+    a :class:`ResumableBatchSampler`.
+    """
+
+    _KEY = "batches_of_interrupted_epoch"
+
+    def remember(self, done: int) -> None:
+        """Note, for the checkpoint, how many batches of the current epoch were trained on."""
+        self.runner.message_hub.update_info(self._KEY, [done, len(self.dataloader)])
+
+    def run_epoch(self) -> None:
+        """Train on what is left of the epoch."""
+        self.runner.call_hook("before_train_epoch")
+        self.runner.model.train()
+        done = self._recall()
+        if done:
+            self.dataloader.batch_sampler.restart_at(done)
+        for number, batch in enumerate(self.dataloader, done):
+            self.run_iter(number, batch)
+        self.runner.call_hook("after_train_epoch")
+        self._epoch += 1
+
+    def _recall(self) -> int:
+        hub = self.runner.message_hub
+        if self._KEY not in hub.runtime_info:
+            return 0
+        done, total = hub.pop_info(self._KEY)
+        if total == len(self.dataloader):
+            return int(done)
+        self.runner.logger.warning(
+            f"The run was interrupted after {done} of {total} batches of an epoch, which now has "
+            f"{len(self.dataloader)}: it is begun anew"
+        )
+        return 0
 
 
 @HOOKS.register_module()
@@ -129,7 +230,7 @@ class ReproducibleResumeHook(Hook):
     With :class:`SeededSampler` (:func:`make_reproducible` adds both to a config) a resumed run
     repeats an uninterrupted one exactly, for epoch-based and iteration-based loops. Iteration-based
     resuming also becomes quick: mmengine loads and discards all the data seen so far, here the
-    sampler jumps over it wherever batches are plain runs of samples.
+    sampler jumps over it wherever the stream never ends.
     """
 
     # Before anything else may draw a random number.
@@ -149,42 +250,23 @@ class ReproducibleResumeHook(Hook):
         seed_all(derive_seed(_STEP, runner.seed, get_rank(), runner.iter))
 
 
-class _Skipping:
-    """An iterator whose first ``skip`` items cost nothing and are None."""
-
-    def __init__(self, iterator: Iterator, skip: int) -> None:
-        self._iterator = iterator
-        self._skip = skip
-
-    def __iter__(self) -> "_Skipping":
-        return self
-
-    def __next__(self) -> Any:
-        if self._skip > 0:
-            self._skip -= 1
-            return None
-        return next(self._iterator)
-
-
 def _fast_forward(loop: IterBasedTrainLoop) -> None:
     """Make the loop's own advance over ``loop.iter`` batches free, if they can be counted.
 
-    They can where the stream never ends (so that it has no epochs) and batches are runs of it.
+    They can where the stream never ends, so that it has no epochs.
     """
-    loader = loop.dataloader
-    sampler = getattr(loader.batch_sampler, "sampler", None)
-    endless = isinstance(sampler, SeededSampler) and sampler._config["type"] == "InfiniteSampler"
-    if not endless or type(loader.batch_sampler) is not BatchSampler:
-        return
-    # The loop began to load when it was built; those batches are of the beginning.
-    loop.dataloader_iterator = None
-    loader._iterator = None
-    sampler.restart_at(loop.iter * loader.batch_sampler.batch_size)
-    loop.dataloader_iterator = _Skipping(_InfiniteDataloaderIterator(loader), loop.iter)
+    batches = loop.dataloader.batch_sampler
+    if isinstance(batches, ResumableBatchSampler) and batches.sampler.endless:
+        batches.restart_at(loop.iter)
+        # What the loop began to load when it was built are the batches of the beginning.
+        loop.dataloader_iterator = chain(repeat(None, loop.iter), loop.dataloader)
 
 
 def make_reproducible(cfg: Config) -> None:
-    """Add :class:`SeededSampler` and :class:`ReproducibleResumeHook` to a training config.
+    """Let a training config repeat itself exactly, also when it is interrupted and resumed.
+
+    Adds :class:`SeededSampler`, :class:`ResumableBatchSampler`, :class:`ReproducibleResumeHook`
+    and, to a training by epochs, :class:`ResumableEpochLoop`.
 
     Args:
         cfg: Changed in place. What it has of them already is left as it is.
@@ -194,5 +276,21 @@ def make_reproducible(cfg: Config) -> None:
         hooks.append(ConfigDict(type="mmvssm.ReproducibleResumeHook"))
         cfg.custom_hooks = hooks
     loader = cfg.train_dataloader
-    if loader.get("sampler") and loader.sampler.type != "mmvssm.SeededSampler":
+    if not loader.get("sampler"):
+        return
+    if loader.sampler.type != "mmvssm.SeededSampler":
         loader.sampler = ConfigDict(type="mmvssm.SeededSampler", sampler=loader.sampler)
+    inner = loader.get("batch_sampler")
+    if (inner or {}).get("type") != "mmvssm.ResumableBatchSampler":
+        loader.batch_sampler = ConfigDict(
+            type="mmvssm.ResumableBatchSampler",
+            batch_sampler=inner,
+            drop_last=loader.pop("drop_last", False),
+        )
+    loop = cfg.get("train_cfg") or {}
+    by_epoch = loop.get("by_epoch", True) if "type" not in loop else (
+        loop.type == "EpochBasedTrainLoop"
+    )  # fmt: skip
+    if loop and by_epoch:
+        loop.pop("by_epoch", None)
+        loop.type = "mmvssm.ResumableEpochLoop"

@@ -1,13 +1,15 @@
 """Data-loading worker processes."""
 
 import ctypes
+import multiprocessing.queues
 import os
-import random
 import signal
 import sys
+import threading
+from typing import Any
 
-import numpy as np
 import torch
+from torch._utils import ExceptionWrapper
 
 from ..registry import FUNCTIONS
 
@@ -16,22 +18,42 @@ _PR_SET_PDEATHSIG = 1
 
 @FUNCTIONS.register_module()
 def init_worker(worker_id: int) -> None:
-    """Seed a worker and let it end with its parent.
+    """Let a worker say what goes wrong, and end when its parent does, not before.
 
-    PyTorch gives every worker of every epoch a seed of its own; NumPy and Python take theirs from
-    it. (mmengine's default repeats one seed each time workers start.)
+    - A batch that cannot be handed over (a full ``/dev/shm``, most often) reaches the training
+      process as an exception. Python would print a traceback and drop the batch, and the training
+      process would wait for it for ever: mmengine's ``pseudo_collate`` leaves tensors to be put into
+      shared memory on the way out, by a thread whose errors nobody sees.
+    - Ctrl-C and a cluster's SIGTERM reach every process of a run. What they mean is for the training
+      process to decide, which may need the next batch to finish properly.
+    - When the training process is killed, its workers can be left waiting for a reader that will
+      never come, each holding its memory. On Linux the kernel is asked to end them too.
 
-    When the training process is killed, its workers can be left waiting for a reader that will
-    never come, each holding its memory. On Linux the kernel is asked to end them too.
+    Random numbers are seeded by PyTorch itself: Python's, NumPy's and its own, by worker and epoch.
+    (mmengine's default repeats one seed each time workers start.)
 
     Args:
         worker_id: Number of the worker within its data loader.
     """
-    seed = torch.initial_seed() % 2**32
-    random.seed(seed)
-    np.random.seed(seed)
+    multiprocessing.queues.Queue._on_queue_feeder_error = _send_error
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         parent = torch.multiprocessing.parent_process()
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if parent is not None and os.getppid() != parent.pid:  # it was already gone
             os._exit(1)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_heed_parent_only, daemon=True).start()
+
+
+def _send_error(queue: multiprocessing.queues.Queue, error: Exception, item: Any) -> None:
+    """Send ``error`` in place of the ``(number, batch)`` that could not be sent."""
+    wrapped = ExceptionWrapper((type(error), error, error.__traceback__), where="in a data worker")
+    queue.put((item[0], wrapped))
+
+
+def _heed_parent_only() -> None:
+    """End at the parent's SIGTERM, and at nobody else's."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

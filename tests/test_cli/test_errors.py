@@ -59,8 +59,10 @@ def test_launcher_without_its_environment(monkeypatch):
 def test_machine_without_gpu_gets_plain_norms(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     norm = dict(type="SyncBN", requires_grad=True)
-    cfg = Config(dict(launcher="pytorch", model=dict(backbone=dict(norm_cfg=norm), heads=[norm])))
+    heads = [norm, dict(type="MMSyncBN")]
+    cfg = Config(dict(launcher="pytorch", model=dict(backbone=dict(norm_cfg=norm), heads=heads)))
     adapt_to_machine(cfg)
+    assert cfg.model.heads[1].type == "BN"
     assert cfg.model.backbone.norm_cfg.type == cfg.model.heads[0].type == "BN"
     assert [hook.type for hook in cfg.custom_hooks] == ["SyncBuffersHook"]
 

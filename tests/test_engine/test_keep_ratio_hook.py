@@ -2,7 +2,6 @@ import pytest
 import torch
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
-from torch import nn
 from torch.utils.data import DataLoader
 
 from mmvssm.engine import KeepRatioWarmup
@@ -85,8 +84,13 @@ def test_progress(iteration, expected):
     assert KeepRatioWarmup(num_iters=20, begin=10).progress(iteration) == expected
 
 
-def test_no_iterations_means_no_warm_up():
+def test_no_iterations_means_no_warm_up(tmp_path):
     assert KeepRatioWarmup(num_iters=0).progress(0) == 1
+    hook = KeepRatioWarmup(num_iters=0, begin=10)
+    assert [hook.progress(iteration) for iteration in (0, 9, 10, 11)] == [0, 0, 1, 1]
+    run = runner(tmp_path, 4, dict(type="mmvssm.KeepRatioWarmup", num_iters=0, begin=2))
+    run.train()
+    assert [kept for _, kept in run.model.kept] == [16, 16, 8, 8]
 
 
 def test_a_negative_number(tmp_path):
@@ -106,8 +110,11 @@ def test_packing_has_no_warm_up(tmp_path):
     runner(tmp_path, 1, dict(type="mmvssm.KeepRatioWarmup", num_iters=0), pruning).train()
 
 
-def test_parameters_of_the_model_are_untouched(tmp_path):
-    """The progress is no parameter and no buffer: checkpoints stay exchangeable."""
-    names = set(Model(None).state_dict())
-    run = runner(tmp_path, max_iters=1)
-    assert set(run.model.state_dict()) == names and isinstance(run.model, nn.Module)
+def test_checkpoints_stay_exchangeable(tmp_path):
+    """How far the warm-up has come is neither parameter nor buffer, in the model or its file."""
+    run = runner(tmp_path, max_iters=2)
+    run.train()
+    saved = torch.load(tmp_path / "iter_2.pth", weights_only=True)["state_dict"]
+    names = set(Model(dict(layers=[0], keep_ratio=0.5)).state_dict())
+    assert set(saved) == names == set(run.model.state_dict())
+    Model(None).load_state_dict(saved)

@@ -11,6 +11,7 @@ from mmengine.runner import Runner
 from torch.utils.data import Dataset
 
 from mmvssm.engine.reproducible import (
+    ResumableBatchSampler,
     SeededIndex,
     SeededSampler,
     derive_seed,
@@ -37,6 +38,7 @@ def make_loader(num_workers, sampler="DefaultSampler", persistent=False, seed=0)
             num_workers=num_workers,
             persistent_workers=persistent,
             sampler=dict(type="mmvssm.SeededSampler", sampler=dict(type=sampler, shuffle=True)),
+            batch_sampler=dict(type="mmvssm.ResumableBatchSampler"),
             worker_init_fn=dict(type="mmvssm.init_worker"),
             collate_fn=dict(type="default_collate"),
         ),
@@ -45,7 +47,7 @@ def make_loader(num_workers, sampler="DefaultSampler", persistent=False, seed=0)
 
 
 def epoch(loader, number):
-    loader.sampler.set_epoch(number)
+    loader.batch_sampler.sampler.set_epoch(number)
     return [torch.stack([part.double() for part in batch]) for batch in loader]
 
 
@@ -73,22 +75,90 @@ def test_endless_stream_restarts_anywhere(num_workers):
     expected = [next(stream) for _ in range(8)]  # beyond one pass over the 12 samples
     loader = make_loader(num_workers, "InfiniteSampler")
     next(iter(loader))  # prefetches from the beginning, as mmengine's loop does
-    loader.sampler.restart_at(5 * 4)
+    loader.batch_sampler.restart_at(5)
     stream = iter(loader)
     for batch in expected[5:]:
         assert all(torch.equal(x, y) for x, y in zip(batch, next(stream)))
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_epoch_restarts_anywhere(num_workers):
+    expected = epoch(make_loader(0), 1)
+    loader = make_loader(num_workers, persistent=num_workers > 0)
+    epoch(loader, 0)
+    for start in (2, 0, 3):
+        loader.batch_sampler.restart_at(start)
+        assert same(epoch(loader, 1), expected[start:])
+    assert same(epoch(loader, 1), expected)  # once only
+
+
+def test_a_last_batch_may_be_dropped():
+    sampler = SeededSampler(Noise(), dict(type="DefaultSampler", shuffle=False), seed=0)
+    assert [len(b) for b in ResumableBatchSampler(sampler, 5)] == [5, 5, 2]
+    dropping = ResumableBatchSampler(sampler, 5, drop_last=True)
+    assert [len(b) for b in dropping] == [5, 5] and len(dropping) == 2
+
+
 def test_index_travels_to_workers_with_its_seed():
-    index = pickle.loads(pickle.dumps(SeededIndex(3, seed=7)))
-    assert index == 3 and index.seed == 7
+    index = pickle.loads(pickle.dumps(SeededIndex(3, 1, 2)))
+    assert index == 3 and index.seed == derive_seed(1, 2)
     assert derive_seed(1, 2) == derive_seed(1, 2) != derive_seed(2, 1)
 
 
-def test_config_is_changed_once():
-    cfg = Config(dict(train_dataloader=dict(sampler=dict(type="DefaultSampler", shuffle=True))))
+SEEDED = dict(type="mmvssm.SeededSampler", sampler=dict(type="DefaultSampler", shuffle=True))
+RESUMABLE = dict(type="mmvssm.ResumableBatchSampler", batch_sampler=None, drop_last=False)
+ASPECT = dict(type="AspectRatioBatchSampler")
+# What a config has besides its sampler, and what it has afterwards.
+CONFIGS = {
+    "epochs": (
+        {},
+        dict(by_epoch=True, max_epochs=3),
+        {},
+        dict(type="mmvssm.ResumableEpochLoop", max_epochs=3),
+    ),
+    "epochs by type": (
+        dict(drop_last=True),
+        dict(type="EpochBasedTrainLoop", max_epochs=3),
+        dict(batch_sampler=dict(RESUMABLE, drop_last=True)),
+        dict(type="mmvssm.ResumableEpochLoop", max_epochs=3),
+    ),
+    "iterations": (
+        dict(batch_sampler=ASPECT),
+        dict(by_epoch=False, max_iters=3),
+        dict(batch_sampler=dict(RESUMABLE, batch_sampler=ASPECT)),
+        dict(by_epoch=False, max_iters=3),
+    ),
+    "iterations by type": (
+        {},
+        dict(type="IterBasedTrainLoop", max_iters=3),
+        {},
+        dict(type="IterBasedTrainLoop", max_iters=3),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_config_is_changed_once(case):
+    loader, loop, expected_loader, expected_loop = CONFIGS[case]
+    cfg = Config(
+        dict(
+            train_cfg=loop, train_dataloader=dict(sampler=SEEDED["sampler"], batch_size=2, **loader)
+        )
+    )
     for _ in range(2):
         make_reproducible(cfg)
-    assert [hook.type for hook in cfg.custom_hooks] == ["mmvssm.ReproducibleResumeHook"]
-    assert cfg.train_dataloader.sampler.sampler == dict(type="DefaultSampler", shuffle=True)
-    assert isinstance(cfg.train_dataloader.sampler, dict) and SeededSampler is not None
+        assert cfg.custom_hooks == [dict(type="mmvssm.ReproducibleResumeHook")]
+        assert cfg.train_dataloader == {
+            "sampler": SEEDED,
+            "batch_size": 2,
+            "batch_sampler": RESUMABLE,
+            **expected_loader,
+        }
+        assert cfg.train_cfg == expected_loop
+
+
+def test_a_hook_that_is_there_stays():
+    hooks = [dict(type="EMAHook"), dict(type="mmvssm.ReproducibleResumeHook", priority=3)]
+    cfg = Config(dict(train_dataloader=dict(batch_size=2), custom_hooks=hooks))
+    make_reproducible(cfg)
+    assert cfg.custom_hooks == hooks and cfg.train_dataloader == dict(batch_size=2)

@@ -481,3 +481,16 @@ def test_pruning_that_does_not_fit_is_one_sentence(config, tmp_path, text, optio
 )
 def test_wrong_pruning_is_one_sentence(config, refused, options, said):
     assert said in refused("train.py", config(PRUNED_SEGMENTATION), "--cfg-options", *options)
+
+
+@pytest.mark.slow
+def test_a_training_that_explodes_is_one_sentence(config, tmp_path):
+    options = ("--cfg-options", "optim_wrapper.optimizer.lr=1e30", "optim_wrapper.clip_grad=None")
+    code, out, err = run("train.py", config(DETECTION), *options, cwd=tmp_path)
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == 1 and len(errors) == 1 and "Traceback" not in err, err[-3000:]
+    assert "is not finite" in errors[0] or "holds NaN or infinity" in errors[0]
+    assert "lower the learning rate" in errors[0] and "Training is finished" not in out
+    for file in (tmp_path / "work_dirs/small").glob("*.pth"):
+        state = torch.load(file, weights_only=True)["state_dict"]
+        assert all(tensor.isfinite().all() for tensor in state.values())
