@@ -9,7 +9,7 @@ from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS
 
 from .checkpoints import classes_of, shown, text_settings
-from .data_root import leaf_datasets
+from .dataset.root import leaf_datasets
 from .errors import UserError, user_mistakes
 from .settings import find_type
 
