@@ -97,7 +97,7 @@ def test_resumed_equals_uninterrupted(tmp_path, case):
         f"stopped by SIGTERM after iteration {iterations}; --resume with the same --work-dir goes on "
         f"from {broken / 'interrupted.pth'}"
     )
-    assert find_resumable(broken) == str(broken / "interrupted.pth")
+    assert find_resumable(broken).path == str(broken / "interrupted.pth")
     before = losses(broken)
     assert max(before) == iterations
 
