@@ -13,6 +13,7 @@ from mmengine.registry import MODELS, TRANSFORMS, DefaultScope
 from torch import nn
 
 import mmvssm.registry
+from mmvssm.engine import UnsafeCheckpointError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.py"))
@@ -137,7 +138,7 @@ class TestText:
                 "model.backbone.init_cfg.prefix": "backbone.",
             }
         )
-        with pytest.raises(FileNotFoundError, match=r"absent\.pth"):
+        with pytest.raises(UnsafeCheckpointError, match=r"absent\.pth"):
             build(cfg).backbone.init_weights()
 
     def test_can_be_inherited_by_name(self, name, tmp_path):
