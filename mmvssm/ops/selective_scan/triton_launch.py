@@ -9,12 +9,12 @@ for bit.
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
+from ..triton_launcher import launch
 from .inputs import CHUNK_LENGTH, ScanInputs, num_chunks
 
 
@@ -164,11 +164,4 @@ def _launch_hand_over(scan: dict[str, Any], ends: Tensor, times: Tensor, backwar
 def _launch(kernel: str, grid: tuple[int, int], values: dict[str, Any], threads: int) -> None:
     from . import triton_kernels
 
-    function = getattr(triton_kernels, kernel)
-    device = values["A"].device
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        function[grid](
-            **{name: values[name] for name in function.arg_names},
-            num_warps=max(1, threads // 32),
-            enable_fp_fusion=True,  # fused multiply-adds; off by default from triton 3.10 on
-        )
+    launch(getattr(triton_kernels, kernel), grid, values, num_warps=max(1, threads // 32))

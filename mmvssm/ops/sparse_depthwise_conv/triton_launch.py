@@ -8,13 +8,13 @@ is added up across programs is added up in a fixed order: two runs agree bit for
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
 from ..backend import accumulation_dtype
+from ..triton_launcher import launch
 
 # Of a tile, which four warps hold in registers.
 _TOKENS, _LANES = 32, 64
@@ -81,11 +81,4 @@ def _tiles(size: int, tile: int) -> int:
 def _launch(kernel: str, grid: tuple[int, ...], values: dict[str, Any]) -> None:
     from . import triton_kernels
 
-    function = getattr(triton_kernels, kernel)
-    device = values["x"].device
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        function[grid](
-            **{name: values[name] for name in function.arg_names},
-            num_warps=4,
-            enable_fp_fusion=True,  # fused multiply-adds; off by default from triton 3.10 on
-        )
+    launch(getattr(triton_kernels, kernel), grid, values, num_warps=4)
