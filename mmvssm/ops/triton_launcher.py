@@ -8,11 +8,10 @@ with, can be compiled, counted and emulated on a machine without a GPU, from ten
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, NamedTuple, Optional
 
 import torch
-from torch import Tensor
 
 
 class Launch(NamedTuple):
@@ -33,24 +32,31 @@ class Launch(NamedTuple):
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], *, num_warps: int
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: dict[str, Any],
+    *,
+    num_warps: int,
+    device: torch.device,
 ) -> None:
-    """Launch a Triton kernel on the current stream of the device that its tensors are on.
+    """Launch a Triton kernel on the current stream of a device.
 
     Args:
         kernel: What ``triton.jit`` made.
         grid: Programs along up to three axes.
-        arguments: Values by name, those of all the kernel's arguments and maybe more; among them a tensor.
+        arguments: The values of all the kernel's arguments, by name.
         num_warps: Warps of a program.
+        device: The one that the tensors are on.
     """
-    arguments = {name: arguments[name] for name in kernel.arg_names}
     # Fused multiply-adds are off by default from triton 3.10 on.
     options = dict(num_warps=num_warps, enable_fp_fusion=True)
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, arguments, options))
         return
-    device = next(x.device for x in arguments.values() if isinstance(x, Tensor))
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](**arguments, **options)
+    else:
         kernel[grid](**arguments, **options)
 
 

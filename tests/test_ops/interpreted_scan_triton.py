@@ -14,7 +14,7 @@ from triton.runtime import interpreter
 from mmvssm.ops.selective_scan import pytorch, triton_launch
 from mmvssm.ops.selective_scan.inputs import ScanInputs
 from support.masked_scan import compare as compare_with_masked
-from support.scan_cases import CASES, GRADIENTS, Case, check, make_inputs
+from support.scan_cases import CASES, GRADIENTS, Case, _defined, check, make_inputs
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +36,13 @@ def _scan_whole_slices(monkeypatch):
 
     if hasattr(interpreter, "ScanOps"):
         monkeypatch.setattr(interpreter.ScanOps, "generic_scan", generic_scan)
+
+
+@pytest.fixture(autouse=True)
+def _prepare_afresh(monkeypatch):
+    """Larger tiles, for the interpreter takes time per operation; and nothing kept from other sizes of tiles."""
+    monkeypatch.setattr(triton_launch, "_GRADIENT_LANES", 16)
+    monkeypatch.setattr(triton_launch, "_kept", {})
 
 
 def run(inputs, delta_softplus):
@@ -61,8 +68,42 @@ def test_saves_the_states_that_the_contract_asks_for():
 
 def test_hands_over_in_rounds(monkeypatch):
     """With one group of chunks a round, 600 steps take two rounds."""
-    monkeypatch.setattr(triton_launch, "_MAX_GROUPS", 1)
+    monkeypatch.setattr(triton_launch, "_GROUPS", 1)
     check(Case(1, 600, 1, 1, 2), run)
+
+
+@pytest.mark.parametrize("length", [520, 523])
+def test_spans_of_one_state(length, monkeypatch):
+    """Programs of 32 threads: many spans, whose composition takes two rounds; and with whole batches of steps and not."""
+    monkeypatch.setattr(triton_launch, "_THREADS", 32)
+    check(Case(1, length, 1, 7, 1), run)
+    (forward,) = (x for x in triton_launch._kept.values() if "y_l" in x.launches[-1].values)
+    assert [x.kernel.__name__ for x in forward.launches] == ["run_ends", "outputs"]
+    assert forward.launches[-1].values["spans"] > 4 * forward.launches[-1].values["GROUPS"]
+
+
+@pytest.mark.parametrize("wanted", [1, 4])
+def test_one_span_or_several_of_more_states(wanted, monkeypatch):
+    monkeypatch.setattr(triton_launch, "_WARPS_WANTED", wanted)
+    check(Case(1, 230, 1, 3, 3), run)
+
+
+def test_walks_that_decay_alike(monkeypatch):
+    """Where all that decays depend on is shared by strides of 0, pairs of walks go together."""
+    inputs = make_inputs(Case(1, 130, 4, 3, 2, walk="order", layout="expanded"))
+    inputs["source"] = inputs["order"][:1].expand(4, -1)
+    for name in ("A", "D", "delta_bias"):
+        inputs[name] = inputs[name][:1].expand(4, *inputs[name].shape[1:])
+    expected = _defined(inputs, True)
+    for name, x in run(dict(inputs), True).items():
+        if name in expected:
+            torch.testing.assert_close(x.double(), expected[name], rtol=1e-5, atol=1e-5)
+    assert any(x.values.get("WALKS") == 2 for p in triton_launch._kept.values() for x in p.launches)
+
+
+@pytest.mark.parametrize("states", [17, 64])
+def test_more_states_than_a_thread_holds(states):
+    check(Case(1, 66, 1, 3, states), run)
 
 
 def test_absent_arguments_have_empty_gradients():

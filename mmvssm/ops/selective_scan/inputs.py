@@ -60,6 +60,12 @@ class ScanInputs(NamedTuple):
         batch, length, walks, channels = self.u.shape
         return batch, walks, num_chunks(length), channels, self.A.shape[-1]
 
+    def signature(self) -> tuple:
+        """All that checks and plans depend on, hashable: of every tensor its shape, strides, dtype and device."""
+        return tuple(
+            (x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else x for x in self
+        )
+
     def check(self) -> None:
         """Check shapes, dtypes and devices.
 

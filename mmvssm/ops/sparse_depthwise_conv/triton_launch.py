@@ -81,4 +81,6 @@ def _tiles(size: int, tile: int) -> int:
 def _launch(kernel: str, grid: tuple[int, ...], values: dict[str, Any]) -> None:
     from . import triton_kernels
 
-    launch(getattr(triton_kernels, kernel), grid, values, num_warps=4)
+    function = getattr(triton_kernels, kernel)
+    arguments = {name: values[name] for name in function.arg_names}
+    launch(function, grid, arguments, num_warps=4, device=values["x"].device)

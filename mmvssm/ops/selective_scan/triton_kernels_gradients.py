@@ -1,0 +1,329 @@
+r"""Triton kernels of the selective scan's backward pass, for any number of states.
+
+With ``q_t = dL/dh_{t-1}``, the adjoint, which is the recurrence walked backwards::
+
+    g_t = dL/dh_t = C_t dy_t + q_{t+1}                 q_t = exp(time_t A) g_t
+
+every gradient follows, ``time_t`` being ``size_t``, the softplus, plus ``gap_t rest``::
+
+    du_t    = D dy_t + size_t ddrive_t        ddrive_t = sum over states of g_t B_t
+    dsize_t = dtime_t + u_t ddrive_t          dtime_t  = sum over states of q_t h_{t-1} A
+    dB_t    = sum over channels of g_t size_t u_t       dC_t = sum over channels of dy_t h_t
+    dA      = sum over t of q_t h_{t-1} time_t
+
+A walk is cut into chunks. ``run_ends`` or ``sweep`` finds the adjoint that each chunk would begin with were nothing to
+follow it, :func:`hand_over` what it does begin with, and :func:`gradients` goes through every chunk once more.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .triton_functions import (
+    LN_2,
+    LOG2_E,
+    at,
+    bytes_of,
+    compose,
+    indices,
+    kernel,
+    parameter,
+    rows,
+    step_size_and_slope,
+)
+
+
+@kernel
+def hand_over(
+    ends, times, A, entries, A_k, walks, channels, columns, spans,
+    N: tl.constexpr, BACKWARDS: tl.constexpr, GROUPS: tl.constexpr, STEPS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """``entries (B, K, S, D, N)``: what each of ``S`` spans takes over, the first (``BACKWARDS`` the last) one zero.
+
+    The next one takes over ``end + exp(A time) entry``, of ``ends (B, K, S, D, N)`` and ``times (B, K, S, D)``. A
+    program takes some columns of the states ``(D, N)`` of one walk through all spans.
+    """
+    dtype: tl.constexpr = ends.dtype.element_ty
+    place = tl.program_id(0)
+    group = tl.arange(0, GROUPS)[:, None]
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    before = tl.broadcast_to(tl.maximum(group - 1, 0), (GROUPS, COLUMNS))
+    last = tl.full((GROUPS, COLUMNS), GROUPS - 1, tl.int32)
+    here = column < columns
+    a = tl.load(A + place % walks * A_k + column, here, other=0.0).to(dtype) * LOG2_E
+    first_span = place.to(tl.int64) * spans
+    entry = tl.zeros((GROUPS, COLUMNS), dtype)
+    for tile in range(0, spans, GROUPS * STEPS):
+        keeps = ()
+        adds = ()
+        keep = tl.full((GROUPS, COLUMNS), 1.0, dtype)
+        add = tl.zeros((GROUPS, COLUMNS), dtype)
+        for s in tl.static_range(STEPS):
+            turn = tile + group * STEPS + s
+            span = first_span + (spans - 1 - turn if BACKWARDS else turn)
+            there = (turn < spans) & here
+            k = tl.exp2(tl.load(times + span * channels + column // N, there, other=0.0) * a)
+            x = tl.load(ends + span * columns + column, there, other=0.0)
+            add = add * k + x
+            keep *= k
+            keeps = keeps + (k,)
+            adds = adds + (x,)
+        keep, add = tl.associative_scan((keep, add), 0, compose)
+        after = keep * entry + add
+        h = tl.where(group == 0, entry, tl.gather(after, before, 0))
+        entry = tl.gather(after, last, 0)
+        for s in tl.static_range(STEPS):
+            turn = tile + group * STEPS + s
+            span = first_span + (spans - 1 - turn if BACKWARDS else turn)
+            tl.store(entries + span * columns + column, h, (turn < spans) & here)
+            h = keeps[s] * h + adds[s]
+
+
+@triton.jit
+def _weights_of_steps(index, index_b, index_k, length, walks, tiles, ROWS: tl.constexpr):
+    """Image, walk, and for ``ROWS`` steps of it the token, the place in ``(B, K, L)`` and whether it is in the walk."""
+    program = tl.program_id(0)
+    place = program // tiles
+    batch = (place // walks).to(tl.int64)
+    walk = (place % walks).to(tl.int64)
+    step = program % tiles * ROWS + tl.arange(0, ROWS)[:, None]
+    j = tl.minimum(step, length - 1)
+    if index is not None:
+        j = tl.load(index + batch * index_b + walk * index_k + j)
+    return batch, walk, j.to(tl.int64), place.to(tl.int64) * length + step, step < length
+
+
+@kernel
+def weights_by_step(
+    B, C, index, by_step, B_b, B_l, B_k, C_b, C_l, C_k, index_b, index_k, length, walks, tiles, half,
+    N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """``by_step (2, B, K, L, N)``: ``B`` and ``C`` in the order of the steps, in the dtype of the states."""
+    batch, walk, j, row, inside = _weights_of_steps(
+        index, index_b, index_k, length, walks, tiles, ROWS
+    )
+    n = tl.arange(0, COLUMNS)[None, :]
+    inside = inside & (n < N)
+    dtype: tl.constexpr = by_step.dtype.element_ty
+    b = tl.load(at(bytes_of(B + (batch * B_b + walk * B_k)), j, B_l, B) + n, inside, other=0.0)
+    c = tl.load(at(bytes_of(C + (batch * C_b + walk * C_k)), j, C_l, C) + n, inside, other=0.0)
+    tl.store(by_step + row * N + n, b.to(dtype), inside)
+    tl.store(by_step + half + row * N + n, c.to(dtype), inside)
+
+
+@kernel
+def weights_by_token(
+    parts, index, dB, dC, index_b, index_k, length, walks, tiles, half, blocks,
+    N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """``dB, dC (B, L, K, N)`` from ``parts (2, blocks, B, K, L, N)``, added up block by block."""
+    batch, walk, j, row, inside = _weights_of_steps(
+        index, index_b, index_k, length, walks, tiles, ROWS
+    )
+    n = tl.arange(0, COLUMNS)[None, :]
+    inside = inside & (n < N)
+    b = tl.zeros((ROWS, COLUMNS), parts.dtype.element_ty)
+    c = tl.zeros((ROWS, COLUMNS), parts.dtype.element_ty)
+    part = parts + row * N + n
+    to_c = tl.full((), 1, tl.int64) * half * blocks
+    for _ in range(blocks):
+        b += tl.load(part, inside, other=0.0)
+        c += tl.load(part + to_c, inside, other=0.0)
+        part += half
+    to = ((batch * length + j) * walks + walk) * N + n
+    tl.store(dB + to, b, inside)
+    tl.store(dC + to, c, inside)
+
+
+@triton.jit
+def _sum_channels(x):
+    """``(CHANNELS, LANES, GROUPS)`` to ``(1, 1, GROUPS)``."""
+    return tl.sum(tl.sum(x, 0), 0)[None, None, :]
+
+
+@triton.jit
+def _sum_steps(x):
+    """``(CHANNELS, LANES, GROUPS)`` to ``(CHANNELS, LANES, 1)``."""
+    return tl.sum(x, 2)[:, :, None]
+
+
+@kernel
+def gradients(
+    dy, u, delta, A, by_step, D, delta_bias, order, source, gap, rest, states, adjoints,
+    du, ddelta, dA, parts, dD, ddelta_bias, drest,
+    dy_b, dy_l, dy_k, u_b, u_l, u_k, delta_b, delta_l, delta_k, du_l, ddelta_l,
+    A_k, D_k, delta_bias_k, rest_k, order_b, order_k, source_b, source_k, gap_b, gap_k,
+    length, walks, channels, chunks, rounds, half,
+    N: tl.constexpr, SOFTPLUS: tl.constexpr, ALIGNED: tl.constexpr,
+    CHANNELS: tl.constexpr, GROUPS: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """All gradients, from the ``states`` before each chunk and the ``adjoints`` after it, both ``(B, K, S, D, N)``.
+
+    A warp takes one chunk, ``GROUPS`` runs of ``STEPS`` steps, and a block of the channels, ``CHANNELS`` times
+    ``LANES`` at a time. Each thread has a run of ``CHANNELS`` channels to itself.
+
+    ``du`` and ``ddelta`` are complete, ``(B, L, K, D)``. To be added up, in a fixed order, remain the chunks' parts of
+    ``dA (B, K, S, D, N)`` and of ``dD``, ``ddelta_bias`` and ``drest (B, K, S, D)``, and the channel blocks' parts of
+    ``dB`` and ``dC (blocks, B, L, K, N)``.
+    """
+    dtype: tl.constexpr = states.dtype.element_ty
+    program = tl.program_id(0)
+    chunk = program % chunks
+    place = program // chunks
+    batch = (place // walks).to(tl.int64)
+    walk = (place % walks).to(tl.int64)
+    block = tl.program_id(1)
+    group = tl.arange(0, GROUPS)[None, None, :]
+    first = (chunk * GROUPS + group) * STEPS
+    shape: tl.constexpr = (CHANNELS, LANES, GROUPS)
+    before = tl.broadcast_to(tl.maximum(group - 1, 0), shape)
+    mirrored = tl.broadcast_to(GROUPS - 1 - group, shape)
+    behind = tl.broadcast_to(tl.maximum(GROUPS - 2 - group, 0), shape)
+
+    if order is not None:
+        order += batch * order_b + walk * order_k
+    if source is not None:
+        source += batch * source_b + walk * source_k
+    if gap is not None:
+        gap += batch * gap_b + walk * gap_k
+    row = (place.to(tl.int64) * length + first) * N  # of the chunk's weights
+    parts_b = parts + block.to(tl.int64) * half + row
+    parts_c = parts_b + tl.num_programs(1).to(tl.int64) * half
+    row_b = by_step + row
+    row_c = row_b + half
+    part_of_chunk = program.to(tl.int64) * channels  # in (B, K, S, D)
+
+    for turn in range(rounds):
+        channel = (block * rounds + turn) * CHANNELS * LANES
+        channel += tl.arange(0, CHANNELS)[:, None, None] * LANES + tl.arange(0, LANES)[None, :, None]  # fmt: skip
+        here = channel < channels
+        lane = tl.minimum(
+            channel, channels - 1
+        )  # loads need no mask; what is out of range is not stored
+        lanes = tl.broadcast_to(lane, shape)
+        i = indices(order, first, length, STEPS, ALIGNED, False)
+        j = i
+        if source is not None:
+            j = indices(source, first, length, STEPS, ALIGNED, False)
+        if gap is not None:
+            absent = indices(gap, first, length, STEPS, ALIGNED, False)
+        bias = parameter(delta_bias, walk * delta_bias_k + lane, dtype)
+        raw = rows(delta + (batch * delta_b + walk * delta_k) + lanes, delta_l, j, STEPS)
+        value = rows(u + (batch * u_b + walk * u_k) + lanes, u_l, i, STEPS)
+        grad = rows(dy + (batch * dy_b + walk * dy_k) + lanes, dy_l, i, STEPS)
+        grads_y = ()
+        times = ()
+        drives = ()
+        grads_drive = ()
+        grads_time = ()
+        pace = 0.0
+        if gap is not None:
+            pace = parameter(rest, walk * rest_k + lane, dtype)
+        for s in tl.static_range(STEPS):
+            inside = (first + (0 if ALIGNED else s) < length) & here
+            size, _ = step_size_and_slope(raw[s].to(dtype) + bias, SOFTPLUS)
+            time = size
+            if gap is not None:
+                time += absent[s].to(dtype) * pace
+                time = tl.where(inside, time, 0.0)
+            size = tl.where(inside, size, 0.0)
+            times = times + (time if gap is not None else size,)
+            drives = drives + (size * value[s].to(dtype),)
+            grads_y = grads_y + (tl.where(inside, grad[s].to(dtype), 0.0),)
+            grads_drive = grads_drive + (tl.zeros(shape, dtype),)
+            grads_time = grads_time + (tl.zeros(shape, dtype),)
+
+        for n in range(N):
+            # Of all but the weights, what a thread holds in turn: ``(CHANNELS, LANES, GROUPS)``.
+            a = parameter(A, walk * A_k + lane * N + n, dtype) * LOG2_E
+            place_of = (part_of_chunk + channel) * N + n
+            entry = tl.load(states + place_of, here, other=0.0)
+            leave = tl.load(adjoints + place_of, here, other=0.0)
+            b = ()
+            c = ()
+            for s in tl.static_range(STEPS):
+                exists = first + (0 if ALIGNED else s) < length
+                b = b + (tl.load(row_b + n + s * N, exists, other=0.0),)
+                c = c + (tl.load(row_c + n + s * N, exists, other=0.0),)
+            keeps = ()
+            keep = tl.full(shape, 1.0, dtype)
+            add = tl.zeros(shape, dtype)
+            for s in tl.static_range(STEPS):
+                k = tl.exp2(times[s] * a)
+                add = add * k + drives[s] * b[s]
+                keep *= k
+                keeps = keeps + (k,)
+            grad_add = tl.zeros(shape, dtype)
+            for r in tl.static_range(STEPS - 1, -1, -1):
+                grad_add = (grad_add + c[r] * grads_y[r]) * keeps[r]
+
+            # The state before each run, and the adjoint behind it. Time is turned round for the second.
+            mirrored_keep = tl.gather(keep, mirrored, 2)
+            keep, add = tl.associative_scan((keep, add), 2, compose)
+            h = tl.where(group == 0, entry, tl.gather(keep * entry + add, before, 2))
+            keep, add = tl.associative_scan((mirrored_keep, tl.gather(grad_add, mirrored, 2)), 2, compose)  # fmt: skip
+            q = tl.where(group == GROUPS - 1, leave, tl.gather(keep * leave + add, behind, 2))
+
+            kept = ()  # of the state before each step
+            for s in tl.static_range(STEPS):
+                kept = kept + (keeps[s] * h,)
+                h = keeps[s] * h + drives[s] * b[s]
+            grad_a = tl.zeros(shape, dtype)
+            new_drive = ()
+            new_time = ()
+            for r in tl.static_range(STEPS - 1, -1, -1):
+                exists = first + (0 if ALIGNED else r) < length
+                g = c[r] * grads_y[r] + q
+                q = keeps[r] * g
+                with_h = g * kept[r]
+                grad_a += with_h * times[r]
+                new_drive = (grads_drive[r] + g * b[r],) + new_drive
+                new_time = (grads_time[r] + with_h * a,) + new_time
+                to_b = parts_b + n + r * N
+                to_c = parts_c + n + r * N
+                more = (turn > 0) & exists
+                grad_b = _sum_channels(g * drives[r]) + tl.load(to_b, more, other=0.0)
+                grad_c = _sum_channels(grads_y[r] * (kept[r] + drives[r] * b[r]))
+                grad_c += tl.load(to_c, more, other=0.0)
+                tl.store(to_b, grad_b, exists)
+                tl.store(to_c, grad_c, exists)
+            grads_drive = new_drive
+            grads_time = new_time
+            tl.store(dA + place_of, _sum_steps(grad_a), here)
+
+        skip = parameter(D, walk * D_k + lane, dtype)
+        grad_skip = tl.zeros(shape, dtype)
+        grad_bias = tl.zeros(shape, dtype)
+        grad_rest = tl.zeros(shape, dtype)
+        if N > 1:  # few registers: load again what the states had no use for
+            i = indices(order, first, length, STEPS, ALIGNED, False)
+            j = i
+            if source is not None:
+                j = indices(source, first, length, STEPS, ALIGNED, False)
+            if gap is not None:
+                absent = indices(gap, first, length, STEPS, ALIGNED, False)
+            raw = rows(delta + (batch * delta_b + walk * delta_k) + lanes, delta_l, j, STEPS)
+            value = rows(u + (batch * u_b + walk * u_k) + lanes, u_l, i, STEPS)
+        to_u = bytes_of(du + (batch * length * walks + walk) * channels + lanes)
+        to_delta = bytes_of(ddelta + (batch * length * walks + walk) * channels + lanes)
+        for s in tl.static_range(STEPS):
+            inside = (first + (0 if ALIGNED else s) < length) & here
+            v = value[s].to(dtype)
+            size, slope = step_size_and_slope(raw[s].to(dtype) + bias, SOFTPLUS)
+            grad_time = grads_time[s] * LN_2
+            grad_raw = (grads_drive[s] * v + grad_time) * slope
+            grad_raw = tl.where(inside, grad_raw, 0.0)
+            grad_skip += grads_y[s] * v
+            grad_bias += grad_raw
+            if gap is not None:
+                grad_rest += grad_time * absent[s].to(dtype)
+            tl.store(at(to_u, i[s], du_l, du), grads_drive[s] * size + grads_y[s] * skip, inside)
+            tl.store(at(to_delta, j[s], ddelta_l, ddelta), grad_raw, inside)
+        if D is not None:
+            tl.store(dD + part_of_chunk + channel, _sum_steps(grad_skip), here)
+        if delta_bias is not None:
+            tl.store(ddelta_bias + part_of_chunk + channel, _sum_steps(grad_bias), here)
+        if gap is not None:
+            tl.store(drest + part_of_chunk + channel, _sum_steps(grad_rest), here)
+        tl.debug_barrier()  # what one thread added to dB and dC, others read in the next turn

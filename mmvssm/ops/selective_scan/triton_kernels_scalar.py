@@ -1,0 +1,240 @@
+r"""Triton kernels of the selective scan with one state for each channel.
+
+Per channel, with ``time_t = size_t + gap_t rest`` the time that step ``t`` takes::
+
+    h_t = keep_t h_{t-1} + add_t        keep_t = exp(time_t A)    add_t = size_t B_t u_t        y_t = C_t h_t + D u_t
+
+and its adjoint, ``q_t = dL/dh_{t-1} = keep_t (q_{t+1} + C_t dy_t)``, which is the same recurrence walked backwards.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .triton_functions import (
+    LOG2_E,
+    at,
+    bytes_of,
+    compose,
+    indices,
+    kernel,
+    parameter,
+    rows,
+    step_size,
+)
+
+
+@triton.jit
+def _ends_of_runs(
+    values, delta, weights, a, bias, pace, order, source, gap, values_l, delta_l, weights_l, begin, length, steps,
+    SOFTPLUS: tl.constexpr, ADJOINT: tl.constexpr, ALIGNED: tl.constexpr, STEPS: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """What each thread's run of ``steps`` steps does to a state: ``h -> keep h + add``; ``ADJOINT``: its time for ``keep``."""
+    keep = tl.full(values.shape, 0.0 if ADJOINT else 1.0, dtype)
+    add = tl.zeros(values.shape, dtype)
+    for turn in range(0, steps, STEPS):
+        first = begin + (steps - STEPS - turn if ADJOINT else turn)
+        i = indices(order, first, length, STEPS, ALIGNED, ADJOINT)
+        j = i
+        if source is not None:
+            j = indices(source, first, length, STEPS, ALIGNED, ADJOINT)
+        raw = rows(delta, delta_l, j, STEPS)
+        value = rows(values, values_l, i, STEPS)
+        weight = rows(weights, weights_l, j, STEPS)
+        if gap is not None:
+            absent = indices(gap, first, length, STEPS, ALIGNED, ADJOINT)
+        keep_before = keep
+        add_before = add
+        for s in tl.static_range(STEPS):
+            size = step_size(raw[s].to(dtype) + bias, SOFTPLUS)
+            time = size
+            if gap is not None:
+                time += absent[s].to(dtype) * pace
+            v = value[s].to(dtype)
+            if not ALIGNED:
+                inside = first + (STEPS - 1 - s if ADJOINT else s) < length
+                size = tl.where(inside, size, 0.0)
+                time = tl.where(inside, time, 0.0)
+                v = tl.where(inside, v, 0.0)
+            k = tl.exp2(time * a)
+            if ADJOINT:
+                add = (v * weight[s].to(dtype) + add) * k
+                keep += time
+            else:
+                add = add * k + size * v * weight[s].to(dtype)
+                keep *= k
+        if ALIGNED:
+            keep = tl.where(first < length, keep, keep_before)
+            add = tl.where(first < length, add, add_before)
+    return keep, add
+
+
+@kernel
+def run_ends(
+    values, delta, A, weights, delta_bias, order, source, gap, rest, ends, keeps,
+    values_b, values_l, values_k, delta_b, delta_l, delta_k, weights_b, weights_l, weights_k,
+    A_k, delta_bias_k, rest_k, order_b, order_k, source_b, source_k, gap_b, gap_k,
+    length, walks, channels, runs, spans, steps,
+    SOFTPLUS: tl.constexpr, ADJOINT: tl.constexpr, ALIGNED: tl.constexpr,
+    GROUPS: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """What runs of ``steps`` steps contribute, ``GROUPS`` of them to a span. ``values, weights``: ``u, B`` or ``dy, C``.
+
+    ``ends, keeps (B, K, runs, D)``: the state after the run had the *span* begun with 0, and what is kept by then of
+    the state that the span began with. The last span is left out.
+
+    ``ADJOINT``: ``q`` of each run's first step were nothing to follow the run, and in place of ``keeps`` the time that
+    the run takes. No span is left out.
+    """
+    dtype: tl.constexpr = ends.dtype.element_ty
+    program = tl.program_id(0)
+    programs = spans if ADJOINT else spans - 1
+    place = program // programs
+    batch = (place // walks).to(tl.int64)
+    walk = (place % walks).to(tl.int64)
+    place = place.to(tl.int64)
+    run = program % programs * GROUPS + tl.arange(0, GROUPS)[:, None]
+    channel = tl.program_id(1) * LANES + tl.arange(0, LANES)[None, :]
+    lane = tl.minimum(
+        channel, channels - 1
+    )  # loads need no mask; what is out of range is not stored
+    lanes = tl.broadcast_to(lane, (GROUPS, LANES))
+    if order is not None:
+        order += batch * order_b + walk * order_k
+    if source is not None:
+        source += batch * source_b + walk * source_k
+    pace = 0.0
+    if gap is not None:
+        gap += batch * gap_b + walk * gap_k
+        pace = parameter(rest, walk * rest_k + lane, dtype)
+    keep, add = _ends_of_runs(
+        values + (batch * values_b + walk * values_k) + lanes,
+        delta + (batch * delta_b + walk * delta_k) + lanes,
+        weights + (batch * weights_b + walk * weights_k),
+        parameter(A, walk * A_k + lane, dtype) * LOG2_E,
+        parameter(delta_bias, walk * delta_bias_k + lane, dtype),
+        pace, order, source, gap, values_l, delta_l, weights_l, run * steps, length, steps,
+        SOFTPLUS, ADJOINT, ALIGNED, STEPS, dtype,
+    )  # fmt: skip
+    if not ADJOINT:
+        keep, add = tl.associative_scan((keep, add), 0, compose)
+    row = (place * runs + run) * channels + channel
+    there = (run < runs) & (channel < channels)
+    tl.store(ends + row, add, there)
+    tl.store(keeps + row, keep, there)
+
+
+@triton.jit
+def _state_before_span(
+    ends, keeps, first_row, span, channels, channel, GROUPS: tl.constexpr, FOLD: tl.constexpr
+):
+    """What the spans before this one make of 0, ``(GROUPS, LANES)``, all groups alike."""
+    dtype: tl.constexpr = ends.dtype.element_ty
+    group = tl.arange(0, GROUPS)[:, None]
+    shape: tl.constexpr = (GROUPS, channel.shape[1])
+    last = tl.full(shape, GROUPS - 1, tl.int32)
+    entry = tl.zeros(shape, dtype)
+    for first in range(0, span, GROUPS * FOLD):
+        keep = tl.full(shape, 1.0, dtype)
+        add = tl.zeros(shape, dtype)
+        for f in tl.static_range(FOLD):
+            earlier = first + group * FOLD + f
+            there = (earlier < span) & (channel < channels)
+            row = (first_row + (earlier * GROUPS + GROUPS - 1)) * channels + channel
+            k = tl.load(keeps + row, there, other=1.0)
+            add = add * k + tl.load(ends + row, there, other=0.0)
+            keep = keep * k
+        keep, add = tl.associative_scan((keep, add), 0, compose)
+        entry = tl.gather(keep * entry + add, last, 0)
+    return entry
+
+
+@kernel
+def outputs(
+    u, delta, A, B, C, D, delta_bias, order, source, gap, rest, ends, keeps, y, states,
+    u_b, u_l, u_k, delta_b, delta_l, delta_k, B_b, B_l, B_k, C_b, C_l, C_k, y_l,
+    A_k, D_k, delta_bias_k, rest_k, order_b, order_k, source_b, source_k, gap_b, gap_k,
+    length, walks, channels, chunks, runs, spans, steps,
+    SOFTPLUS: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
+    GROUPS: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr, FOLD: tl.constexpr,
+):  # fmt: skip
+    """``y (B, L, K, D)``, and ``states (B, K, S, D)`` before every ``CHUNK`` steps, from what :func:`run_ends` found.
+
+    Each thread takes a run of ``steps`` steps of one channel. The programs of a walk's last span find out for
+    themselves what their runs contribute; the spans before it find it in ``ends`` and ``keeps``.
+    """
+    dtype: tl.constexpr = states.dtype.element_ty
+    program = tl.program_id(0)
+    span = program % spans
+    place = program // spans
+    batch = (place // walks).to(tl.int64)
+    walk = (place % walks).to(tl.int64)
+    place = place.to(tl.int64)
+    group = tl.arange(0, GROUPS)[:, None]
+    run = span * GROUPS + group
+    channel = tl.program_id(1) * LANES + tl.arange(0, LANES)[None, :]
+    lane = tl.minimum(
+        channel, channels - 1
+    )  # loads need no mask; what is out of range is not stored
+    lanes = tl.broadcast_to(lane, (GROUPS, LANES))
+    u += (batch * u_b + walk * u_k) + lanes
+    delta += (batch * delta_b + walk * delta_k) + lanes
+    B += batch * B_b + walk * B_k
+    C += batch * C_b + walk * C_k
+    y += (batch * length * walks + walk) * channels + lanes
+    states += place * chunks * channels
+    if order is not None:
+        order += batch * order_b + walk * order_k
+    if source is not None:
+        source += batch * source_b + walk * source_k
+    bias = parameter(delta_bias, walk * delta_bias_k + lane, dtype)
+    skip = parameter(D, walk * D_k + lane, dtype)
+    a = parameter(A, walk * A_k + lane, dtype) * LOG2_E
+    pace = 0.0
+    if gap is not None:
+        gap += batch * gap_b + walk * gap_k
+        pace = parameter(rest, walk * rest_k + lane, dtype)
+
+    begin = run * steps
+    h = tl.zeros((GROUPS, LANES), dtype)
+    if ends is not None:
+        h = _state_before_span(ends, keeps, place * runs, span, channels, channel, GROUPS, FOLD)
+    if span == spans - 1:
+        keep, add = _ends_of_runs(
+            u, delta, B, a, bias, pace, order, source, gap, u_l, delta_l, B_l, begin, length, steps,
+            SOFTPLUS, False, ALIGNED, STEPS, dtype,
+        )  # fmt: skip
+        keep, add = tl.associative_scan((keep, add), 0, compose)
+        before = tl.broadcast_to(tl.maximum(group - 1, 0), (GROUPS, LANES))
+        h = tl.where(group == 0, h, tl.gather(keep * h + add, before, 0))
+    elif ends is not None:
+        row = (place * runs + run - 1) * channels + channel
+        there = (group > 0) & (channel < channels)
+        h = tl.load(keeps + row, there, other=1.0) * h + tl.load(ends + row, there, other=0.0)
+
+    for turn in range(0, steps, STEPS):
+        first = begin + turn
+        there = (first % CHUNK == 0) & (first < length) & (channel < channels)
+        tl.store(states + first // CHUNK * channels + channel, h, there)
+        i = indices(order, first, length, STEPS, ALIGNED, False)
+        j = i
+        if source is not None:
+            j = indices(source, first, length, STEPS, ALIGNED, False)
+        raw = rows(delta, delta_l, j, STEPS)
+        value = rows(u, u_l, i, STEPS)
+        b = rows(B, B_l, j, STEPS)
+        c = rows(C, C_l, j, STEPS)
+        if gap is not None:
+            absent = indices(gap, first, length, STEPS, ALIGNED, False)
+        pointer = bytes_of(y)
+        for s in tl.static_range(STEPS):
+            size = step_size(raw[s].to(dtype) + bias, SOFTPLUS)
+            time = size
+            if gap is not None:
+                time += absent[s].to(dtype) * pace
+            v = value[s].to(dtype)
+            h = tl.exp2(time * a) * h + size * v * b[s].to(dtype)
+            output = c[s].to(dtype) * h + v * skip
+            inside = (first + (0 if ALIGNED else s) < length) & (channel < channels)
+            tl.store(at(pointer, i[s], y_l, y), output, inside)
