@@ -69,7 +69,7 @@ def test_saves_the_states_that_the_contract_asks_for():
 def test_hands_over_in_rounds(monkeypatch):
     """With one group of chunks a round, 600 steps take two rounds."""
     monkeypatch.setattr(triton_launch, "_GROUPS", 1)
-    check(Case(1, 600, 1, 1, 2), run)
+    check(Case(1, 600, 1, 1, 2, walk="order"), run)
 
 
 @pytest.mark.parametrize("length", [520, 523])

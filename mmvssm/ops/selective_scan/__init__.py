@@ -12,6 +12,7 @@ from typing import Optional
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import backend
@@ -68,8 +69,8 @@ def selective_scan(
     """
     walks = traversal if traversal is not None else (None, None, None)
     inputs = ScanInputs(u, delta, A, B, C, D, delta_bias, *walks, rest, delta_softplus)
-    inputs.check()
-    y, _ = torch.ops.mmvssm.selective_scan(*inputs)
+    inputs.check_once()
+    y, _ = torch.ops.mmvssm.selective_scan.default(*inputs)
     return y
 
 
@@ -77,9 +78,18 @@ def _backend(u: Tensor) -> ModuleType:
     return backend.choose(u, gpu=triton_launch, cpu=cpu, anywhere=pytorch)
 
 
-@torch.library.custom_op(
-    "mmvssm::selective_scan", mutates_args=(), schema=f"({SCHEMA}) -> (Tensor y, Tensor states)"
+# Registered by hand: what ``torch.library.custom_op`` adds took longer than the launch of a scan.
+_library = torch.library.Library("mmvssm", "FRAGMENT")
+_library.define(
+    f"selective_scan({SCHEMA}) -> (Tensor y, Tensor states)", tags=torch.Tag.pt2_compliant_tag
 )
+_library.define(
+    f"selective_scan_backward(Tensor grad_y, {SCHEMA}, Tensor states) -> ({', '.join(['Tensor'] * len(DIFFERENTIABLE))})",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.impl(_library, "selective_scan", "CompositeExplicitAutograd")
 def _scan(*inputs) -> tuple[Tensor, Tensor]:
     inputs = ScanInputs(*inputs)
     # Not every call comes through the checks above: a program may be exported here and moved to another device.
@@ -89,7 +99,7 @@ def _scan(*inputs) -> tuple[Tensor, Tensor]:
     return y, states.flatten()
 
 
-@_scan.register_fake
+@torch.library.register_fake("mmvssm::selective_scan", lib=_library)
 def _(*inputs):
     inputs = ScanInputs(*inputs)
     inputs.check_devices()
@@ -97,42 +107,57 @@ def _(*inputs):
     return inputs.u.new_empty(inputs.u.shape), states
 
 
-@torch.library.custom_op(
-    "mmvssm::selective_scan_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad_y, {SCHEMA}, Tensor states) -> ({', '.join(['Tensor'] * len(DIFFERENTIABLE))})",
-)
+@torch.library.impl(_library, "selective_scan_backward", "CompositeExplicitAutograd")
 def _scan_backward(grad_y, *inputs_and_states) -> tuple[Tensor, ...]:
     *inputs, states = inputs_and_states
     inputs = ScanInputs(*inputs)
     return _backend(grad_y).backward(grad_y, inputs, states.view(inputs.states_shape))
 
 
-@_scan_backward.register_fake
+@torch.library.register_fake("mmvssm::selective_scan_backward", lib=_library)
 def _(grad_y, *inputs_and_states):
     inputs = ScanInputs(*inputs_and_states[:-1])
     tensors = (getattr(inputs, name) for name in DIFFERENTIABLE)
     return tuple(grad_y.new_empty(0) if x is None else x.new_empty(x.shape) for x in tensors)
 
 
-def _save_for_backward(ctx, inputs, output) -> None:
-    *tensors, ctx.delta_softplus = inputs
-    ctx.save_for_backward(*tensors, output[1])
-    ctx.set_materialize_grads(False)
+class _Differentiable(torch.autograd.Function):
+    """The operator with its gradients, which can be taken once."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        y, states = _without_autograd(*inputs)
+        *tensors, ctx.delta_softplus = inputs
+        ctx.save_for_backward(*tensors, states)
+        ctx.mark_non_differentiable(states)
+        ctx.set_materialize_grads(False)
+        return y, states
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y: Optional[Tensor], _grad_states: Optional[Tensor]):
+        *tensors, states = ctx.saved_tensors
+        inputs = ScanInputs(*tensors, ctx.delta_softplus)
+        grads = dict.fromkeys(ScanInputs._fields)
+        if grad_y is not None:
+            found = torch.ops.mmvssm.selective_scan_backward.default(grad_y, *inputs, states)
+            for name, grad in zip(DIFFERENTIABLE, found):
+                grads[name] = None if getattr(inputs, name) is None else grad
+        return tuple(grads.values())
 
 
-def _differentiate(ctx, grad_y: Optional[Tensor], _grad_states: Optional[Tensor]):
-    *tensors, states = ctx.saved_tensors
-    inputs = ScanInputs(*tensors, ctx.delta_softplus)
-    grads = dict.fromkeys(ScanInputs._fields)
-    if grad_y is not None:
-        found = torch.ops.mmvssm.selective_scan_backward(grad_y, *inputs, states)
-        for name, grad in zip(DIFFERENTIABLE, found):
-            grads[name] = None if getattr(inputs, name) is None else grad
-    return tuple(grads.values())
+def _without_autograd(*inputs) -> tuple[Tensor, Tensor]:
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.mmvssm.selective_scan.default(*inputs)
 
 
-_scan.register_autograd(_differentiate, setup_context=_save_for_backward)
+@torch.library.impl(_library, "selective_scan", "Autograd")
+def _with_autograd(*inputs) -> tuple[Tensor, Tensor]:
+    if torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in inputs):
+        return _Differentiable.apply(*inputs)
+    return _without_autograd(*inputs)
+
+
 backend.register_autocast(
     "selective_scan", lowered=[ScanInputs._fields.index(x) for x in ("u", "delta", "B", "C")]
 )

@@ -33,6 +33,10 @@ def num_chunks(length: int) -> int:
     return (length + CHUNK_LENGTH - 1) // CHUNK_LENGTH
 
 
+_MOST_PASSED = 1024
+_passed: set[tuple] = set()
+
+
 class ScanInputs(NamedTuple):
     """What a backend is given, as :func:`~.naive.selective_scan_naive` describes it."""
 
@@ -65,6 +69,18 @@ class ScanInputs(NamedTuple):
         return tuple(
             (x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else x for x in self
         )
+
+    def check_once(self) -> None:
+        """:meth:`check`, unless such inputs have passed before."""
+        if torch.compiler.is_compiling() or type(self.u) is not Tensor:  # shapes may be symbols
+            self.check()
+            return
+        signature = self.signature()
+        if signature not in _passed:
+            self.check()
+            if len(_passed) >= _MOST_PASSED:
+                _passed.clear()
+            _passed.add(signature)
 
     def check(self) -> None:
         """Check shapes, dtypes and devices.
