@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
+import shutil
+import sysconfig
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -29,9 +32,10 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 
 def choose(x: Tensor, *, gpu: ModuleType, cpu: ModuleType, anywhere: ModuleType) -> ModuleType:
     """The fastest backend that works for a tensor, of an operator's three. Slow ones are taken with a warning."""
     if x.is_cuda:
-        if triton_available():
+        if not triton_available():
+            warn_no_triton()
+        elif triton_works():
             return gpu
-        warn_no_triton()
     if x.device.type == "cpu" and cpu.available():
         return cpu
     return anywhere
@@ -56,6 +60,39 @@ def warn_no_triton() -> None:
         RuntimeWarning,
         stacklevel=2,
     )
+
+
+@functools.cache
+def triton_works() -> bool:
+    """Whether triton is there and what it needs to launch a kernel; says so, once, where only the latter is missing."""
+    if not triton_available():
+        return False
+    missing = missing_for_triton()
+    if missing:
+        warnings.warn(
+            f"mmvssm: Triton cannot launch GPU kernels here, since there is {missing}. Scans and sparse convolutions "
+            "on the GPU run in plain PyTorch, many times slower. Install it, or say in the environment variable CC "
+            "where a C compiler is.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return not missing
+
+
+def missing_for_triton() -> str:
+    """What Triton would miss when it compiles its launcher, empty if nothing."""
+    import triton
+
+    build = getattr(getattr(triton, "knobs", None), "build", None)
+    if getattr(build, "impl", None) is not None:  # somebody's own way to compile
+        return ""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "no C compiler (such as gcc)"
+    scheme = sysconfig.get_default_scheme()
+    scheme = "posix_prefix" if scheme == "posix_local" else scheme  # Debian's own; as Triton does
+    if not (Path(sysconfig.get_path("include", scheme)) / "Python.h").exists():
+        return "no header Python.h (in packages such as python3-dev)"
+    return ""
 
 
 # --------------------------------------------------------------------------------- dtypes, autocast, devices

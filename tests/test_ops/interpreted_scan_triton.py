@@ -74,7 +74,7 @@ def test_hands_over_in_rounds(monkeypatch):
 
 @pytest.mark.parametrize("length", [520, 523])
 def test_spans_of_one_state(length, monkeypatch):
-    """Programs of 32 threads: many spans, whose composition takes two rounds; and with whole batches of steps and not."""
+    """Programs of 32 threads: many spans, composed in two rounds; with whole batches of steps, and without."""
     monkeypatch.setattr(triton_launch, "_THREADS", 32)
     check(Case(1, length, 1, 7, 1), run)
     (forward,) = (x for x in triton_launch._kept.values() if "y_l" in x.launches[-1].values)

@@ -1,5 +1,7 @@
 """The Triton kernels: right in Triton's interpreter, compiled for GPUs that are not there, and right on one that is."""
 
+import functools
+import math
 import os
 import re
 import subprocess
@@ -10,7 +12,9 @@ import pytest
 import torch
 
 from mmvssm.ops import Traversal, backend, selective_scan
-from mmvssm.ops.selective_scan import triton_launch
+from mmvssm.ops.selective_scan import cpu, pytorch, triton_launch
+from mmvssm.ops.selective_scan.inputs import ScanInputs
+from mmvssm.ops.triton_launcher import recorded_launches
 from support.scan_cases import CASES, GRADIENTS, Case, check, make_inputs
 
 REPOSITORY = Path(__file__).parents[2]
@@ -30,6 +34,52 @@ def test_mmvssm_imports_where_triton_does_not():
 
 
 @needs_triton
+def test_without_a_compiler_it_says_so_once_and_falls_back(monkeypatch):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(backend.shutil, "which", lambda name: None)
+    on_gpu = type("OnGpu", (), dict(is_cuda=True, device=torch.device("cuda")))
+    choose = functools.partial(backend.choose, on_gpu, gpu=triton_launch, cpu=cpu, anywhere=pytorch)
+    backend.triton_works.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match="no C compiler") as said:
+            assert choose() is pytorch
+            assert choose() is pytorch
+        assert len(said) == 1
+        monkeypatch.undo()
+        monkeypatch.setattr(backend.sysconfig, "get_path", lambda *names: "/nowhere")
+        monkeypatch.setenv("CC", "cc")
+        assert "Python.h" in backend.missing_for_triton()
+    finally:
+        backend.triton_works.cache_clear()
+
+
+@needs_triton
+def test_one_state_takes_two_launches_and_a_plan_that_is_kept():
+    """The second call with inputs of the same shapes and strides works out nothing."""
+    before = dict(triton_launch._kept)
+    first = [
+        x for x in launches_of(1, torch.float32) if x.kernel.__name__ in ("run_ends", "outputs")
+    ]
+    assert [x.kernel.__name__ for x in first] == ["run_ends", "outputs", "run_ends"]
+    plans = triton_launch._kept.keys() - before.keys()
+    launches_of(1, torch.float32)
+    assert triton_launch._kept.keys() - before.keys() == plans
+
+
+@needs_triton
+@pytest.mark.parametrize("images", [1, 16])
+def test_partial_sums_of_weights_take_no_more_than_u_of_an_image(images):
+    inputs = make_inputs(Case(1, 4, 4, 896, 16, walk="order", optional=False))
+    inputs = {k: None if x is None else x.to("meta") for k, x in inputs.items()}
+    grad_y = inputs.pop("grad_y")
+    big = {k: inputs[k].expand(images, *inputs[k].shape[1:]) for k in ("u", "delta", "B", "C")}
+    scan = ScanInputs(**{**inputs, **big})
+    prepared = triton_launch._prepare_backward(scan, grad_y.expand_as(scan.u))
+    parts = prepared.workspace["parts"]
+    assert parts[1] == 1 or math.prod(parts) <= scan.u[0].numel()
+
+
+@needs_triton
 @pytest.mark.slow
 def test_kernels_in_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-x", "tests/test_ops/interpreted_scan_triton.py"]
@@ -45,63 +95,73 @@ def test_kernels_in_the_interpreter():
 
 # ----------------------------------------------------------------------------------- compiled, not run
 
-CHUNKED = dict(STEPS=triton_launch._STEPS, GROUPS=64 // triton_launch._STEPS, LANES=32)
-KERNELS = {
-    "chunk_ends": CHUNKED,
-    "chunk_adjoint_ends": CHUNKED,
-    "hand_over": dict(STEPS=triton_launch._STEPS, GROUPS=triton_launch._MAX_GROUPS, COLUMNS=8),
-    "chunk_outputs": CHUNKED,
-    "chunk_gradients": CHUNKED,
-}
-INDICES = {"order", "source", "gap"}
-ACTIVATIONS = {"u", "delta", "B", "C", "y", "dy", "du", "ddelta", "dB", "dC"}
-FLOAT32 = {"A", "D", "delta_bias", "rest", "states", "adjoints", "ends", "times", "entries"}
-FLOAT32 |= {"dA", "dD", "ddelta_bias", "drest"}
+# What the models pass, at sizes at which every kernel is launched.
+SHAPES = {1: (1, 64000, 4, 16), 3: (1, 5000, 2, 40), 16: (1, 16000, 4, 384)}
+
+
+def launches_of(states, dtype, gap=False):
+    """What forward and backward passes launch."""
+    batch, length, walks, channels = SHAPES[states]
+
+    def meta(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    order = meta(walks, length, dtype=torch.int32)
+    inputs = ScanInputs(
+        *(meta(batch, length, walks, channels, dtype=dtype) for _ in range(2)),
+        meta(walks, channels, states),
+        *(meta(batch, length, walks, states, dtype=dtype) for _ in range(2)),
+        *(meta(walks, channels) for _ in range(2)),
+        *(order, order if gap else None, order if gap else None),
+        meta(walks, channels) if gap else None,
+    )
+    with recorded_launches() as launches:
+        y, saved = triton_launch.forward(inputs)
+        triton_launch.backward(y, inputs, saved)
+    return launches
+
+
+KINDS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
 
 
 @needs_triton
+@pytest.mark.slow
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="triton interprets")
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize(("states", "dtype"), [(1, "bf16"), (16, "fp32")])
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_compiles_without_spills(
-    kernel, states, dtype, capability, tmp_path, record_property, monkeypatch
-):
+@pytest.mark.parametrize(
+    ("states", "dtype", "gap", "capability"),
+    [
+        (1, torch.bfloat16, False, 80),
+        (1, torch.float32, True, 90),
+        (3, torch.bfloat16, True, 90),
+        (16, torch.float32, False, 90),
+        (16, torch.bfloat16, True, 80),
+    ],
+)
+def test_compiles_without_spills(states, dtype, gap, capability, tmp_path, monkeypatch):
     triton = pytest.importorskip("triton", minversion="3.3")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from mmvssm.ops.selective_scan import triton_kernels
-
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    function = getattr(triton_kernels, kernel)
-    constants = dict(KERNELS[kernel], N=states, SOFTPLUS=True, BACKWARDS=True)
-    constants = {name: x for name, x in constants.items() if name in function.arg_names}
-
-    def kind(name):
-        if name in constants:
-            return "constexpr"
-        if name in INDICES:
-            return "*i32"
-        if name in ACTIVATIONS:
-            return f"*{dtype}"
-        return "*fp32" if name in FLOAT32 else "i32"
-
-    signature = {name: kind(name) for name in function.arg_names}
-    aligned = {
-        (i,): [["tt.divisibility", 16]] for i, x in enumerate(signature.values()) if x[0] == "*"
-    }
-    threads = constants["GROUPS"] * constants.get("LANES", constants.get("COLUMNS"))
-    compiled = triton.compile(
-        ASTSource(function, signature, constants, aligned),
-        target=GPUTarget("cuda", capability, 32),
-        options=dict(num_warps=threads // 32, enable_fp_fusion=True),
-    )
-    registers, stack = _resources(triton, compiled.asm["cubin"], tmp_path)
-    record_property("registers", registers)
-    print(f"{kernel}, {states} states, {dtype}, sm_{capability}: {registers} registers")
-    assert stack == 0, "registers were spilled"
-    assert registers * threads <= 65536, "no multiprocessor could hold a program"
+    for launch in launches_of(states, dtype, gap):
+        signature, constants, aligned = {}, {}, {}
+        for i, parameter in enumerate(launch.kernel.params):
+            name, x = parameter.name, launch.arguments[parameter.name]
+            if parameter.is_constexpr or x is None:
+                signature[name], constants[name] = "constexpr", x
+            elif isinstance(x, torch.Tensor):
+                signature[name], aligned[(i,)] = KINDS[x.dtype], [["tt.divisibility", 16]]
+            else:
+                assert parameter.do_not_specialize, f"{name} would be compiled anew for every size"
+                signature[name] = "i32"
+        compiled = triton.compile(
+            ASTSource(launch.kernel, signature, constants, aligned),
+            target=GPUTarget("cuda", capability, 32),
+            options=launch.options,
+        )
+        registers, stack = _resources(triton, compiled.asm["cubin"], tmp_path)
+        assert stack == 0, f"{launch.kernel.__name__} spills registers"
+        assert registers * launch.options["num_warps"] * 32 <= 65536, launch.kernel.__name__
 
 
 def _resources(triton, cubin: bytes, folder: Path) -> tuple[int, int]:

@@ -84,7 +84,8 @@ _library.define(
     f"selective_scan({SCHEMA}) -> (Tensor y, Tensor states)", tags=torch.Tag.pt2_compliant_tag
 )
 _library.define(
-    f"selective_scan_backward(Tensor grad_y, {SCHEMA}, Tensor states) -> ({', '.join(['Tensor'] * len(DIFFERENTIABLE))})",
+    f"selective_scan_backward(Tensor grad_y, {SCHEMA}, Tensor states) -> "
+    f"({', '.join(['Tensor'] * len(DIFFERENTIABLE))})",
     tags=torch.Tag.pt2_compliant_tag,
 )
 

@@ -12,11 +12,23 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 # Neither sizes nor strides are specialised, so that one compiled kernel serves images of every size.
-_SIZES = "length walks channels chunks runs spans steps columns rounds tiles half blocks y_l du_l"
-_SIZES += " ddelta_l A_k D_k delta_bias_k rest_k"
-_SIZES = _SIZES.split()
-_STRIDES = [f"{x}_{dim}" for x in "u delta B C dy values weights".split() for dim in "blk"]
-_STRIDES += [f"{x}_{dim}" for x in "order source gap index".split() for dim in "bk"]
+_SIZES = ["length", "walks", "channels", "chunks", "runs", "spans", "steps", "columns", "rounds"]
+_SIZES += [
+    "tiles",
+    "half",
+    "blocks",
+    "y_l",
+    "du_l",
+    "ddelta_l",
+    "A_k",
+    "D_k",
+    "delta_bias_k",
+    "rest_k",
+]
+_STRIDES = [
+    f"{x}_{dim}" for x in ("u", "delta", "B", "C", "dy", "values", "weights") for dim in "blk"
+]
+_STRIDES += [f"{x}_{dim}" for x in ("order", "source", "gap", "index") for dim in "bk"]
 kernel = triton.jit(do_not_specialize=_SIZES + _STRIDES)
 
 
@@ -79,7 +91,7 @@ def bytes_of(x):
 
 @triton.jit
 def at(pointer, index, stride, like):
-    """``pointer``, of :func:`bytes_of`, moved by ``index`` rows of ``stride`` bytes, to elements of the kind of ``like``.
+    """``pointer``, of :func:`bytes_of`, moved by ``index`` rows of ``stride`` bytes, to elements as of ``like``.
 
     Unsigned, since the product is then seen to be one of 32 bits and 32 bits.
     """

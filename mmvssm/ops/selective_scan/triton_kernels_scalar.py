@@ -30,7 +30,7 @@ def _ends_of_runs(
     values, delta, weights, a, bias, pace, order, source, gap, values_l, delta_l, weights_l, begin, length, steps,
     SOFTPLUS: tl.constexpr, ADJOINT: tl.constexpr, ALIGNED: tl.constexpr, STEPS: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """What each thread's run of ``steps`` steps does to a state: ``h -> keep h + add``; ``ADJOINT``: its time for ``keep``."""
+    """``keep, add``: what each thread's run of ``steps`` steps does to a state. ``ADJOINT``: its time for ``keep``."""
     keep = tl.full(values.shape, 0.0 if ADJOINT else 1.0, dtype)
     add = tl.zeros(values.shape, dtype)
     for turn in range(0, steps, STEPS):
@@ -79,7 +79,7 @@ def run_ends(
     SOFTPLUS: tl.constexpr, ADJOINT: tl.constexpr, ALIGNED: tl.constexpr,
     GROUPS: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """What runs of ``steps`` steps contribute, ``GROUPS`` of them to a span. ``values, weights``: ``u, B`` or ``dy, C``.
+    """What runs of ``steps`` steps contribute, ``GROUPS`` to a span. ``values, weights``: ``u, B`` or ``dy, C``.
 
     ``ends, keeps (B, K, runs, D)``: the state after the run had the *span* begun with 0, and what is kept by then of
     the state that the span began with. The last span is left out.

@@ -27,7 +27,7 @@ _STEPS = 8
 # Steps that a thread of the kernels for one state goes through, at most: fewer where that leaves a GPU empty.
 _LONGEST_RUN = 128
 # Threads, and warps with several states each, that fill a GPU of about 130 multiprocessors.
-_THREADS_WANTED, _WARPS_WANTED = 40960, 2048
+_THREADS_WANTED, _WARPS_WANTED = 32000, 2048
 # Threads of a program of the kernels for one state.
 _THREADS = 256
 # States of a channel that a thread holds in registers, at most.
