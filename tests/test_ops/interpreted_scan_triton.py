@@ -82,6 +82,19 @@ def test_spans_of_one_state(length, monkeypatch):
     assert forward.launches[-1].values["spans"] > 4 * forward.launches[-1].values["GROUPS"]
 
 
+@pytest.mark.parametrize("length", [528, 523])
+def test_single_pass(length, monkeypatch):
+    """Programs of 32 threads: more tiles than one look back takes."""
+    monkeypatch.setattr(triton_launch, "SINGLE_PASS", True)
+    monkeypatch.setattr(triton_launch, "_THREADS", 8)
+    check(Case(1, length, 1, 7, 1), run)
+    assert any(
+        x.kernel.__name__ == "single_pass" and x.values["tiles"] > x.values["FOLD"]
+        for p in triton_launch._kept.values()
+        for x in p.launches
+    )
+
+
 @pytest.mark.parametrize("wanted", [1, 4])
 def test_one_span_or_several_of_more_states(wanted, monkeypatch):
     monkeypatch.setattr(triton_launch, "_WARPS_WANTED", wanted)

@@ -238,3 +238,125 @@ def outputs(
             output = c[s].to(dtype) * h + v * skip
             inside = (first + (0 if ALIGNED else s) < length) & (channel < channels)
             tl.store(at(pointer, i[s], y_l, y), output, inside)
+
+
+@triton.jit
+def _announced(value):
+    """A float32 and, in the lower half, that it is there."""
+    return (value.to(tl.int32, bitcast=True).to(tl.int64) << 32) | 1
+
+
+@triton.jit
+def _value_of(announced):
+    return (announced >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _state_before_tile(board, tile, channels, channel, GROUPS: tl.constexpr, FOLD: tl.constexpr):
+    """What all tiles before this one, waited for and taken in their order, make of 0: see :func:`single_pass`."""
+    LANES: tl.constexpr = channel.shape[1]
+    group = tl.arange(0, GROUPS)[:, None]
+    last = tl.full((GROUPS, LANES), GROUPS - 1, tl.int32)
+    entry = tl.zeros((GROUPS, LANES), tl.float32)
+    for first in range(0, tile, GROUPS * FOLD):
+        missing = 1
+        keep = tl.full((GROUPS, LANES), 1.0, tl.float32)
+        add = tl.zeros((GROUPS, LANES), tl.float32)
+        while missing > 0:
+            keep = tl.full((GROUPS, LANES), 1.0, tl.float32)
+            add = tl.zeros((GROUPS, LANES), tl.float32)
+            all_there = tl.full((GROUPS, LANES), 1, tl.int64)
+            for f in tl.static_range(FOLD):
+                earlier = first + group * FOLD + f
+                wanted = (earlier < tile) & (channel < channels)
+                slot = board + earlier * 2 * channels + channel
+                k = tl.load(slot, wanted, other=(0x3F800000 << 32) | 1, volatile=True)
+                x = tl.load(slot + channels, wanted, other=1, volatile=True)
+                all_there = all_there & k & x
+                add = add * _value_of(k) + _value_of(x)
+                keep = keep * _value_of(k)
+            missing = tl.max(tl.max(1 - (all_there & 1).to(tl.int32), 1), 0)
+        keep, add = tl.associative_scan((keep, add), 0, compose)
+        entry = tl.gather(keep * entry + add, last, 0)
+    return entry
+
+
+@kernel
+def single_pass(
+    u, delta, A, B, C, D, delta_bias, order, source, gap, rest, board, y, states,
+    u_b, u_l, u_k, delta_b, delta_l, delta_k, B_b, B_l, B_k, C_b, C_l, C_k, y_l,
+    A_k, D_k, delta_bias_k, rest_k, order_b, order_k, source_b, source_k, gap_b, gap_k,
+    length, walks, channels, chunks, tiles,
+    SOFTPLUS: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
+    GROUPS: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr, FOLD: tl.constexpr,
+):  # fmt: skip
+    """As :func:`outputs`, in one launch, reading everything once: every program looks back at those before it.
+
+    A program announces on ``board (B * K, tiles, 2, D)``, zero before, what its tile of ``GROUPS`` times ``STEPS``
+    steps does to a state, and waits for all earlier tiles of its walk. That ends only if programs start in the order
+    of their numbers, as they do on the GPUs of today, though nothing promises it.
+    """
+    program = tl.program_id(0)
+    tile = program % tiles
+    place = program // tiles
+    batch = (place // walks).to(tl.int64)
+    walk = (place % walks).to(tl.int64)
+    place = place.to(tl.int64)
+    group = tl.arange(0, GROUPS)[:, None]
+    channel = tl.program_id(1) * LANES + tl.arange(0, LANES)[None, :]
+    lane = tl.minimum(channel, channels - 1)
+    lanes = tl.broadcast_to(lane, (GROUPS, LANES))
+    before = tl.broadcast_to(tl.maximum(group - 1, 0), (GROUPS, LANES))
+    if order is not None:
+        order += batch * order_b + walk * order_k
+    bias = parameter(delta_bias, walk * delta_bias_k + lane, tl.float32)
+    skip = parameter(D, walk * D_k + lane, tl.float32)
+    a = parameter(A, walk * A_k + lane, tl.float32) * LOG2_E
+
+    first = (tile * GROUPS + group) * STEPS
+    i = indices(order, first, length, STEPS, ALIGNED, False)
+    j = i
+    if source is not None:
+        source += batch * source_b + walk * source_k
+        j = indices(source, first, length, STEPS, ALIGNED, False)
+    raw = rows(delta + (batch * delta_b + walk * delta_k) + lanes, delta_l, j, STEPS)
+    value = rows(u + (batch * u_b + walk * u_k) + lanes, u_l, i, STEPS)
+    b = rows(B + (batch * B_b + walk * B_k), B_l, j, STEPS)
+    if gap is not None:
+        absent = indices(gap + (batch * gap_b + walk * gap_k), first, length, STEPS, ALIGNED, False)
+        pace = parameter(rest, walk * rest_k + lane, tl.float32)
+    keeps = ()
+    adds = ()
+    keep = tl.full((GROUPS, LANES), 1.0, tl.float32)
+    add = tl.zeros((GROUPS, LANES), tl.float32)
+    for s in tl.static_range(STEPS):
+        size = step_size(raw[s].to(tl.float32) + bias, SOFTPLUS)
+        time = size
+        if gap is not None:
+            time += absent[s].to(tl.float32) * pace
+        # What is beyond the walk's end comes after all that counts, and may be anything.
+        k = tl.exp2(time * a)
+        x = size * value[s].to(tl.float32) * b[s].to(tl.float32)
+        add = add * k + x
+        keep *= k
+        keeps = keeps + (k,)
+        adds = adds + (x,)
+
+    keep, add = tl.associative_scan((keep, add), 0, compose)
+    board += place * tiles * 2 * channels
+    slot = board + tile * 2 * channels + channel + 0 * group
+    mine = (group == GROUPS - 1) & (channel < channels)
+    tl.atomic_xchg(slot, _announced(keep), mask=mine, sem="relaxed")
+    tl.atomic_xchg(slot + channels, _announced(add), mask=mine, sem="relaxed")
+    entry = _state_before_tile(board, tile, channels, channel, GROUPS, FOLD)
+    h = tl.where(group == 0, entry, tl.gather(keep * entry + add, before, 0))
+
+    there = (first % CHUNK == 0) & (first < length) & (channel < channels)
+    tl.store(states + (place * chunks + first // CHUNK) * channels + channel, h, there)
+    c = rows(C + (batch * C_b + walk * C_k), C_l, j, STEPS)
+    pointer = bytes_of(y + (batch * length * walks + walk) * channels + lanes)
+    for s in tl.static_range(STEPS):
+        h = keeps[s] * h + adds[s]
+        inside = (first + (0 if ALIGNED else s) < length) & (channel < channels)
+        output = c[s].to(tl.float32) * h + value[s].to(tl.float32) * skip
+        tl.store(at(pointer, i[s], y_l, y), output, inside)

@@ -14,13 +14,19 @@ Block sizes follow by fixed rules: tuning by trial would stall the start of a tr
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
 from ..triton_launcher import launch
 from .inputs import CHUNK_LENGTH, ScanInputs, num_chunks
+
+SINGLE_PASS = False
+"""Whether to scan one state per channel in a single pass, whose programs wait for the ones before them.
+
+It reads ``u`` and ``delta`` once instead of twice, and has not run on a GPU yet, where it could hang.
+"""
 
 # Steps that a thread loads before it works on them.
 _STEPS = 8
@@ -100,7 +106,10 @@ class _Launch(NamedTuple):
 
 
 class _Prepared(NamedTuple):
-    """A pass. ``workspace``: tensors in the dtype of the states. ``copied``: inputs whose elements lie unfavourably."""
+    """A pass. ``workspace``: tensors in the dtype of the states. ``copied``: inputs whose elements lie unfavourably.
+
+    ``board``: of the single pass, in 64-bit integers that are zero before.
+    """
 
     shape: tuple[int, ...]
     states_shape: tuple[int, ...]
@@ -108,6 +117,7 @@ class _Prepared(NamedTuple):
     copied: tuple[str, ...]
     workspace: dict[str, tuple[int, ...]]
     launches: list[_Launch]
+    board: Optional[tuple[int, ...]]
 
     def lay_out(self, tensors: dict[str, Any]) -> dict[str, Any]:
         for name in self.copied:
@@ -120,7 +130,7 @@ _kept: dict[tuple, _Prepared] = {}
 
 
 def _prepared(prepare: Callable[..., _Prepared], inputs: ScanInputs, *others: Tensor) -> _Prepared:
-    key = (prepare, inputs.signature(), *((x.stride(), x.dtype) for x in others))
+    key = (prepare, SINGLE_PASS, inputs.signature(), *((x.stride(), x.dtype) for x in others))
     found = _kept.get(key)
     if found is None:
         if len(_kept) >= _MOST_KEPT:
@@ -132,6 +142,8 @@ def _prepared(prepare: Callable[..., _Prepared], inputs: ScanInputs, *others: Te
 def _run(prepared: _Prepared, tensors: dict[str, Any], u: Tensor) -> None:
     for name, shape in prepared.workspace.items():
         tensors[name] = u.new_empty(shape, dtype=prepared.dtype)
+    if prepared.board is not None:
+        tensors["board"] = u.new_zeros(prepared.board, dtype=torch.int64)
     for kernel, grid, values, names, num_warps in prepared.launches:
         arguments = values.copy()
         for argument, name in names.items():
@@ -147,7 +159,7 @@ class _Preparation:
         batch, self.length, self.walks, self.channels = inputs.u.shape
         self.images, self.states = batch, inputs.A.shape[-1]
         self.chunks = num_chunks(self.length)
-        self.copied, self.workspace, self.launches = [], {}, []
+        self.copied, self.workspace, self.launches, self.board = [], {}, [], None
         self.values = dict(
             **dict(length=self.length, walks=self.walks, channels=self.channels),
             **dict(chunks=self.chunks, N=self.states, CHUNK=CHUNK_LENGTH, STEPS=_STEPS),
@@ -213,12 +225,35 @@ class _Preparation:
             tuple(self.copied),
             self.workspace,
             self.launches,
+            self.board,
         )
 
 
 def _prepare_forward(inputs: ScanInputs) -> _Prepared:
-    prepare = _forward_scalar if inputs.A.shape[-1] == 1 else _forward_states
+    prepare = _forward_states
+    if inputs.A.shape[-1] == 1:
+        # What is announced to later programs is float32.
+        single = SINGLE_PASS and inputs.accumulation_dtype == torch.float32
+        prepare = _forward_single_pass if single else _forward_scalar
     return prepare(_Preparation(inputs)).done()
+
+
+def _forward_single_pass(pass_: _Preparation) -> _Preparation:
+    from .triton_kernels_scalar import single_pass
+
+    lanes = min(32, _power_of_2(pass_.channels))
+    steps = 2 * _STEPS
+    groups = min(_THREADS // lanes, _power_of_2(_parts(pass_.length, steps)))
+    tiles = _parts(pass_.length, groups * steps)
+    walks = pass_.images * pass_.walks
+    pass_.board = (walks, tiles, 2, pass_.channels)
+    pass_.launch(
+        *(single_pass, (walks * tiles, _parts(pass_.channels, lanes)), groups * lanes, {}),
+        **dict(GROUPS=groups, LANES=lanes, STEPS=steps, FOLD=8, tiles=tiles),
+        **dict(ALIGNED=pass_.length % steps == 0),
+        y_l=pass_.walks * pass_.channels * pass_.inputs.u.itemsize,
+    )
+    return pass_
 
 
 def _forward_scalar(pass_: _Preparation) -> _Preparation:
