@@ -1,4 +1,4 @@
-"""What the scan's Triton kernels cost on a GPU, counted in their machine code. Nothing runs on a GPU, and none is needed.
+"""What the scan's Triton kernels cost on a GPU, counted in their machine code. Nothing runs on a GPU; none is needed.
 
 The operator's own launch code is run on tensors without memory, and every kernel that it launches is compiled, with
 the constants, alignments and warps that it is launched with. Then for each call, all its launches added up:
@@ -46,6 +46,7 @@ import triton
 from offline import compile_launch, parameters
 from ptx_emulator import Counts, Program, count, parse, pointer
 from report import markdown
+from scan_inputs import PLAIN, STAGE_1, bytes_of, least_bytes, make_inputs
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -60,42 +61,14 @@ SAMPLES = 64
 """Programs of a launch that are executed to find out how often its loops turn."""
 
 CAPABILITIES = (80, 90)
-STATES = (1, 16)
+SHAPES = {1: STAGE_1, 16: PLAIN}
+"""By the number of states."""
 DTYPES = ("float32", "bfloat16")
 BATCHES = (1, 16)
 DIRECTIONS = ("forward", "backward")
 
 
 # ----------------------------------------------------------------------------------------------- the calls
-
-
-def make_inputs(d_state: int, batch: int, dtype: torch.dtype) -> ScanInputs:
-    """What the backbones hand to the operator, without memory."""
-    walks = 4
-    length, channels, rank = (64000, 16, 1) if d_state == 1 else (16000, 384, 12)
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    order = empty(walks, length, dtype=torch.int32)
-    if d_state == 1:  # GroupMamba: every walk has channels of its own
-        projected = empty(batch, length, walks, rank + 2 * d_state, dtype=dtype)
-        _, B, C = projected.split((rank, d_state, d_state), dim=-1)
-        u, delta = (empty(batch, length, walks, channels, dtype=dtype) for _ in range(2))
-        A, D, bias = empty(walks, channels, d_state), *(empty(walks, channels) for _ in range(2))
-        return ScanInputs(u, delta, A, B, C, D, bias, order)
-
-    def every_walk(x: Tensor, dim: int) -> Tensor:
-        return x.unsqueeze(dim).expand(*x.shape[:dim], walks, *x.shape[dim:])
-
-    projected = empty(batch, length, rank + 2 * d_state, dtype=dtype)
-    u, delta = (every_walk(empty(batch, length, channels, dtype=dtype), 2) for _ in range(2))
-    A = every_walk(empty(channels, d_state), 0)
-    D, bias = (every_walk(empty(channels), 0) for _ in range(2))
-    B = empty(batch, length, walks, d_state, dtype=dtype)
-    C = every_walk(projected[..., -d_state:], 2)
-    source = empty(length, dtype=torch.int32).expand(walks, length)
-    return ScanInputs(u, delta, A, B, C, D, bias, order, source)
 
 
 class Call(NamedTuple):
@@ -108,17 +81,14 @@ class Call(NamedTuple):
 
 def record(inputs: ScanInputs) -> dict[str, Call]:
     """The forward and the backward pass."""
-    given = [x for x in inputs if isinstance(x, Tensor)]
     with _recorded() as forward:
         y, states = triton_launch.forward(inputs)
-    grad_y = torch.empty_like(y)
     with _recorded() as backward:
-        gradients = triton_launch.backward(grad_y, inputs, states)
-    read = sum(map(bytes_of, given))
-    least = read + bytes_of(y), read + bytes_of(grad_y) + sum(map(bytes_of, gradients))
+        triton_launch.backward(torch.empty_like(y), inputs, states)
+    least = least_bytes(inputs)
     return {
-        direction: Call(launches, traffic.bytes, bytes_)
-        for direction, (launches, traffic), bytes_ in zip(DIRECTIONS, (forward, backward), least)
+        direction: Call(launches, traffic.bytes, least[direction])
+        for direction, (launches, traffic) in zip(DIRECTIONS, (forward, backward))
     }
 
 
@@ -141,14 +111,6 @@ class _Traffic(TorchDispatchMode):
             made = result if isinstance(result, (tuple, list)) else [result]
             self.bytes += sum(bytes_of(x) for x in (*args, *made) if isinstance(x, Tensor))
         return result
-
-
-def bytes_of(x: Tensor) -> int:
-    """Of memory that a tensor is made of: what is expanded counts once."""
-    count = x.element_size()
-    for size, stride in zip(x.shape, x.stride()):
-        count *= size if stride else 1
-    return count if x.numel() else 0
 
 
 # ----------------------------------------------------------------------------------------- machine code
@@ -305,7 +267,7 @@ def rows_of(args: argparse.Namespace) -> Iterator[dict[str, object]]:
         for dtype in args.dtype:
             for batch in args.batch:
                 for design, chosen in designs(d_state).items():
-                    inputs = make_inputs(d_state, batch, getattr(torch, dtype))
+                    inputs = make_inputs(SHAPES[d_state], batch, getattr(torch, dtype), "meta")
                     with chosen():
                         calls = record(inputs)
                     for direction, call in calls.items():
@@ -333,7 +295,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--json", metavar="FILE", help="where to write the figures, too")
     for name, values in (
         ("capability", CAPABILITIES),
-        ("d-state", STATES),
+        ("d-state", tuple(SHAPES)),
         ("dtype", DTYPES),
         ("batch", BATCHES),
     ):
