@@ -36,7 +36,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -46,7 +46,7 @@ import triton
 from offline import compile_launch, parameters
 from ptx_emulator import Counts, Program, count, parse, pointer
 from report import markdown
-from scan_inputs import PLAIN, STAGE_1, bytes_of, least_bytes, make_inputs
+from scan_inputs import PLAIN, STAGE_1, bytes_of, designs, least_bytes, make_inputs
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -278,13 +278,6 @@ def rows_of(args: argparse.Namespace) -> Iterator[dict[str, object]]:
                                 **dict(design=design, batch=batch, shape=list(inputs.u.shape)),
                                 **add_up(call, inputs.u.numel(), d_state, capability),
                             )
-
-
-def designs(d_state: int) -> dict[str, Callable]:
-    """The ways in which the operator can be set to work at this number of states."""
-    from contextlib import nullcontext
-
-    return {"default": nullcontext}
 
 
 def parse_args() -> argparse.Namespace:

@@ -1,0 +1,973 @@
+"""Everything to look at when the operators first meet a GPU, in one command and in less than 8 minutes.
+
+Each part runs in a process of its own with a time limit. One that fails, crashes or hangs is reported, and the next
+one goes on. DIR/gpu_check.json holds all figures, DIR/gpu_check.md is a table of them. Needs torch and triton, neither
+mmengine nor mmcv nor a network. What is not there (compute-sanitizer, ncu, mamba-ssm, mmdet) is skipped, and named.
+Nothing is installed, and no setting of the GPU is changed.
+
+Parts, in this order:
+    versions     what is installed, and a trivial kernel
+    bandwidth    copies of 50 and 800 MB
+    primitives   Triton's scans along axis 0, forwards and backwards, and exp2 and softplus over [-90, 90]
+    tests        the operators against their definition, forward and backward
+    sanitizer    compute-sanitizer's memcheck and racecheck on small scans
+    times        on the GPU and in Python, three shapes, 1 and 16 images, float32 and bfloat16
+    profiler     ncu's instruction counts beside those of triton_cost.py
+    capture      CUDA graphs, torch.compile, another stream, equal bits in repeated runs
+    mamba_ssm    the same scans by mamba-ssm's CUDA kernels
+    backbones    beside Swin-T, where mmdet is installed
+    look_back    the single pass, which waits for other programs, launched 10,000 times
+
+Examples:
+    python tools/benchmark/gpu_check.py --out work_dirs/gpu_check
+    python tools/benchmark/gpu_check.py --out work_dirs/gpu_check --mamba-source ../mamba
+    python tools/benchmark/gpu_check.py --out /tmp/check --device cpu    # the same flow at small sizes
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+
+HERE = Path(__file__).resolve().parent
+REPOSITORY = HERE.parents[1]
+TOTAL_SECONDS = 460
+
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
+
+
+class Skipped(Exception):
+    """A part cannot run here; the message says why."""
+
+
+# ------------------------------------------------------------------------------------- the parent process
+
+
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for the results")
+    parser.add_argument("--device", default="cuda", help="cuda (default), cuda:1 and so on, or cpu")
+    parser.add_argument(
+        "--mamba-source",
+        type=Path,
+        metavar="DIR",
+        help="a checkout of mamba-ssm, whose scan is compiled with nvcc where mamba-ssm is not installed",
+    )
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), metavar="PART", help="some parts")
+    parser.add_argument(
+        "--part", choices=list(PARTS), help=argparse.SUPPRESS
+    )  # in the child process
+    return parser.parse_args()
+
+
+def run_parts(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Run one part after the other.
+
+    Returns:
+        For each: ``status`` ok, skipped, failed or timed out, ``seconds``, ``message`` and ``rows``.
+    """
+    end = time.monotonic() + TOTAL_SECONDS
+    results = {}
+    for name in args.only or PARTS:
+        print(f"{name} ...", end=" ", flush=True)
+        start = time.monotonic()
+        limit = min(PARTS[name].seconds, end - start)
+        if limit < 1:
+            results[name] = dict(status="skipped", message="no time was left", rows=[])
+        else:
+            results[name] = run_part(name, args, limit)
+        results[name]["seconds"] = round(time.monotonic() - start, 1)
+        print(results[name]["status"], results[name]["message"], flush=True)
+    return results
+
+
+def run_part(name: str, args: argparse.Namespace, limit: float) -> dict[str, Any]:
+    """Run one part in a process of its own, which is ended when its time is up."""
+    result_file = args.out / f"{name}.json"
+    result_file.unlink(missing_ok=True)
+    command = [sys.executable, str(Path(__file__).resolve()), "--part", name]
+    command += ["--out", str(args.out), "--device", args.device]
+    if args.mamba_source:
+        command += ["--mamba-source", str(args.mamba_source)]
+    with (args.out / f"{name}.log").open("w") as log:
+        process = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=_environment(),
+        )
+        try:
+            code = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # with what it started
+            with suppress(subprocess.TimeoutExpired):  # what hangs in the driver cannot be ended
+                process.wait(10)
+            partial_rows = (
+                json.loads(result_file.read_text())["rows"] if result_file.exists() else []
+            )
+            message = f"not done after {limit:.0f} s; see {name}.log"
+            return dict(status="timed out", message=message, rows=partial_rows)
+    if not result_file.exists():
+        return dict(status="failed", message=f"ended with code {code}; see {name}.log", rows=[])
+    result = json.loads(result_file.read_text())
+    if code != 0 and result["status"] == "ok":
+        result.update(status="failed", message=f"ended with code {code}; see {name}.log")
+    return result
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(HERE)])}
+
+
+def write_table(results: dict[str, dict[str, Any]], out: Path) -> str:
+    """One Markdown table of all figures, after the name of the device."""
+    from report import markdown
+
+    about = next(iter(results.get("versions", {}).get("rows", [])), {})
+    rows = []
+    for name, result in results.items():
+        rows.append(
+            [name, "", f"{result['status']} {result['message']}".strip(), f"{result['seconds']} s"]
+        )
+        for row in result["rows"]:
+            figures = [f"{key} {value}" for key, value in row.items() if key != "what"]
+            rows.append(["", row["what"], ", ".join(figures), ""])
+    title = f"GPU check on {about.get('device', 'an unknown device')}"
+    text = f"# {title}\n\n{markdown(['part', 'what', 'result', 'time'], rows)}\n"
+    (out / "gpu_check.md").write_text(text)
+    return text
+
+
+# --------------------------------------------------------------------------------------- the child process
+
+
+class Report:
+    """What a part found so far; it is written out each time, so that nothing is lost to a hang."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.content: dict[str, Any] = dict(status="failed", message="crashed", rows=[])
+
+    def add(self, what: str, **figures: object) -> None:
+        """Note a finding."""
+        self.content["rows"].append(dict(what=what, **figures))
+        self.write()
+        print(what, figures, flush=True)
+
+    def write(self) -> None:
+        """Write it to its file."""
+        self.file.write_text(json.dumps(self.content, indent=1) + "\n")
+
+
+def run_in_child(args: argparse.Namespace) -> int:
+    """Run one part here."""
+    report = Report(args.out / f"{args.part}.json")
+    if args.device == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+    try:
+        PARTS[args.part].run(report, args)
+        wrong = [row["what"] for row in report.content["rows"] if row.get("right") is False]
+        report.content.update(
+            status="failed" if wrong else "ok",
+            message=f"wrong: {', '.join(wrong)}" if wrong else "",
+        )
+    except Skipped as reason:
+        report.content.update(status="skipped", message=str(reason))
+    except Exception as error:
+        traceback.print_exc()
+        first_line = (str(error).strip() or "no message").splitlines()[0]
+        report.content.update(status="failed", message=f"{type(error).__name__}: {first_line}")
+    report.write()
+    return report.content["status"] == "failed"
+
+
+def attempt(report: Report, what: str, function: Callable[[], dict[str, object]]) -> None:
+    """Note what a function finds, or that it failed, and go on."""
+    try:
+        figures = function()
+    except Skipped as reason:
+        figures = dict(skipped=str(reason))
+    except Exception as error:
+        traceback.print_exc()
+        message = (str(error).strip() or "no message").splitlines()[0][:200]
+        figures = dict(right=False, error=f"{type(error).__name__}: {message}")
+    report.add(what, **figures)
+
+
+# ----------------------------------------------------------------------------------------------- the parts
+
+
+def check_versions(report: Report, args: argparse.Namespace) -> None:
+    """What is installed, and a kernel that adds two vectors."""
+    import torch
+
+    from mmvssm.version import __version__
+
+    on_gpu = args.device != "cpu"
+    if on_gpu and not torch.cuda.is_available():
+        raise RuntimeError("torch sees no CUDA GPU here; the same flow runs with --device cpu")
+    figures = dict(device=torch.cuda.get_device_name(args.device) if on_gpu else platform.machine())
+    if on_gpu:
+        device = torch.cuda.get_device_properties(args.device)
+        figures.update(
+            capability=f"{device.major}.{device.minor}",
+            multiprocessors=device.multi_processor_count,
+            memory=f"{device.total_memory / 1e9:.0f} GB",
+        )
+    figures.update(
+        python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda
+    )
+    for name in ("triton", "mmengine", "mmcv", "mmdet", "mamba_ssm"):
+        figures[name] = _version(name)
+    report.add("versions", mmvssm=__version__, **figures)
+    import gpu_check_kernels as kernels
+
+    def add() -> dict[str, object]:
+        x, y = torch.rand(2, 1000, device=args.device)
+        z = torch.empty_like(x)
+        kernels.add[(2,)](x, y, z, 1000, SIZE=512)
+        return dict(right=torch.equal(z, x + y))
+
+    attempt(report, "a trivial kernel", add)
+
+
+def _version(name: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    for package in (name.replace("_", "-"), f"onedl-{name}"):
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            continue
+    return "none"
+
+
+def check_bandwidth(report: Report, args: argparse.Namespace) -> None:
+    """Bytes a second, read and written."""
+    for megabytes in (50, 800) if args.device != "cpu" else (1, 4):
+        speed = _copy_bandwidth(megabytes, args.device)
+        report.add(f"copy of {megabytes} MB", gigabytes_per_second=round(speed / 1e9))
+
+
+def _copy_bandwidth(megabytes: int, device: str) -> float:
+    import torch
+
+    source = torch.ones(megabytes * 250_000, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() * 4 / _time(lambda: target.copy_(source), device)
+
+
+def check_primitives(report: Report, args: argparse.Namespace) -> None:
+    """What the kernels are made of, against float64."""
+    import gpu_check_kernels as kernels
+    import torch
+
+    for groups, lanes, warps in kernels.TILES if args.device != "cpu" else [(8, 16, 4)]:
+        for reverse in (False, True):
+            keep = torch.rand(groups, lanes, device=args.device)
+            add = torch.randn(groups, lanes, device=args.device)
+            out = torch.empty_like(add)
+
+            def scan(
+                keep=keep, add=add, out=out, reverse=reverse, warps=warps
+            ) -> dict[str, object]:
+                kernels.scan[(1,)](
+                    *(keep, add, out),
+                    *(keep.shape[0], keep.shape[1], reverse),
+                    num_warps=warps,
+                )
+                return _compare(out, _recurrence(keep, add, reverse), 1e-5)
+
+            direction = "backward" if reverse else "forward"
+            attempt(report, f"scan {groups} x {lanes}, {warps} warps, {direction}", scan)
+
+    x = torch.linspace(-90, 90, 180_001 if args.device != "cpu" else 2048, device=args.device)
+    for name, function in kernels.FUNCTIONS.items():
+
+        def apply(name: str = name, function: Callable = function) -> dict[str, object]:
+            y = torch.empty_like(x)
+            kernels.apply[(-(-len(x) // 1024),)](x, y, len(x), NAME=name, SIZE=1024)
+            expected = function(x.double())
+            error = ((y - expected) / expected).abs()[expected > 1e-37].max().item()
+            return dict(relative_error=f"{error:.1e}", right=error < 1e-5)
+
+        attempt(report, f"{name} over [-90, 90]", apply)
+
+
+def _recurrence(keep, add, reverse: bool):
+    keep, add = keep.double().cpu(), add.double().cpu()
+    if reverse:
+        keep, add = keep.flip(0), add.flip(0)
+    state, states = 0, []
+    for k, a in zip(keep, add):
+        state = k * state + a
+        states.append(state)
+    import torch
+
+    states = torch.stack(states)
+    return states.flip(0) if reverse else states
+
+
+def _compare(actual, expected, tolerance: float) -> dict[str, object]:
+    error = ((actual.double().cpu() - expected).abs().max() / expected.abs().max()).item()
+    return dict(relative_error=f"{error:.1e}", right=error < tolerance)
+
+
+def check_operators(report: Report, args: argparse.Namespace) -> None:
+    """The cases of the tests, as many as the time allows."""
+    from support import scan_cases, sparse_conv_cases
+
+    small = args.device == "cpu"
+    for case in scan_cases.CASES[:: 6 if small else 1]:
+        run = partial(_checked, scan_cases.check, case, _run_scan, args.device)
+        attempt(report, f"scan {case}", run)
+    for case in sparse_conv_cases.CASES[:: 6 if small else 1]:
+        run = partial(_checked, sparse_conv_cases.check, case, _run_sparse_conv, args.device)
+        attempt(report, f"sparse convolution {case}", run)
+
+
+def _checked(check: Callable, case: object, run: Callable, device: str) -> dict[str, object]:
+    check(case, run, device=device)
+    return dict(right=True)
+
+
+def _run_scan(inputs: dict, delta_softplus: bool) -> dict:
+    import torch
+
+    from mmvssm.ops import Traversal, selective_scan
+    from support.scan_cases import GRADIENTS
+
+    inputs = {
+        name: x.detach().requires_grad_() if x is not None and x.is_floating_point() else x
+        for name, x in inputs.items()
+    }
+    leaves = {name: inputs[name] for name in GRADIENTS if inputs[name] is not None}
+    walk = [inputs.pop(name) for name in ("order", "source", "gap")]
+    grad_y = inputs.pop("grad_y").detach()
+    traversal = None if all(x is None for x in walk) else Traversal(*walk)
+    y = selective_scan(**inputs, traversal=traversal, delta_softplus=delta_softplus)
+    gradients = torch.autograd.grad(y, list(leaves.values()), grad_y)
+    return dict(y=y.detach(), **dict(zip(leaves, gradients)))
+
+
+def _run_sparse_conv(inputs: dict) -> dict:
+    import torch
+
+    from mmvssm.ops import sparse_depthwise_conv
+    from support.sparse_conv_cases import GRADIENTS
+
+    leaves = {
+        name: inputs[name].detach().requires_grad_()
+        for name in GRADIENTS
+        if inputs[name] is not None
+    }
+    y = sparse_depthwise_conv(
+        leaves["x"], leaves["weight"], inputs["neighbors"], leaves.get("bias")
+    )
+    gradients = torch.autograd.grad(y, list(leaves.values()), inputs["grad_y"])
+    return dict(y=y.detach(), **dict(zip(leaves, gradients)))
+
+
+SANITIZED = """
+import sys
+sys.path[:0] = {paths}
+import gpu_check
+from support.scan_cases import Case, check
+for states in (1, 2):
+    check(Case(1, 130, 2, 13, states), gpu_check._run_scan, device={device!r})
+print("both agree with the definition")
+"""
+
+
+def check_sanitizer(report: Report, args: argparse.Namespace) -> None:
+    """Small scans under NVIDIA's compute-sanitizer; without it they only run."""
+    small = SANITIZED.format(paths=[str(HERE), str(REPOSITORY / "tests")], device=args.device)
+    tool = _cuda_tool("compute-sanitizer")
+    for kind in ("memcheck", "racecheck"):
+        command = [sys.executable, "-c", small]
+        if args.device != "cpu":
+            if tool is None:
+                raise Skipped("compute-sanitizer is not installed")
+            command = [tool, "--tool", kind, "--error-exitcode", "9", *command]
+
+        def run(command: list[str] = command) -> dict[str, object]:
+            done = subprocess.run(command, capture_output=True, text=True, env=_environment())
+            print(done.stdout[-4000:], done.stderr[-4000:])
+            lines = [line for line in done.stdout.splitlines() if "SUMMARY" in line]
+            return dict(
+                right=done.returncode == 0, summary=lines[-1].strip("= ") if lines else "none"
+            )
+
+        attempt(report, f"{kind} on 1x130x2x13 with 1 and 2 states", run)
+
+
+def _cuda_tool(name: str) -> Optional[str]:
+    """The path of a program that comes with CUDA."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    folders = [os.path.join(home, "bin") for home in homes if home]
+    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders))
+
+
+def _shapes(device: str) -> list:
+    from scan_inputs import PLAIN, STAGE_1, STAGE_3, Shape
+
+    return (
+        [STAGE_1, STAGE_3, PLAIN]
+        if device != "cpu"
+        else [Shape((6, 9), 5, 1), Shape((5, 8), 6, 16)]
+    )
+
+
+def check_times(report: Report, args: argparse.Namespace) -> None:
+    """Milliseconds on the GPU, microseconds of Python, and the share of what a copy of the least bytes takes."""
+    import torch
+    from scan_inputs import least_bytes, make_inputs
+
+    bandwidth = _copy_bandwidth(800 if args.device != "cpu" else 4, args.device)
+    for batch in (1, 16) if args.device != "cpu" else (1, 2):
+        for shape in _shapes(args.device):
+            for dtype in (torch.float32, torch.bfloat16):
+                least = least_bytes(make_inputs(shape, batch, dtype, "meta"))
+
+                def measure(
+                    shape=shape, batch=batch, dtype=dtype, least=least
+                ) -> dict[str, object]:
+                    forward, backward = _passes(make_inputs(shape, batch, dtype, args.device))
+                    figures = {}
+                    for name, call in (("forward", forward), ("backward", backward)):
+                        seconds = _time(call, args.device)
+                        copied = least[name] / bandwidth
+                        figures[f"{name}_ms"] = round(seconds * 1e3, 4)
+                        figures[f"{name}_share_of_copy"] = round(copied / seconds, 3)
+                        figures[f"{name}_host_us"] = round(_host_time(call, args.device) * 1e6, 1)
+                    return figures
+
+                attempt(report, _label(shape, batch, dtype), measure)
+
+
+def _label(shape: object, batch: int, dtype: object) -> str:
+    return f"{batch} x {shape}, {str(dtype).removeprefix('torch.')}"
+
+
+def _passes(inputs) -> tuple[Callable, Callable]:
+    """The operator's forward and backward pass, without autograd's own work."""
+    import torch
+
+    operator = torch.ops.mmvssm
+    y, states = operator.selective_scan(*inputs)
+    torch.manual_seed(0)
+    grad_y = torch.randn_like(y)
+    return (
+        lambda: operator.selective_scan(*inputs),
+        lambda: operator.selective_scan_backward(grad_y, *inputs, states),
+    )
+
+
+def _time(call: Callable, device: str, runs: int = 20) -> float:
+    """Seconds on the device, the median of some runs with a cold cache."""
+    import torch
+
+    if device == "cpu":
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+        return sorted(times)[1]
+    cache = torch.empty(64_000_000, device=device)  # more than any GPU's cache holds
+    for _ in range(3):
+        call()
+    times = []
+    for _ in range(runs):
+        cache.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return sorted(times)[runs // 2]
+
+
+def _host_time(call: Callable, device: str, runs: int = 100) -> float:
+    """Seconds that a call keeps Python busy, the fastest of some runs, the device being waited for in between."""
+    import torch
+
+    fastest = float("inf")
+    for _ in range(runs if device != "cpu" else 2):
+        start = time.perf_counter()
+        call()
+        fastest = min(fastest, time.perf_counter() - start)
+        if device != "cpu":
+            torch.cuda.synchronize()
+    return fastest
+
+
+PROFILED = """
+import sys
+sys.path[:0] = {paths}
+import torch, gpu_check, scan_inputs
+inputs = scan_inputs.make_inputs(scan_inputs.{shape}, 1, torch.float32, {device!r})
+passes = gpu_check._passes(inputs)
+for call in passes:
+    call()
+torch.cuda.synchronize()
+torch.cuda.profiler.start()
+for call in passes:
+    call()
+torch.cuda.synchronize()
+torch.cuda.profiler.stop()
+"""
+
+
+def check_profiler(report: Report, args: argparse.Namespace) -> None:
+    """Warp instructions of each kernel, as ncu counts them and as triton_cost.py does."""
+    if args.device == "cpu":
+        raise Skipped("needs a GPU")
+    tool = _cuda_tool("ncu")
+    if tool is None:
+        raise Skipped("ncu is not installed")
+    import torch
+    from scan_inputs import PLAIN, STAGE_1, make_inputs
+    from triton_cost import measure, record
+
+    capability = torch.cuda.get_device_capability(args.device)
+    capability = 10 * capability[0] + capability[1]
+    for name, shape in (("STAGE_1", STAGE_1), ("PLAIN", PLAIN)):
+
+        def compare(name: str = name, shape=shape) -> dict[str, object]:
+            text = PROFILED.format(paths=[str(HERE)], shape=name, device=args.device)
+            command = [tool, "--csv", "--profile-from-start", "off"]
+            command += ["--metrics", "smsp__inst_executed.sum", sys.executable, "-c", text]
+            done = subprocess.run(command, capture_output=True, text=True, env=_environment())
+            print(done.stdout[-4000:], done.stderr[-4000:])
+            if "ERR_NVGPUCTRPERM" in done.stdout + done.stderr:
+                raise Skipped("this user may not read the GPU's counters")
+            counted = _ncu_counts(done.stdout)
+            calls = record(make_inputs(shape, 1, torch.float32, "meta"))
+            figures = {}
+            for direction, call in calls.items():
+                for k, launch in enumerate(call.launches):
+                    kernel = measure(launch, capability)
+                    found = counted.get(kernel.name, [])
+                    figures[f"{direction}_{k}_{kernel.name}"] = (
+                        f"{found.pop(0) if found else 'none'} by ncu, {kernel.instructions / 32:.0f} counted"
+                    )
+            return figures
+
+        attempt(report, f"warp instructions, {shape}", compare)
+
+
+def _ncu_counts(text: str) -> dict[str, list[int]]:
+    """By the kernels' names, in the order of their launches."""
+    rows = text[text.find('"ID"') :]
+    counts: dict[str, list[int]] = {}
+    for row in csv.DictReader(io.StringIO(rows)):
+        if row.get("Metric Name") == "smsp__inst_executed.sum":
+            value = int(float(row["Metric Value"].replace(",", "")))
+            counts.setdefault(row["Kernel Name"].split("(")[0], []).append(value)
+    return counts
+
+
+def check_capture(report: Report, args: argparse.Namespace) -> None:
+    """What PyTorch does with operators, with the bits of a plain call to compare with."""
+    import torch
+    from scan_inputs import make_inputs
+
+    shape = _shapes(args.device)[0]
+    inputs = make_inputs(shape, 1, torch.float32, args.device)
+    passes = _passes(inputs)
+    expected = [call() for call in passes]
+
+    def repeated() -> dict[str, object]:
+        return dict(right=all(_same([call() for call in passes], expected) for _ in range(5)))
+
+    def graph() -> dict[str, object]:
+        if args.device == "cpu":
+            raise Skipped("needs a GPU")
+        captured = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for call in passes:
+                call()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(captured):
+            results = [call() for call in passes]
+        right = True
+        for _ in range(3):
+            for tensors in results:
+                for x in tensors:
+                    x.zero_()
+            captured.replay()
+            torch.cuda.synchronize()
+            right &= _same(results, expected)
+        return dict(right=right)
+
+    def other_stream() -> dict[str, object]:
+        if args.device == "cpu":
+            raise Skipped("needs a GPU")
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(10_000_000)  # what the kernels have to wait for
+            copies = type(inputs)(
+                *(x.clone() if isinstance(x, torch.Tensor) else x for x in inputs)
+            )
+            results = [call() for call in _passes(copies)]
+        torch.cuda.synchronize()
+        return dict(right=_same(results, expected))
+
+    def compiled() -> dict[str, object]:
+        from mmvssm.ops import Traversal, selective_scan
+
+        def model(u, delta, A, B, C, D, bias):
+            traversal = Traversal(inputs.order, inputs.source)
+            return selective_scan(u, delta, A, B, C, D, bias, traversal=traversal) * 2
+
+        backend = "aot_eager" if args.device == "cpu" else "inductor"
+        leaves = [x.detach().requires_grad_() for x in inputs[:7]]
+        y = torch.compile(model, fullgraph=True, backend=backend)(*leaves)
+        gradients = torch.autograd.grad(y, leaves, torch.ones_like(y))
+        plain = model(*leaves)
+        plain_gradients = torch.autograd.grad(plain, leaves, torch.ones_like(y))
+        return dict(right=_same([[y, *gradients]], [[plain, *plain_gradients]]))
+
+    for what, function in (
+        ("equal bits in repeated runs", repeated),
+        ("CUDA graph", graph),
+        ("another stream", other_stream),
+        ("torch.compile(fullgraph=True)", compiled),
+    ):
+        attempt(report, what, function)
+
+
+def _same(first: list, second: list) -> bool:
+    import torch
+
+    return all(torch.equal(x, y) for xs, ys in zip(first, second) for x, y in zip(xs, ys))
+
+
+def check_mamba_ssm(report: Report, args: argparse.Namespace) -> None:
+    """Milliseconds of mamba-ssm's kernels, and how many times as long as ours they take.
+
+    Alone, they are given what they want, channels before tokens and each walk in its own order. Arranged counts what
+    brings the backbones' tensors there, and the output back.
+    """
+    if args.device == "cpu":
+        raise Skipped("needs a GPU")
+    import torch
+    from scan_inputs import make_inputs
+
+    kernels = _mamba_kernels(args)
+    for batch in (1, 16):
+        for shape in _shapes(args.device):
+            for dtype in (torch.float32, torch.bfloat16):
+
+                def measure(shape=shape, batch=batch, dtype=dtype) -> dict[str, object]:
+                    inputs = make_inputs(shape, batch, dtype, args.device)
+                    ours = [_time(call, args.device) for call in _passes(inputs)]
+                    expected = torch.ops.mmvssm.selective_scan(*inputs)[0].double().cpu()
+                    y, passes = _mamba_passes(kernels, inputs)
+                    theirs = [_time(call, args.device) for call in passes]
+                    return dict(
+                        forward_ms=round(theirs[0] * 1e3, 4),
+                        forward_ours_is_faster_by=round(theirs[0] / ours[0], 2),
+                        arranged_ms=round(theirs[1] * 1e3, 4),
+                        arranged_ours_is_faster_by=round(theirs[1] / ours[0], 2),
+                        backward_ms=round(theirs[2] * 1e3, 4),
+                        backward_ours_is_faster_by=round(theirs[2] / ours[1], 2),
+                        **_compare(y, expected, 1e-4 if dtype == torch.float32 else 2e-2),
+                    )
+
+                attempt(report, _label(shape, batch, dtype), measure)
+
+
+def _mamba_passes(kernels, inputs) -> tuple[Any, list[Callable]]:
+    """The output ``(B, L, K, D)``; and the forward pass, the same from and to our layout, and the backward pass."""
+    import torch
+
+    u, delta, A, B, C, D, bias, order, source = inputs[:9]
+    batch, _, walks, channels = u.shape
+    steps = order.long()[None, None].expand(batch, channels, -1, -1)  # (B, D, K, L)
+    sources = steps if source is None else source.long()[None, None].expand_as(steps)
+    back = order.long().argsort(-1)
+
+    def walk(x, index):  # (B, L, K, *) to (B, K, *, L)
+        x = x.permute(0, 3, 2, 1)
+        index = index[:, :1].expand(-1, x.shape[1], -1, -1)
+        return x.gather(-1, index).transpose(1, 2).contiguous()
+
+    def arrange():
+        rows = (walk(x, i).flatten(1, 2) for x, i in ((u, steps), (delta, sources)))
+        return (*rows, parameters[0], walk(B, sources), walk(C, sources), *parameters[1:])
+
+    def forward(u, delta, A, B, C, D, bias):
+        return kernels.fwd(u, delta, A, B, C, D, None, bias, True)
+
+    def arranged():
+        out = forward(*arrange())[0].unflatten(1, (walks, channels))
+        out = out.gather(-1, back[None, :, None].expand_as(out))
+        return out.permute(0, 3, 1, 2).contiguous()
+
+    parameters = [x.flatten(0, 1).contiguous() for x in (A, D, bias)]
+    given = arrange()
+    out, states = forward(*given)
+    grad = torch.randn_like(out)
+    D, bias = given[5:]
+    return arranged(), [
+        lambda: forward(*given),
+        arranged,
+        lambda: kernels.bwd(*given[:5], *(D, None, bias, grad, states, None, None, True, False)),
+    ]
+
+
+def _mamba_kernels(args: argparse.Namespace) -> Any:
+    """mamba-ssm's compiled extension, installed or built."""
+    if find_spec("selective_scan_cuda"):
+        import selective_scan_cuda
+
+        return selective_scan_cuda
+    if args.mamba_source is None:
+        raise Skipped("mamba-ssm is not installed, and --mamba-source names none")
+    import importlib.util
+
+    built = args.out / "mamba_build" / f"{MAMBA_MODULE}.so"
+    log = args.out / "mamba_build.log"
+    while not built.exists():  # by the process that the parent started
+        if (args.out / "mamba_build" / "failed").exists():
+            raise RuntimeError(f"mamba-ssm cannot be compiled here; see {log.name}")
+        time.sleep(1)
+    spec = importlib.util.spec_from_file_location(MAMBA_MODULE, built)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+MAMBA_MODULE = "mamba_selective_scan"
+MAMBA_SOURCES = (
+    *("selective_scan.cpp", "selective_scan_fwd_fp32.cu", "selective_scan_fwd_bf16.cu"),
+    *("selective_scan_bwd_fp32_real.cu", "selective_scan_bwd_bf16_real.cu"),
+)
+MAMBA_REST = """
+// Stands in for what is not compared: float16 and complex numbers.
+#include <torch/extension.h>
+#include "selective_scan.h"
+using complex_t = c10::complex<float>;
+template <typename input_t, typename weight_t>
+void selective_scan_fwd_cuda(SSMParamsBase &, cudaStream_t) { TORCH_CHECK(false, "left out"); }
+template <typename input_t, typename weight_t>
+void selective_scan_bwd_cuda(SSMParamsBwd &, cudaStream_t) { TORCH_CHECK(false, "left out"); }
+template void selective_scan_fwd_cuda<at::Half, float>(SSMParamsBase &, cudaStream_t);
+template void selective_scan_fwd_cuda<at::Half, complex_t>(SSMParamsBase &, cudaStream_t);
+template void selective_scan_bwd_cuda<at::Half, float>(SSMParamsBwd &, cudaStream_t);
+template void selective_scan_bwd_cuda<at::Half, complex_t>(SSMParamsBwd &, cudaStream_t);
+template void selective_scan_bwd_cuda<float, complex_t>(SSMParamsBwd &, cudaStream_t);
+template void selective_scan_bwd_cuda<at::BFloat16, complex_t>(SSMParamsBwd &, cudaStream_t);
+"""
+
+
+def build_mamba(args: argparse.Namespace) -> int:
+    """Compile mamba-ssm's scan for this GPU, with the options of its own setup.py, beside the other parts."""
+    os.nice(19)
+    folder = args.out / "mamba_build"
+    try:
+        commands, link = mamba_commands(args.mamba_source, folder, _architecture(args.device))
+        processes = [subprocess.Popen(command) for command in commands]
+        codes = [process.wait() for process in processes]
+        if any(codes) or subprocess.call(link):
+            raise RuntimeError("the compiler failed")
+        (folder / "linked.so").rename(folder / f"{MAMBA_MODULE}.so")
+    except Exception:
+        (folder / "failed").touch()
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def _architecture(device: str) -> str:
+    import torch
+
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+def mamba_commands(
+    source: Path, folder: Path, architecture: str
+) -> tuple[list[list[str]], list[str]]:
+    """What compiles each file, and what links them to ``linked.so``."""
+    import sysconfig
+
+    import torch
+
+    nvcc = _cuda_tool("nvcc")
+    if nvcc is None:
+        raise RuntimeError("nvcc is not installed")
+    code = source.resolve() / "csrc/selective_scan"
+    rest = folder.resolve() / "rest.cpp"
+    rest.write_text(MAMBA_REST)
+    home, torch_home = Path(nvcc).resolve().parents[1], Path(torch.__file__).parent
+    headers = (code, torch_home / "include", torch_home / "include/torch/csrc/api/include")
+    options = ["-O3", "-std=c++20", "-Xcompiler", "-fPIC", "--use_fast_math", "-arch", architecture]
+    options += ["--expt-relaxed-constexpr", "--expt-extended-lambda"]
+    options += [
+        f"-U__CUDA_NO_{kind}_{what}__"
+        for kind in ("HALF", "BFLOAT16", "BFLOAT162")
+        for what in ("OPERATORS", "CONVERSIONS")
+    ]
+    options += [f"-DTORCH_EXTENSION_NAME={MAMBA_MODULE}", "-DTORCH_API_INCLUDE_EXTENSION_H"]
+    options += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
+    options += [f"-I{path}" for path in (*headers, sysconfig.get_path("include"))]
+    sources = [*(code / name for name in MAMBA_SOURCES), rest]
+    objects = [str(folder / f"{path.stem}.o") for path in sources]
+    commands = [
+        [nvcc, *options, "-c", str(path), "-o", target] for path, target in zip(sources, objects)
+    ]
+    libraries = ["c10", "c10_cuda", "torch", "torch_cpu", "torch_cuda", "torch_python", "cudart"]
+    link = [nvcc, "-shared", *objects, "-o", str(folder / "linked.so"), f"-L{torch_home / 'lib'}"]
+    return commands, [*link, f"-L{home / 'lib64'}", *(f"-l{name}" for name in libraries)]
+
+
+def check_backbones(report: Report, args: argparse.Namespace) -> None:
+    """GroupMamba-T beside Swin-T and ResNet-50, by backbones.py."""
+    missing = [name for name in ("mmengine", "mmcv", "mmdet") if not find_spec(name)]
+    if missing:
+        raise Skipped(f"{' and '.join(missing)} is not installed")
+    out = args.out / "backbones_runs.json"
+    command = [sys.executable, str(HERE / "backbones.py"), "--group", "groupmamba", "--no-memory"]
+    command += ["--device", args.device, "--out", str(out)]
+    if args.device == "cpu":
+        runs = [["--shape", "1", "64", "64", "--runs", "1", "--no-training"]]
+    else:
+        shapes = ["--shape", "1", "800", "1280", "--shape", "16", "224", "224"]
+        runs = [[*shapes, "--runs", "10", "--dtype", dtype] for dtype in ("float32", "bfloat16")]
+    for options in runs:
+        subprocess.run([*command, *options], check=True, env=_environment())
+        for record in json.loads(out.read_text())["records"]:
+            best = {name: min(seconds) for name, seconds in record["seconds"].items()}
+            what = f"{record['step']}, {'x'.join(map(str, record['shape']))} {options[-1]}"
+            figures = {f"{name}_ms": round(seconds * 1e3, 2) for name, seconds in best.items()}
+            ratio = round(best["GroupMamba-T"] / best["Swin-T"], 2)
+            report.add(what, **figures, ratio_to_swin_t=ratio)
+
+
+def check_look_back(report: Report, args: argparse.Namespace) -> None:
+    """Whether the single pass ends, with the same bits, each of many times, alone and beside other work."""
+    import torch
+    from scan_inputs import designs, make_inputs
+
+    single_pass = designs(1).get("single_pass")
+    if single_pass is None:
+        raise Skipped("this version has no single pass")
+    shape = _shapes(args.device)[0]
+    inputs = make_inputs(shape, 1, torch.float32, args.device)
+    forward, _ = _passes(inputs)
+    usual = forward()[0]
+    launches = 10_000 if args.device != "cpu" else 10
+    other = torch.rand(2048 if args.device != "cpu" else 8, 2048, device=args.device)
+    with single_pass():
+        expected = forward()
+        error = _compare(expected[0], usual.double().cpu(), 1e-5)
+        report.add("beside the default", **error)
+        for what in ("alone", "beside products of matrices"):
+
+            def run(what: str = what) -> dict[str, object]:
+                right = True
+                stream = torch.cuda.Stream() if args.device != "cpu" else None
+                for k in range(launches // 2):
+                    if what != "alone":
+                        with torch.cuda.stream(stream):
+                            other @ other.t()
+                    results = forward()
+                    if k % 100 == 0:
+                        right &= _same([results], [expected])
+                return dict(launches=launches // 2, right=right and _same([forward()], [expected]))
+
+            attempt(report, f"{launches // 2} launches {what}", run)
+        report.add("time", ms=round(_time(forward, args.device) * 1e3, 4))
+
+
+class Part(NamedTuple):
+    """A part, and the seconds that it may take."""
+
+    run: Callable[[Report, argparse.Namespace], None]
+    seconds: float
+
+
+PARTS = {
+    "versions": Part(check_versions, 60),
+    "bandwidth": Part(check_bandwidth, 30),
+    "primitives": Part(check_primitives, 45),
+    "tests": Part(check_operators, 100),
+    "sanitizer": Part(check_sanitizer, 60),
+    "times": Part(check_times, 90),
+    "profiler": Part(check_profiler, 75),
+    "capture": Part(check_capture, 60),
+    "mamba_ssm": Part(check_mamba_ssm, 90),
+    "backbones": Part(check_backbones, 60),
+    "look_back": Part(check_look_back, 45),
+}
+
+
+def main() -> int:
+    """Run the tool."""
+    args = parse_args()
+    if args.mamba_source and not (args.mamba_source / "csrc/selective_scan").is_dir():
+        sys.exit(
+            f"error: --mamba-source {args.mamba_source} has no csrc/selective_scan; give a checkout of mamba-ssm."
+        )
+    if args.part:
+        if args.device != "cpu":
+            import torch
+
+            if torch.cuda.is_available():
+                torch.cuda.set_device(args.device)
+        return run_in_child(args)
+    args.out.mkdir(parents=True, exist_ok=True)
+    builder = _start_build(args)
+    try:
+        results = run_parts(args)
+    finally:
+        if builder is not None and builder.poll() is None:
+            os.killpg(builder.pid, signal.SIGKILL)
+    (args.out / "gpu_check.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(f"\n{write_table(results, args.out)}")
+    return any(result["status"] in ("failed", "timed out") for result in results.values())
+
+
+def _start_build(args: argparse.Namespace) -> Optional[subprocess.Popen]:
+    """Compile mamba-ssm's scan in the background, where it has to be."""
+    if args.device == "cpu" or args.mamba_source is None or find_spec("selective_scan_cuda"):
+        return None
+    folder = args.out / "mamba_build"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    code = "import sys, gpu_check; sys.exit(gpu_check.build_mamba(gpu_check.parse_args()))"
+    command = [sys.executable, "-c", code, "--out", str(args.out), "--device", args.device]
+    with (args.out / "mamba_build.log").open("w") as log:
+        return subprocess.Popen(
+            [*command, "--mamba-source", str(args.mamba_source)],
+            **dict(stdout=log, stderr=subprocess.STDOUT, start_new_session=True),
+            env=_environment(),
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
