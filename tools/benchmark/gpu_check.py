@@ -769,6 +769,7 @@ MAMBA_SOURCES = (
 )
 MAMBA_REST = """
 // Stands in for what is not compared: float16 and complex numbers.
+#include <cuda_runtime.h>
 #include <torch/extension.h>
 #include "selective_scan.h"
 using complex_t = c10::complex<float>;

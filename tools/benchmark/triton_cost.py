@@ -36,10 +36,10 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import torch
 import triton
@@ -174,48 +174,128 @@ def executed(sass: str, program: Program, counts: Counts) -> float:
     warps = counts.programs * program.threads // 32
     turns = _turns(rows, program, counts.executed / warps)
     total = 0.0
-    for at, text in rows:
+    for number, (_, text) in enumerate(rows):
         # The innermost loop around an instruction says how often it is executed.
-        inside = [loop for loop in turns if loop[0] <= at <= loop[1]]
-        times = turns[min(inside, key=lambda loop: loop[1] - loop[0])] if inside else 1
+        around = [(len(inside), times) for inside, times in turns if number in inside]
+        times = min(around)[1] if around else 1
         total += 0 if _operation(text) == "NOP" else times
     return total
 
 
 def _turns(
-    rows: list[tuple[int, str]], program: Program, executed: list[float]
-) -> dict[tuple[int, int], float]:
-    """How often each loop of the machine code turns, by its first and last address.
+    rows: list[tuple[int, str]], program: Program, executed: Sequence[float]
+) -> list[tuple[set[int], float]]:
+    """The loops of the machine code, as the numbers of their instructions, and how often each turns.
 
     Loops are those of the PTX, in the same order. Where the assembler unrolled one, it turns as much less often as it
     holds more accesses to memory and exchanges between threads than the PTX does.
     """
-    loops = sorted(
-        (int(target[1], 16), at)
-        for at, text in rows
-        if (target := re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)) and int(target[1], 16) < at
-    )
-    in_ptx = sorted(
-        (program.labels[i.operands[0]], at)
-        for at, i in enumerate(program.instructions)
-        if i.name == "bra" and program.labels[i.operands[0]] <= at
+    loops = find_loops(_branches(rows))
+    in_ptx = find_loops(
+        [
+            Branch(
+                program.labels[i.operands[0]] if i.name == "bra" else None,
+                i.name not in ("bra", "ret") or i.guard is not None,
+            )
+            for i in program.instructions
+        ]
     )
     if len(loops) != len(in_ptx):
         sys.exit(
             f"error: {program.name} has {len(in_ptx)} loops in PTX and {len(loops)} in machine code, so that the turns "
             "of the latter cannot be told."
         )
-    turns = {}
-    for loop, (first, last) in zip(loops, in_ptx):
-        landmarks = sum(_is_landmark(i.text.split()) for i in program.instructions[first:last])
-        found = sum(_is_landmark(text.split()) for at, text in rows if loop[0] <= at <= loop[1])
+    turns = []
+    for loop, original in zip(loops, in_ptx):
+        landmarks = sum(_is_landmark(program.instructions[k].text) for k in original.inside)
+        found = sum(_is_landmark(rows[k][1]) for k in loop.inside)
         unrolled = max(1, round(found / landmarks)) if landmarks else 1
-        turns[loop] = executed[last] / unrolled
+        turns.append((loop.inside, sum(executed[k] for k in original.ends) / unrolled))
     return turns
 
 
-def _is_landmark(words: list[str]) -> bool:
+class Branch(NamedTuple):
+    """Where an instruction may jump to, and whether the next one may follow."""
+
+    target: Optional[int]
+    goes_on: bool
+
+
+def _branches(rows: list[tuple[int, str]]) -> list[Branch]:
+    """Of machine code."""
+    numbers = {at: number for number, (at, _) in enumerate(rows)}
+    meeting_points: dict[str, int] = {}
+    branches = []
+    for _, text in rows:
+        operation, target = _operation(text), re.search(r"0x([0-9a-f]+)\s*$", text)
+        jumps = operation == "BRA" and target
+        if operation == "BSSY":
+            meeting_points[text.split()[1].rstrip(",")] = numbers[int(target[1], 16)]
+        place = numbers[int(target[1], 16)] if jumps else None
+        if operation == "BSYNC":
+            place = meeting_points[text.split()[-1]]
+        ends = operation in ("BRA", "EXIT", "RET") and not text.startswith("@")
+        branches.append(Branch(place, not ends or "BRA.U" in text))
+    return branches
+
+
+class Loop(NamedTuple):
+    """The instructions inside, and those from which it turns."""
+
+    inside: set[int]
+    ends: list[int]
+
+
+def find_loops(branches: Sequence[Branch]) -> list[Loop]:
+    """The loops of some code, in the order in which the text comes to them.
+
+    A step closes a loop if it leads to where every way to it has passed (Aho, Sethi, Ullman: natural loops). Steps
+    backwards in the text need not, since blocks are moved about.
+    """
+    count = len(branches)
+    before: list[list[int]] = [[] for _ in range(count)]
+    for number, branch in enumerate(branches):
+        if branch.goes_on and number + 1 < count:
+            before[number + 1].append(number)
+        if branch.target is not None:
+            before[branch.target].append(number)
+    # Sets of what every way has passed, as the bits of integers.
+    passed = [1, *[(1 << count) - 1] * (count - 1)]
+    changed = True
+    while changed:
+        changed = False
+        for number in range(1, count):
+            common = (1 << count) - 1
+            for earlier in before[number]:
+                common &= passed[earlier]
+            common |= 1 << number
+            changed |= common != passed[number]
+            passed[number] = common
+    loops: dict[int, Loop] = {}
+    for first in range(count):
+        for last in before[first]:
+            reachable = last == 0 or any(before[last])
+            if not passed[last] >> first & 1 or not reachable:
+                continue
+            loop = loops.setdefault(first, Loop({first}, []))
+            loop.ends.append(last)
+            found = [last]
+            while found:
+                number = found.pop()
+                if number not in loop.inside:
+                    loop.inside.add(number)
+                    found.extend(before[number])
+    # Kernels end in a jump to itself that is never reached.
+    return [
+        loops[first]
+        for first in sorted(loops)
+        if any(k not in loops[first].inside for k in before[first])
+    ]
+
+
+def _is_landmark(text: str) -> bool:
     """Whether an instruction, of PTX or machine code, is one that the assembler keeps as it is."""
+    words = text.split()
     name = words[1] if words[0].startswith("@") else words[0]
     return name.startswith(
         ("ld.global", "st.global", "atom", "shfl", "bar.sync", "LDG", "STG", "ATOM", "SHFL", "BAR")
