@@ -22,6 +22,7 @@ from mmvssm.ops import (
 from mmvssm.ops import (
     neighbor_table,
     sparse_depthwise_conv,
+    triton_launcher,
 )
 from mmvssm.ops.sparse_depthwise_conv import cpu as sparse_depthwise_conv_cpu
 from mmvssm.ops.sparse_depthwise_conv import pytorch as sparse_depthwise_conv_torch
@@ -503,44 +504,69 @@ def test_library_of_another_version_is_not_used(elsewhere, monkeypatch):
 @needs_triton
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="triton interprets")
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kernel", ["convolve", "weight_gradient"])
 def test_triton_kernels_compile_without_spills(kernel, dtype, capability, tmp_path, monkeypatch):
-    triton = pytest.importorskip("triton", minversion="3.3")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from mmvssm.ops.sparse_depthwise_conv import triton_kernels as kernels
+    triton = pytest.importorskip("triton", minversion="3.6")
+    from offline import compile_launch
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    backend = sparse_depthwise_conv_triton
-    function = getattr(kernels, kernel)
-    constants = dict(
-        **dict(TAPS=49, REVERSE=True, PART=backend._PART),
-        **dict(TOKENS=backend._TOKENS, LANES=backend._LANES),
-    )
-    constants = {name: x for name, x in constants.items() if name in function.arg_names}
-    pointers = dict.fromkeys(("x", "y", "grad_y", "bias"), f"*{dtype}")
-    pointers |= {"taps": "*fp32", "partials": "*fp32", "neighbors": "*i32"}
-    signature = {
-        name: "constexpr" if name in constants else pointers.get(name, "i32")
-        for name in function.arg_names
-    }
-    # Sizes of models are multiples of 16, the number of tokens need not be.
-    divisible = {
-        (i,): [["tt.divisibility", 16]]
-        for i, (name, kind) in enumerate(signature.items())
-        if kind != "constexpr" and name not in ("kept", "tokens")
-    }
-    compiled = triton.compile(
-        ASTSource(function, signature, constants, divisible),
-        target=GPUTarget("cuda", capability, 32),
-        options=dict(num_warps=4, enable_fp_fusion=True),
-    )
+    x = torch.empty(2, 3200, 384, dtype=dtype, device="meta")
+    neighbors = torch.empty(2, 3200, 49, dtype=torch.int32, device="meta")
+    with triton_launcher.recorded_launches() as launches:
+        if kernel == "convolve":
+            weight = torch.empty(384, 1, 7, 7, device="meta")
+            sparse_depthwise_conv_triton.convolve(x, weight, neighbors, None, reverse=True)
+        else:
+            sparse_depthwise_conv_triton.weight_gradient(x, x, neighbors)
+    (launch,) = launches
+    assert launch.kernel.__name__ == kernel
+    compiled = compile_launch(launch, capability)
     registers, stack = resources(triton, compiled.asm["cubin"], tmp_path)
     print(f"{kernel}, {dtype}, sm_{capability}: {registers} registers")
     assert stack == 0, "registers were spilled"
-    assert registers <= 128, "fewer than four programs would share a multiprocessor"
+    assert registers <= 128, "fewer than four warps in each quarter of a multiprocessor"
+
+
+@needs_triton
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="triton interprets")
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(1, (5, 7), 20, 5),
+        Case(3, (9, 6), 31, 130, kernel=3),
+        pytest.param(Case(1, (24, 32), 601, 20), marks=pytest.mark.slow),
+        pytest.param(Case(2, (11, 12), 90, 5, kernel=9), marks=pytest.mark.slow),
+        pytest.param(
+            Case(2, (7, 5), 21, 33, layout="sliced", dtype=torch.bfloat16), marks=pytest.mark.slow
+        ),
+    ],
+    ids=str,
+)
+def test_triton_kernels_emulated(case):
+    """Their compiled code, executed: see ``ptx_emulator.py``."""
+    pytest.importorskip("triton", minversion="3.6")
+    from support.emulated_gpu import emulated_gpu
+
+    with emulated_gpu(90) as launches:
+        check(case, run_backend(sparse_depthwise_conv_triton))
+    assert [launch.kernel.__name__ for launch in launches] == [
+        "weight_gradient",
+        "convolve",
+        "convolve",
+    ]
+
+
+@needs_triton
+@pytest.mark.parametrize("kernel, reads", [(1, 1), (3, 1), (7, 7)])
+def test_weight_gradient_reads_the_gradient_once_for_each_row_of_taps(kernel, reads):
+    inputs = make_inputs(Case(2, (7, 9), 40, 33, kernel=kernel))
+    with triton_launcher.recorded_launches() as launches:
+        sparse_depthwise_conv_triton.weight_gradient(
+            inputs["grad_y"], inputs["x"], inputs["neighbors"]
+        )
+    (launch,) = launches
+    assert launch.grid[2] == reads
 
 
 def resources(triton, cubin, folder):

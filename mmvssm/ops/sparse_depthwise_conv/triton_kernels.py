@@ -1,9 +1,9 @@
-"""Triton kernels of the sparse depthwise convolution. Reach this module through ``sparse_depthwise_conv_triton``.
+"""Triton kernels of the sparse depthwise convolution. Reach this module through ``triton_launch.py``.
 
-A program holds a tile of ``TOKENS`` tokens and ``LANES`` channels in registers and passes over the taps (for the
-weights' gradient: over tiles, for one tap). Neighbours are gathered where they are; absent ones read as zero and cost
-no memory traffic. Tokens of all images are numbered through. Offsets are 64-bit. Nothing here checks that neighbours
-lie within the tokens.
+A program holds a tile of ``TOKENS`` tokens of an image and ``LANES`` channels in registers and passes over the taps
+(for the weights' gradient: over tiles, with ``BLOCK`` taps at a time). Neighbours are gathered where they are; absent
+ones read as zero and cost no memory traffic. Offsets are 64-bit. Nothing here checks that neighbours lie within the
+tokens.
 """
 
 from __future__ import annotations
@@ -12,70 +12,77 @@ import triton
 import triton.language as tl
 
 # Not specialised, so that one compiled kernel serves batches and pruned grids of every size.
-_kernel = triton.jit(do_not_specialize=["kept", "tokens"])
+_kernel = triton.jit(do_not_specialize=["kept", "parts"])
 
 
 @triton.jit
-def _under_tap(
-    x,
-    x_b,
-    x_k,
-    neighbors,
-    token,
-    kept,
-    tokens,
-    tap,
-    TAPS: tl.constexpr,
-    lane,
-    channels,
-    dtype: tl.constexpr,
-):
+def _under_tap(x, x_k, neighbors, inside, lane_inside, dtype: tl.constexpr):
     """The tile's neighbours under one tap, zero where there are none."""
-    neighbor = tl.load(neighbors + token * TAPS + tap, token < tokens, other=-1).to(tl.int64)
-    rows = x + token // kept * x_b + neighbor * x_k
-    return tl.load(rows + lane, (neighbor >= 0) & (lane < channels), other=0.0).to(dtype)
+    neighbor = tl.load(neighbors, inside, other=-1)
+    there = (neighbor >= 0) & lane_inside
+    return tl.load(x + neighbor.to(tl.int64) * x_k, there, other=0.0).to(dtype)
 
 
 @_kernel
 def convolve(
-    x, x_b, x_k, taps, neighbors, bias, y, kept, tokens, channels,
+    x, x_b, x_k, taps, neighbors, bias, y, kept, parts, channels,
     TAPS: tl.constexpr, REVERSE: tl.constexpr, TOKENS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """``y (tokens, C)`` from ``x (B, K, C)`` and ``taps (T, C)``."""
+    """``y (B, K, C)`` from ``x (B, K, C)`` and ``taps (T, C)``, a tile in each program, ``parts`` in each image."""
     dtype: tl.constexpr = taps.dtype.element_ty
-    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)[:, None]
+    image = (tl.program_id(0) // parts).to(tl.int64)
+    token = tl.program_id(0) % parts * TOKENS + tl.arange(0, TOKENS)[:, None]
     lane = tl.program_id(1) * LANES + tl.arange(0, LANES)[None, :]
+    inside, lane_inside = token < kept, lane < channels
+    token = image * kept + token  # of all images
+    x += image * x_b + lane
+    taps += lane
+    if REVERSE:
+        taps += (TAPS - 1) * channels
+    neighbors += token * TAPS
     total = tl.zeros((TOKENS, LANES), dtype)
     if bias is not None:
-        total += tl.load(bias + lane, lane < channels, other=0.0).to(dtype)
+        total += tl.load(bias + lane, lane_inside, other=0.0).to(dtype)
     for t in range(TAPS):
-        row = TAPS - 1 - t if REVERSE else t
-        weight = tl.load(taps + row * channels + lane, lane < channels, other=0.0)
-        total += weight * _under_tap(
-            x, x_b, x_k, neighbors, token, kept, tokens, t, TAPS, lane, channels, dtype
-        )
-    tl.store(y + token * channels + lane, total, (token < tokens) & (lane < channels))
+        row = -t if REVERSE else t
+        weight = tl.load(taps + row * channels, lane_inside, other=0.0)
+        total += weight * _under_tap(x, x_k, neighbors + t, inside, lane_inside, dtype)
+    tl.store(y + token * channels + lane, total, inside & lane_inside)
 
 
 @_kernel
 def weight_gradient(
-    grad_y, grad_y_b, grad_y_k, x, x_b, x_k, neighbors, partials, kept, tokens, channels,
-    TAPS: tl.constexpr, PART: tl.constexpr, TOKENS: tl.constexpr, LANES: tl.constexpr,
+    grad_y, grad_y_b, grad_y_k, x, x_b, x_k, neighbors, partials, kept, parts, channels,
+    TAPS: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr, TOKENS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """``partials (parts, T, C)``: what ``PART`` tokens add to the gradient of one tap, per program."""
+    """``partials (B * parts, T, C)``: what ``PART`` tokens of an image add to the gradients of ``BLOCK`` taps.
+
+    A program passes over its tokens once. Each thread adds up what it multiplies itself, and only at the end are sums
+    added up across threads.
+    """
     dtype: tl.constexpr = partials.dtype.element_ty
-    tap, part = tl.program_id(0), tl.program_id(2)
+    part = tl.program_id(0)
+    image = (part // parts).to(tl.int64)
     lane = tl.program_id(1) * LANES + tl.arange(0, LANES)[None, :]
-    total = tl.zeros((TOKENS, LANES), dtype)
-    first = part.to(tl.int64) * PART
-    for start in range(first, tl.minimum(first + PART, tokens), TOKENS):
+    lane_inside = lane < channels
+    tap = tl.program_id(2) * BLOCK
+    grad_y += image * grad_y_b + lane
+    x += image * x_b + lane
+    neighbors += image * kept * TAPS + tap
+    totals = ()
+    for _ in tl.static_range(BLOCK):
+        totals = totals + (tl.zeros((TOKENS, LANES), dtype),)  # noqa: RUF005, which Triton cannot read
+    first = part % parts * PART
+    for start in range(first, tl.minimum(first + PART, kept), TOKENS):
         token = start + tl.arange(0, TOKENS)[:, None]
-        under_tap = _under_tap(
-            x, x_b, x_k, neighbors, token, kept, tokens, tap, TAPS, lane, channels, dtype
-        )
-        rows = grad_y + token // kept * grad_y_b + token % kept * grad_y_k
-        inside = (token < tokens) & (lane < channels)
-        total += under_tap * tl.load(rows + lane, inside, other=0.0).to(dtype)
-    total = tl.sum(total, 0)[None, :]
-    row = part.to(tl.int64) * TAPS + tap
-    tl.store(partials + row * channels + lane, total, lane < channels)
+        inside = token < kept
+        token = token.to(tl.int64)
+        dy = tl.load(grad_y + token * grad_y_k, inside & lane_inside, other=0.0).to(dtype)
+        sums = ()
+        for t in tl.static_range(BLOCK):
+            under_tap = _under_tap(x, x_k, neighbors + token * TAPS + t, inside, lane_inside, dtype)
+            sums = sums + (totals[t] + dy * under_tap,)  # noqa: RUF005
+        totals = sums
+    partials += (part.to(tl.int64) * TAPS + tap) * channels + lane
+    for t in tl.static_range(BLOCK):
+        tl.store(partials + t * channels, tl.sum(totals[t], 0)[None, :], lane_inside)

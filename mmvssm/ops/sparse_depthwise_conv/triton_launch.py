@@ -8,6 +8,8 @@ is added up across programs is added up in a fixed order: two runs agree bit for
 
 from __future__ import annotations
 
+import math
+from types import ModuleType
 from typing import Any, Optional
 
 import torch
@@ -16,10 +18,11 @@ from torch import Tensor
 from ..backend import accumulation_dtype
 from ..triton_launcher import launch
 
-# Of a tile, which four warps hold in registers.
-_TOKENS, _LANES = 32, 64
-# Tokens whose contributions to a weight's gradient one program adds up: a multiple of the tile's.
-_PART = 512
+# Channels of a tile, and its tokens where it is convolved, by four warps, and where weights' gradients are added up, by
+# two, with a sum for each of some taps in registers.
+_LANES, _TOKENS, _GRADIENT_TOKENS = 64, 32, 8
+# Tokens whose contributions to weights' gradients one program adds up: a multiple of the tile's.
+_PART = 256
 
 
 def convolve(
@@ -31,23 +34,37 @@ def convolve(
     taps = weight.flatten(1).t().to(accumulation_dtype(x, weight)).contiguous()
     arguments = dict(
         **_strided(x=x),
-        **_sizes(x, neighbors),
-        **dict(taps=taps, y=y, REVERSE=reverse),
+        **_sizes(x, neighbors, _TOKENS),
+        **dict(taps=taps, y=y, REVERSE=reverse, TOKENS=_TOKENS),
         bias=None if bias is None else bias.contiguous(),
     )
-    _launch("convolve", (_tiles(x.shape[0] * x.shape[1], _TOKENS), _channel_blocks(x)), arguments)
+    grid = (x.shape[0] * arguments["parts"], _channel_blocks(x))
+    _launch(_kernels().convolve, grid, arguments, 4)
     return y
 
 
 def weight_gradient(grad_y: Tensor, x: Tensor, neighbors: Tensor) -> Tensor:
     """See :func:`mmvssm.ops.sparse_depthwise_conv.pytorch.weight_gradient`."""
-    taps, parts = neighbors.shape[-1], _tiles(x.shape[0] * x.shape[1], _PART)
-    partials = x.new_empty((parts, taps, x.shape[-1]), dtype=accumulation_dtype(grad_y, x))
-    arguments = dict(
-        **_strided(grad_y=grad_y, x=x), **_sizes(x, neighbors), partials=partials, PART=_PART
+    batch, _, channels = x.shape
+    taps = neighbors.shape[-1]
+    sizes = _sizes(x, neighbors, _PART)
+    partials = x.new_empty(
+        (batch * sizes["parts"], taps, channels), dtype=accumulation_dtype(grad_y, x)
     )
-    _launch("weight_gradient", (taps, _channel_blocks(x), parts), arguments)
+    block = _taps_of_a_program(taps)
+    arguments = dict(
+        **_strided(grad_y=grad_y, x=x),
+        **sizes,
+        **dict(partials=partials, BLOCK=block, PART=_PART, TOKENS=_GRADIENT_TOKENS),
+    )
+    grid = (len(partials), _channel_blocks(x), taps // block)
+    _launch(_kernels().weight_gradient, grid, arguments, 2)
     return partials.sum(0).t().contiguous()
+
+
+def _taps_of_a_program(taps: int) -> int:
+    """Of one that works out weights' gradients: all of a small kernel, or a row, for registers to hold the sums."""
+    return taps if taps <= 9 else math.isqrt(taps)
 
 
 def _strided(**tensors: Tensor) -> dict[str, Any]:
@@ -61,26 +78,25 @@ def _strided(**tensors: Tensor) -> dict[str, Any]:
     return arguments
 
 
-def _sizes(x: Tensor, neighbors: Tensor) -> dict[str, Any]:
-    batch, kept, channels = x.shape
+def _sizes(x: Tensor, neighbors: Tensor, part: int) -> dict[str, Any]:
+    _, kept, channels = x.shape
     return dict(
         **dict(neighbors=neighbors.contiguous(), TAPS=neighbors.shape[-1]),
-        **dict(kept=kept, tokens=batch * kept, channels=channels),
-        **dict(TOKENS=_TOKENS, LANES=_LANES),
+        **dict(kept=kept, parts=-(-kept // part), channels=channels, LANES=_LANES),
     )
 
 
 def _channel_blocks(x: Tensor) -> int:
-    return _tiles(x.shape[-1], _LANES)
+    return -(-x.shape[-1] // _LANES)
 
 
-def _tiles(size: int, tile: int) -> int:
-    return -(-size // tile)
+def _launch(kernel: Any, grid: tuple[int, ...], values: dict[str, Any], num_warps: int) -> None:
+    arguments = {name: values[name] for name in kernel.arg_names}
+    launch(kernel, grid, arguments, num_warps=num_warps, device=values["x"].device)
 
 
-def _launch(kernel: str, grid: tuple[int, ...], values: dict[str, Any]) -> None:
+def _kernels() -> ModuleType:
+    """Imported when they are first needed, which is where triton is."""
     from . import triton_kernels
 
-    function = getattr(triton_kernels, kernel)
-    arguments = {name: values[name] for name in function.arg_names}
-    launch(function, grid, arguments, num_warps=4, device=values["x"].device)
+    return triton_kernels
