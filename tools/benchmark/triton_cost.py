@@ -228,7 +228,8 @@ def _branches(rows: list[tuple[int, str]]) -> list[Branch]:
     branches = []
     for _, text in rows:
         operation, target = _operation(text), re.search(r"0x([0-9a-f]+)\s*$", text)
-        jumps = operation == "BRA" and target
+        # Calls are of subroutines, which return here, or jumps like any other.
+        jumps = operation in ("BRA", "CALL") and target
         if operation == "BSSY":
             meeting_points[text.split()[1].rstrip(",")] = numbers[int(target[1], 16)]
         place = numbers[int(target[1], 16)] if jumps else None
@@ -259,6 +260,16 @@ def find_loops(branches: Sequence[Branch]) -> list[Loop]:
             before[number + 1].append(number)
         if branch.target is not None:
             before[branch.target].append(number)
+    after: list[list[int]] = [[] for _ in range(count)]
+    for number, earlier in enumerate(before):
+        for k in earlier:
+            after[k].append(number)
+    reached, found = {0}, [0]
+    while found:
+        new = set(after[found.pop()]) - reached
+        reached |= new
+        found.extend(new)
+    before = [[k for k in earlier if k in reached] for earlier in before]
     # Sets of what every way has passed, as the bits of integers.
     passed = [1, *[(1 << count) - 1] * (count - 1)]
     changed = True
@@ -274,8 +285,7 @@ def find_loops(branches: Sequence[Branch]) -> list[Loop]:
     loops: dict[int, Loop] = {}
     for first in range(count):
         for last in before[first]:
-            reachable = last == 0 or any(before[last])
-            if not passed[last] >> first & 1 or not reachable:
+            if not passed[last] >> first & 1:
                 continue
             loop = loops.setdefault(first, Loop({first}, []))
             loop.ends.append(last)
@@ -285,12 +295,7 @@ def find_loops(branches: Sequence[Branch]) -> list[Loop]:
                 if number not in loop.inside:
                     loop.inside.add(number)
                     found.extend(before[number])
-    # Kernels end in a jump to itself that is never reached.
-    return [
-        loops[first]
-        for first in sorted(loops)
-        if any(k not in loops[first].inside for k in before[first])
-    ]
+    return [loops[first] for first in sorted(loops)]
 
 
 def _is_landmark(text: str) -> bool:
