@@ -101,14 +101,28 @@ def run_parts(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def run_part(name: str, args: argparse.Namespace, limit: float) -> dict[str, Any]:
-    """Run one part in a process of its own, which is ended when its time is up."""
-    result_file = args.out / f"{name}.json"
-    result_file.unlink(missing_ok=True)
+    """Run one part in a process of its own."""
     command = [sys.executable, str(Path(__file__).resolve()), "--part", name]
     command += ["--out", str(args.out), "--device", args.device]
     if args.mamba_source:
         command += ["--mamba-source", str(args.mamba_source)]
-    with (args.out / f"{name}.log").open("w") as log:
+    return run_limited(command, args.out / name, limit)
+
+
+def run_limited(command: list[str], place: Path, limit: float) -> dict[str, Any]:
+    """Run a process that writes its result to ``{place}.json``, and end it when its time is up.
+
+    Args:
+        command: What to run; what it prints goes to ``{place}.log``.
+        place: The folder and the part's name.
+        limit: Seconds.
+
+    Returns:
+        What it wrote, or what became of it.
+    """
+    file, log_name = place.with_suffix(".json"), f"{place.name}.log"
+    file.unlink(missing_ok=True)
+    with place.with_suffix(".log").open("w") as log:
         process = subprocess.Popen(
             command,
             stdout=log,
@@ -122,16 +136,12 @@ def run_part(name: str, args: argparse.Namespace, limit: float) -> dict[str, Any
             os.killpg(process.pid, signal.SIGKILL)  # with what it started
             with suppress(subprocess.TimeoutExpired):  # what hangs in the driver cannot be ended
                 process.wait(10)
-            partial_rows = (
-                json.loads(result_file.read_text())["rows"] if result_file.exists() else []
-            )
-            message = f"not done after {limit:.0f} s; see {name}.log"
-            return dict(status="timed out", message=message, rows=partial_rows)
-    if not result_file.exists():
-        return dict(status="failed", message=f"ended with code {code}; see {name}.log", rows=[])
-    result = json.loads(result_file.read_text())
-    if code != 0 and result["status"] == "ok":
-        result.update(status="failed", message=f"ended with code {code}; see {name}.log")
+            code = None
+    result = json.loads(file.read_text()) if file.exists() else dict(rows=[], status="failed")
+    if code is None:
+        result.update(status="timed out", message=f"not done after {limit:.0f} s; see {log_name}")
+    elif (result["status"] == "ok" and code) or "message" not in result:
+        result.update(status="failed", message=f"ended with code {code}; see {log_name}")
     return result
 
 
@@ -166,7 +176,7 @@ class Report:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.content: dict[str, Any] = dict(status="failed", message="crashed", rows=[])
+        self.content: dict[str, Any] = dict(status="failed", rows=[])
 
     def add(self, what: str, **figures: object) -> None:
         """Note a finding."""

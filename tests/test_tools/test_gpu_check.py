@@ -1,0 +1,203 @@
+"""The first look at a GPU, run on the CPU: every part reports, and no part stops the others."""
+
+import json
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import gpu_check
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+TOOL = REPOSITORY / "tools/benchmark/gpu_check.py"
+
+
+def run_tool(out, *options):
+    return subprocess.run(
+        [sys.executable, TOOL, "--out", out, *options], capture_output=True, text=True
+    )
+
+
+def test_parts_come_in_the_order_in_which_they_are_useful():
+    assert list(gpu_check.PARTS) == [
+        *("versions", "bandwidth", "primitives", "tests", "sanitizer", "times", "profiler"),
+        *("capture", "mamba_ssm", "backbones", "look_back"),
+    ]
+    assert gpu_check.TOTAL_SECONDS < 8 * 60
+
+
+def test_results_are_written(tmp_path):
+    done = run_tool(tmp_path / "new", "--device", "cpu", "--only", "versions", "mamba_ssm")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "new/gpu_check.json").read_text())
+    assert list(results) == ["versions", "mamba_ssm"]
+    assert results["versions"]["status"] == "ok"
+    assert results["versions"]["rows"][0]["torch"]
+    assert results["mamba_ssm"]["status"] == "skipped"
+    assert results["mamba_ssm"]["message"] == "needs a GPU"
+    table = (tmp_path / "new/gpu_check.md").read_text()
+    assert table.splitlines()[0] == f"# GPU check on {results['versions']['rows'][0]['device']}"
+    assert "| mamba_ssm |" in table
+    assert table in done.stdout
+
+
+@pytest.mark.slow
+def test_every_part_at_small_sizes(tmp_path):
+    done = run_tool(tmp_path, "--device", "cpu")
+    results = json.loads((tmp_path / "gpu_check.json").read_text())
+    statuses = {name: result["status"] for name, result in results.items()}
+    assert list(statuses) == list(gpu_check.PARTS)
+    assert set(statuses.values()) <= {"ok", "skipped"}, done.stdout
+    for name in ("bandwidth", "tests", "sanitizer", "times", "capture"):
+        assert statuses[name] == "ok"
+        assert results[name]["rows"]
+    for row in results["times"]["rows"]:
+        assert row["forward_ms"] > 0
+        assert row["backward_host_us"] > 0
+
+
+def test_a_missing_gpu_is_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    done = run_tool(tmp_path, "--only", "versions")
+    assert done.returncode == 1
+    result = json.loads((tmp_path / "gpu_check.json").read_text())["versions"]
+    assert result["status"] == "failed"
+    assert "torch sees no CUDA GPU here" in result["message"]
+
+
+def test_a_folder_that_is_no_mamba_is_refused(tmp_path):
+    done = run_tool(tmp_path, "--mamba-source", tmp_path, "--device", "cpu")
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith("give a checkout of mamba-ssm.")
+    assert "\n" not in done.stderr.strip()
+
+
+# ------------------------------------------------------------------------------------------- single parts
+
+FINDS = "import json, pathlib; pathlib.Path({file!r}).write_text(json.dumps({content})); "
+
+
+@pytest.mark.parametrize(
+    "ending, status, message",
+    [
+        ("", "ok", ""),
+        ("import os; os.abort()", "failed", "ended with code -6; see part.log"),
+        ("import time; print('here', flush=True); time.sleep(60)", "timed out", "not done after"),
+    ],
+)
+def test_a_part_that_does_not_end_well_keeps_what_it_found(tmp_path, ending, status, message):
+    content = dict(status="ok", message="", rows=[dict(what="a copy", right=True)])
+    if ending:  # before it was done
+        content = dict(status="failed", rows=content["rows"])
+    code = FINDS.format(file=str(tmp_path / "part.json"), content=content) + ending
+    result = gpu_check.run_limited([sys.executable, "-c", code], tmp_path / "part", limit=5)
+    assert result["status"] == status
+    assert result["message"].startswith(message)
+    assert result["rows"] == content["rows"]
+
+
+def test_a_part_that_crashes_before_it_begins(tmp_path):
+    command = [sys.executable, "-c", "raise SystemExit(3)"]
+    result = gpu_check.run_limited(command, tmp_path / "part", limit=5)
+    assert result == dict(rows=[], status="failed", message="ended with code 3; see part.log")
+
+
+@pytest.fixture
+def run_here(tmp_path, monkeypatch):
+    """Run a part in this process."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+
+    def run(function):
+        monkeypatch.setitem(gpu_check.PARTS, "versions", gpu_check.Part(function, 1))
+        gpu_check.run_in_child(Namespace(part="versions", out=tmp_path, device="cpu"))
+        return json.loads((tmp_path / "versions.json").read_text())
+
+    return run
+
+
+def test_a_failure_inside_a_part_does_not_end_it(run_here):
+    def part(report, args):
+        gpu_check.attempt(report, "division", lambda: dict(right=1 / 0))
+        gpu_check.attempt(report, "sum", lambda: dict(right=1 + 1 == 2))
+
+    result = run_here(part)
+    assert result["status"] == "failed"
+    assert result["message"] == "wrong: division"
+    assert [row["right"] for row in result["rows"]] == [False, True]
+    assert result["rows"][0]["error"] == "ZeroDivisionError: division by zero"
+
+
+def test_a_part_that_raises_is_reported(run_here):
+    def part(report, args):
+        report.add("before", right=True)
+        raise ValueError("no such thing\nand more")
+
+    result = run_here(part)
+    assert result["status"] == "failed"
+    assert result["message"] == "ValueError: no such thing"
+    assert len(result["rows"]) == 1
+
+
+def test_wrong_results_are_noticed():
+    import torch
+
+    right = gpu_check._compare(torch.ones(3), torch.ones(3).double(), 1e-5)
+    assert right["right"]
+    wrong = gpu_check._compare(torch.tensor([1, 1, 1.1]), torch.ones(3).double(), 1e-5)
+    assert not wrong["right"]
+
+
+def test_counts_of_ncu_are_read():
+    text = """==PROF== Connected to process 1
+"ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
+"0","1","outputs","smsp__inst_executed.sum","inst","1,234,567"
+"1","1","outputs","launch__grid_size","","12"
+"2","1","outputs(float *)","smsp__inst_executed.sum","inst","89"
+"""
+    assert gpu_check._ncu_counts(text) == {"outputs": [1234567, 89]}
+
+
+def test_how_mamba_is_compiled(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "_cuda_tool", lambda name: f"/opt/cuda/bin/{name}")
+    commands, link = gpu_check.mamba_commands(tmp_path / "mamba", tmp_path, "sm_90")
+    sources = [Path(command[command.index("-c") + 1]).name for command in commands]
+    assert sources == [*gpu_check.MAMBA_SOURCES, "rest.cpp"]
+    for command in commands:
+        assert command[0] == "/opt/cuda/bin/nvcc"
+        assert command[command.index("-arch") + 1] == "sm_90"
+        assert command[-1] in link
+    monkeypatch.setattr(gpu_check, "_cuda_tool", lambda name: None)
+    with pytest.raises(RuntimeError, match="nvcc is not installed"):
+        gpu_check.mamba_commands(tmp_path / "mamba", tmp_path, "sm_90")
+
+
+WITHOUT_OPENMMLAB = """
+import sys
+from argparse import Namespace
+from importlib.abc import MetaPathFinder
+from pathlib import Path
+
+class Absent(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"mmengine", "mmcv", "mmdet", "mmseg", "prettytable"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+import importlib.util
+find_spec = importlib.util.find_spec
+absent = {"mmengine", "mmcv", "mmdet"}
+importlib.util.find_spec = lambda name: None if name in absent else find_spec(name)
+import gpu_check
+for part in ("bandwidth", "times", "tests", "backbones"):
+    gpu_check.run_in_child(Namespace(part=part, out=Path(sys.argv[1]), device="cpu"))
+"""
+
+
+def test_torch_alone_is_enough(tmp_path):
+    command = [sys.executable, "-c", WITHOUT_OPENMMLAB, tmp_path]
+    subprocess.run(command, check=True, cwd=TOOL.parent, env=gpu_check._environment())
+    statuses = {
+        file.stem: json.loads(file.read_text())["status"] for file in tmp_path.glob("*.json")
+    }
+    assert statuses == dict(bandwidth="ok", times="ok", tests="ok", backbones="skipped")
