@@ -31,6 +31,7 @@ Example:
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import subprocess
@@ -146,7 +147,7 @@ def measure(launch: Launch, capability: int) -> Kernel:
     return Kernel(
         launch.kernel.__name__,
         tuple(launch.grid),
-        executed(sass, program, counts) * programs * program.threads,
+        float(executed(sass, program, counts) * programs * program.threads),
         *(registers, stack, compiled.metadata.shared, moved),
     )
 
@@ -187,31 +188,75 @@ def _turns(
 ) -> list[tuple[set[int], float]]:
     """The loops of the machine code, as the numbers of their instructions, and how often each turns.
 
-    Loops are those of the PTX, in the same order. Where the assembler unrolled one, it turns as much less often as it
-    holds more accesses to memory and exchanges between threads than the PTX does.
+    They are those of the PTX, in the same order. But the assembler may make several of one: a first that does several
+    turns at once, and others that do the rest. How many turns a loop does at once is how many times as many accesses to
+    memory and exchanges between threads it holds as the PTX. A loop that is missing was unrolled altogether.
     """
-    loops = find_loops(_branches(rows))
-    in_ptx = find_loops(
-        [
-            Branch(
-                program.labels[i.operands[0]] if i.name == "bra" else None,
-                i.name not in ("bra", "ret") or i.guard is not None,
-            )
-            for i in program.instructions
-        ]
-    )
-    if len(loops) != len(in_ptx):
-        sys.exit(
-            f"error: {program.name} has {len(in_ptx)} loops in PTX and {len(loops)} in machine code, so that the turns "
-            "of the latter cannot be told."
+    branches = [
+        Branch(
+            program.labels[i.operands[0]] if i.name == "bra" else None,
+            i.name not in ("bra", "ret") or i.guard is not None,
         )
+        for i in program.instructions
+    ]
+
+    def landmarks(loop: Loop, texts: Sequence[str]) -> int:
+        return sum(_is_landmark(texts[k]) for k in loop.inside)
+
+    in_ptx = [i.text for i in program.instructions]
+    in_code = [text for _, text in rows]
     turns = []
-    for loop, original in zip(loops, in_ptx):
-        landmarks = sum(_is_landmark(program.instructions[k].text) for k in original.inside)
-        found = sum(_is_landmark(rows[k][1]) for k in loop.inside)
-        unrolled = max(1, round(found / landmarks)) if landmarks else 1
-        turns.append((loop.inside, sum(executed[k] for k in original.ends) / unrolled))
+
+    def match(originals: list[Loop], loops: list[Loop], share: float) -> None:
+        """``share``: of the turns of the originals, how many are done in these loops."""
+        outer, outer_originals = _outermost(loops), _outermost(originals)
+        sizes = [landmarks(loop, in_code) for loop in outer]
+        groups = _groups([landmarks(loop, in_ptx) for loop in outer_originals], sizes)
+        for original, group in zip(outer_originals, groups):
+            total = sum(executed[k] for k in original.ends) * share
+            size, left = landmarks(original, in_ptx), total
+            for k in sorted(group, key=lambda k: -sizes[k]):
+                at_once = max(1, round(sizes[k] / size)) if size else 1
+                # The last one does whatever the others leave.
+                times = left // at_once if at_once > 1 else left
+                left -= times * at_once
+                turns.append((outer[k].inside, times))
+                done = times * at_once / total if total else 1.0
+                match(_within(original, originals), _within(outer[k], loops), share * done)
+
+    match(find_loops(branches), find_loops(_branches(rows)), 1.0)
     return turns
+
+
+def _within(loop: Loop, loops: list[Loop]) -> list[Loop]:
+    return [other for other in loops if other.inside < loop.inside]
+
+
+def _outermost(loops: list[Loop]) -> list[Loop]:
+    return [loop for loop in loops if not any(loop.inside < other.inside for other in loops)]
+
+
+def _groups(originals: list[int], sizes: list[int]) -> list[range]:
+    """Which of some loops in a row were made of each original, told by how much they hold."""
+    if not originals:
+        if sizes:
+            raise CannotTell("there are more loops in the machine code than in PTX")
+        return []
+
+    def cost(original: int, group: range) -> float:
+        """How badly they fit."""
+        held = [sizes[k] / max(original, 1) for k in group]
+        return 10 * (not held) + sum(abs(x - max(1, round(x))) for x in held) + 0.1 * len(held)
+
+    ways = []
+    for cuts in itertools.combinations_with_replacement(range(len(sizes) + 1), len(originals) - 1):
+        edges = (0, *cuts, len(sizes))
+        ways.append([range(first, last) for first, last in itertools.pairwise(edges)])
+    return min(ways, key=lambda way: sum(map(cost, originals, way)))
+
+
+class CannotTell(Exception):
+    """How often a loop turns."""
 
 
 class Branch(NamedTuple):

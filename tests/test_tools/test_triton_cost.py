@@ -1,0 +1,222 @@
+"""Costs are those of the kernels that the operator launches, counted as they would be executed."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", minversion="3.6")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="triton interprets"
+)
+
+import ptx_emulator  # noqa: E402
+import triton.language as tl  # noqa: E402
+import triton_cost  # noqa: E402
+from scan_inputs import PLAIN, STAGE_1, bytes_of, least_bytes, make_inputs  # noqa: E402
+from triton_cost import Branch, Loop, find_loops  # noqa: E402
+
+from mmvssm.ops.triton_launcher import Launch  # noqa: E402
+
+TOOL = Path(__file__).parents[2] / "tools/benchmark/triton_cost.py"
+
+# ------------------------------------------------------------------------------------------------ loops
+
+ON = Branch(None, True)
+
+
+@pytest.mark.parametrize(
+    "code, loops",
+    [
+        ([ON, ON, Branch(1, True), ON], [Loop({1, 2}, [2])]),
+        # One in another.
+        (
+            [ON, ON, ON, Branch(2, True), Branch(1, True), ON],
+            [Loop({1, 2, 3, 4}, [4]), Loop({2, 3}, [3])],
+        ),
+        # Tested at the end, where it is entered.
+        ([Branch(3, False), ON, ON, Branch(1, True), ON], [Loop({1, 2, 3}, [2])]),
+        # A block that was moved behind the end jumps back, and closes no loop.
+        ([ON, Branch(4, True), ON, Branch(None, False), Branch(2, False)], []),
+        # What is never reached.
+        ([ON, Branch(None, False), ON, Branch(2, False)], []),
+    ],
+)
+def test_loops_are_found(code, loops):
+    assert find_loops(code) == loops
+
+
+SASS = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;   /* 0x0a */
+        /*0010*/               @P0 BRA 0x50 ;
+        /*0020*/                   LDG.E R2, [R4.64] ;
+        /*0030*/                   STG.E [R4.64], R2 ;
+        /*0040*/              @!P1 BRA 0x20 ;
+        /*0050*/                   EXIT ;
+        /*0060*/                   BRA 0x60;
+        /*0070*/                   NOP;
+"""
+PTX = """
+.visible .entry f(.param .u32 f_param_0) .reqntid 32 {
+    ld.param.b32 %r1, [f_param_0];
+    mov.b64 %rd1, 4096;
+$LOOP:
+    ld.global.b32 %r2, [%rd1];
+    st.global.b32 [%rd1], %r2;
+    sub.s32 %r1, %r1, 1;
+    setp.gt.s32 %p1, %r1, 0;
+    @%p1 bra $LOOP;
+    ret;
+}"""
+
+
+@pytest.mark.parametrize("turns", [1, 5, 1000])
+def test_instructions_are_counted_as_often_as_their_loop_turns(turns):
+    program = ptx_emulator.parse(PTX)
+    counts = ptx_emulator.count(program, (40,), [turns], shared_bytes=0, samples=3)
+    # Outside the loop four that are executed at most once, and one jump to itself.
+    assert triton_cost.executed(SASS, program, counts) == 4 + 3 * turns
+
+
+def test_a_loop_that_the_assembler_unrolled_turns_less_often():
+    unrolled = SASS.replace(
+        "@!P1 BRA 0x20 ;",
+        "LDG.E R2, [R4.64] ;\n /*0044*/ STG.E [R4.64], R2 ;\n /*0048*/ @!P1 BRA 0x20 ;",
+    )
+    program = ptx_emulator.parse(PTX)
+    counts = ptx_emulator.count(program, (40,), [1000], shared_bytes=0, samples=3)
+    assert triton_cost.executed(unrolled, program, counts) == 4 + 5 * 500
+
+
+def test_a_loop_with_another_for_the_rest():
+    """Four turns at once, then what is left, one at a time."""
+    accesses = "LDG.E R2, [R4.64] ;\n /*00{}{}*/ STG.E [R4.64], R2 ;\n"
+    unrolled = "\n".join(f"/*00{k}0*/ {accesses.format(k, 8)}" for k in (2, 3, 4, 5))
+    sass = f"""
+    /*0000*/ MOV R1, R2 ;
+    {unrolled}
+    /*0060*/ @P0 BRA 0x20 ;
+    /*0070*/ @!P1 EXIT ;
+    /*0080*/ LDG.E R2, [R4.64] ;
+    /*0090*/ STG.E [R4.64], R2 ;
+    /*00a0*/ @P0 BRA 0x80 ;
+    /*00b0*/ EXIT ;
+    """
+    program = ptx_emulator.parse(PTX)
+    counts = ptx_emulator.count(program, (40,), [1003], shared_bytes=0, samples=3)
+    assert triton_cost.executed(sass, program, counts) == 3 + 250 * 9 + 3 * 3
+
+
+def test_a_loop_that_was_unrolled_altogether():
+    program = ptx_emulator.parse(PTX)
+    counts = ptx_emulator.count(program, (1,), [2], shared_bytes=0, samples=1)
+    assert triton_cost.executed("  /*0000*/ MOV R1, R2 ;\n  /*0010*/ EXIT ;", program, counts) == 2
+
+
+def test_loops_of_which_the_ptx_knows_nothing_are_an_error():
+    program = ptx_emulator.parse(re.sub(r"@%p1 bra .LOOP;", "", PTX))
+    counts = ptx_emulator.count(program, (1,), [1], shared_bytes=0, samples=1)
+    with pytest.raises(triton_cost.CannotTell, match="more loops in the machine code"):
+        triton_cost.executed(SASS, program, counts)
+
+
+@triton.jit
+def running_sum(x, y, unused, length, SIZE: tl.constexpr):
+    lane = tl.arange(0, SIZE)
+    total = tl.zeros((SIZE,), tl.float32)
+    for step in range(length):
+        total += tl.load(x + step * SIZE + lane)
+        tl.store(y + step * SIZE + lane, total)
+
+
+def test_a_kernel_s_cost_grows_with_its_loop():
+    def cost(length, programs=1):
+        x = torch.empty(length, 32, device="meta")
+        arguments = dict(x=x, y=x, unused=x, length=length, SIZE=32)
+        return triton_cost.measure(
+            Launch(running_sum, (programs,), arguments, dict(num_warps=1)), 90
+        )
+
+    short, long, two = cost(100), cost(1000), cost(1000, programs=2)
+    assert (
+        short.bytes == 2 * 100 * 32 * 4
+    )  # read once and written once, and what is not used not at all
+    assert long.instructions > 9 * short.instructions
+    assert two.instructions == 2 * long.instructions
+    # An access each way, a sum and something to count with; less than that cannot be.
+    assert 4 * 1000 * 32 <= long.instructions <= 16 * 1000 * 32
+
+
+# ------------------------------------------------------------------------------------------------ bytes
+
+
+def test_least_bytes():
+    inputs = make_inputs(STAGE_1, 16, torch.float32, "meta")
+    elements = inputs.u.numel()
+    order = 4 * 4 * 64000
+    parameters = 4 * (4 * 16) * 3
+    least = least_bytes(inputs)
+    # u, delta, y; B and C for 16 channels each.
+    assert least["forward"] == 12 * elements + 2 * 4 * elements // 16 + order + parameters
+    # The gradient of y in place of y, and those of what has one.
+    assert least["backward"] == least["forward"] + 8 * elements + 8 * elements // 16 + parameters
+
+
+def test_what_is_expanded_counts_once():
+    assert bytes_of(torch.empty(3, 1, 5).expand(3, 7, 5)) == 60
+    inputs = make_inputs(PLAIN, 1, torch.bfloat16, "meta")
+    assert bytes_of(inputs.u) == 16000 * 384 * 2
+    assert inputs.u.shape == (1, 16000, 4, 384)
+
+
+def test_operations_of_pytorch_count(monkeypatch):
+    x = torch.empty(100, 10, device="meta")
+    with triton_cost._recorded() as (launches, traffic):
+        x.new_empty(5)
+        x.view(1000)
+        x.sum(0)
+    assert traffic.bytes == 4000 + 40
+    assert launches == []
+
+
+# ------------------------------------------------------------------------------------------- the operator
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """What the tool finds at one image, from a process of its own."""
+    file = tmp_path_factory.mktemp("cost") / "new/cost.json"
+    command = [sys.executable, TOOL, "--batch", "1", "--json", file]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "nothing ran on a GPU" in done.stdout
+    rows = json.loads(file.read_text())
+    assert done.stdout.count("\n| ") == len(rows) + 2
+    return rows
+
+
+KEYS = {"triton", "capability", "d_state", "dtype", "direction", "design"}
+KEYS |= {"instructions_per_element", "instructions_per_element_and_state", "registers", "stack"}
+KEYS |= {"shared", "bytes_per_element", "least_bytes_per_element"}
+KEYS |= {"predicted_share_of_copy_bandwidth"}
+
+
+@pytest.mark.slow
+def test_the_table_is_complete(rows):
+    for row in rows:
+        assert row.keys() >= KEYS
+        assert row["triton"] == triton.__version__
+        assert row["instructions_per_element_and_state"] == pytest.approx(
+            row["instructions_per_element"] / row["d_state"], abs=0.01
+        )
+        assert row["instructions_per_element"] == pytest.approx(
+            sum(kernel["instructions_per_element"] for kernel in row["kernels"]), abs=0.05
+        )
+        assert row["bytes_per_element"] >= row["least_bytes_per_element"]
+    found = {(row["capability"], row["d_state"], row["dtype"], row["direction"]) for row in rows}
+    assert len(found) == 2 * 2 * 2 * 2
