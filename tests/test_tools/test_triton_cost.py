@@ -80,7 +80,7 @@ def test_instructions_are_counted_as_often_as_their_loop_turns(turns):
     program = ptx_emulator.parse(PTX)
     counts = ptx_emulator.count(program, (40,), [turns], shared_bytes=0, samples=3)
     # Outside the loop four that are executed at most once, and one jump to itself.
-    assert triton_cost.executed(SASS, program, counts) == 4 + 3 * turns
+    assert triton_cost.executed(SASS, program, counts).instructions == 4 + 3 * turns
 
 
 def test_a_loop_that_the_assembler_unrolled_turns_less_often():
@@ -90,7 +90,7 @@ def test_a_loop_that_the_assembler_unrolled_turns_less_often():
     )
     program = ptx_emulator.parse(PTX)
     counts = ptx_emulator.count(program, (40,), [1000], shared_bytes=0, samples=3)
-    assert triton_cost.executed(unrolled, program, counts) == 4 + 5 * 500
+    assert triton_cost.executed(unrolled, program, counts).instructions == 4 + 5 * 500
 
 
 def test_a_loop_with_another_for_the_rest():
@@ -109,13 +109,14 @@ def test_a_loop_with_another_for_the_rest():
     """
     program = ptx_emulator.parse(PTX)
     counts = ptx_emulator.count(program, (40,), [1003], shared_bytes=0, samples=3)
-    assert triton_cost.executed(sass, program, counts) == 3 + 250 * 9 + 3 * 3
+    assert triton_cost.executed(sass, program, counts) == (3 + 250 * 9 + 3 * 3, 1)
 
 
 def test_a_loop_that_was_unrolled_altogether():
     program = ptx_emulator.parse(PTX)
     counts = ptx_emulator.count(program, (1,), [2], shared_bytes=0, samples=1)
-    assert triton_cost.executed("  /*0000*/ MOV R1, R2 ;\n  /*0010*/ EXIT ;", program, counts) == 2
+    sass = "  /*0000*/ MOV R1, R2 ;\n  /*0010*/ EXIT ;"
+    assert triton_cost.executed(sass, program, counts).instructions == 2
 
 
 def test_loops_of_which_the_ptx_knows_nothing_are_an_error():
@@ -148,6 +149,7 @@ def test_a_kernel_s_cost_grows_with_its_loop():
     )  # read once and written once, and what is not used not at all
     assert long.instructions > 9 * short.instructions
     assert two.instructions == 2 * long.instructions
+    assert long.accesses == pytest.approx(1, abs=0.01)
     # An access each way, a sum and something to count with; less than that cannot be.
     assert 4 * 1000 * 32 <= long.instructions <= 16 * 1000 * 32
 
@@ -217,6 +219,8 @@ def test_the_table_is_complete(rows):
         assert row["instructions_per_element"] == pytest.approx(
             sum(kernel["instructions_per_element"] for kernel in row["kernels"]), abs=0.05
         )
+        for kernel in row["kernels"]:
+            assert 0.95 < kernel["accesses_beside_ptx"] < 1.1, kernel
         assert row["bytes_per_element"] >= row["least_bytes_per_element"]
     found = {(row["capability"], row["d_state"], row["dtype"], row["direction"]) for row in rows}
     assert len(found) == 2 * 2 * 2 * 2

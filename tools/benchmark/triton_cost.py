@@ -118,7 +118,7 @@ class _Traffic(TorchDispatchMode):
 
 
 class Kernel(NamedTuple):
-    """One launch. ``instructions`` are those of all its threads."""
+    """One launch. ``instructions`` are those of all its threads; ``accesses`` see :class:`Executed`."""
 
     name: str
     grid: tuple[int, ...]
@@ -127,6 +127,7 @@ class Kernel(NamedTuple):
     stack: int
     shared: int
     bytes: int
+    accesses: float
 
 
 def measure(launch: Launch, capability: int) -> Kernel:
@@ -144,11 +145,12 @@ def measure(launch: Launch, capability: int) -> Kernel:
     for size in launch.grid:
         programs *= size
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    instructions, accesses = executed(sass, program, counts)
     return Kernel(
         launch.kernel.__name__,
         tuple(launch.grid),
-        float(executed(sass, program, counts) * programs * program.threads),
-        *(registers, stack, compiled.metadata.shared, moved),
+        instructions * programs * program.threads,
+        *(registers, stack, compiled.metadata.shared, moved, accesses),
     )
 
 
@@ -166,21 +168,36 @@ def disassemble(cubin: bytes) -> tuple[str, str]:
         )
 
 
-def executed(sass: str, program: Program, counts: Counts) -> float:
-    """Instructions that a thread executes, on average over the programs that were run."""
+class Executed(NamedTuple):
+    """What a thread executes, on average over the programs that were run.
+
+    Attributes:
+        instructions: Of the machine code.
+        accesses: Of these, loads, stores and barriers, as a share of those in PTX. It is 1 where loops were told
+            right, and neither were accesses saved nor are there any in branches that are not taken.
+    """
+
+    instructions: float
+    accesses: float
+
+
+def executed(sass: str, program: Program, counts: Counts) -> Executed:
+    """Count a kernel's instructions."""
     rows = [
         (int(found[1], 16), found[2])
         for found in re.finditer(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.M)
     ]
-    warps = counts.programs * program.threads // 32
-    turns = _turns(rows, program, counts.executed / warps)
-    total = 0.0
+    in_ptx = counts.executed / (counts.programs * program.threads // 32)
+    turns = _turns(rows, program, in_ptx)
+    instructions = accesses = 0.0
     for number, (_, text) in enumerate(rows):
         # The innermost loop around an instruction says how often it is executed.
         around = [(len(inside), times) for inside, times in turns if number in inside]
         times = min(around)[1] if around else 1
-        total += 0 if _operation(text) == "NOP" else times
-    return total
+        instructions += times * (_operation(text) != "NOP")
+        accesses += times * _is_access(text)
+    expected = sum(times for times, i in zip(in_ptx, program.instructions) if _is_access(i.text))
+    return Executed(float(instructions), float(accesses / max(expected, 1e-9)))
 
 
 def _turns(
@@ -190,7 +207,7 @@ def _turns(
 
     They are those of the PTX, in the same order. But the assembler may make several of one: a first that does several
     turns at once, and others that do the rest. How many turns a loop does at once is how many times as many accesses to
-    memory and exchanges between threads it holds as the PTX. A loop that is missing was unrolled altogether.
+    memory and barriers it holds as the PTX. A loop that is missing was unrolled altogether.
     """
     branches = [
         Branch(
@@ -200,8 +217,8 @@ def _turns(
         for i in program.instructions
     ]
 
-    def landmarks(loop: Loop, texts: Sequence[str]) -> int:
-        return sum(_is_landmark(texts[k]) for k in loop.inside)
+    def accesses(loop: Loop, texts: Sequence[str]) -> int:
+        return sum(_is_access(texts[k]) for k in loop.inside)
 
     in_ptx = [i.text for i in program.instructions]
     in_code = [text for _, text in rows]
@@ -210,11 +227,11 @@ def _turns(
     def match(originals: list[Loop], loops: list[Loop], share: float) -> None:
         """``share``: of the turns of the originals, how many are done in these loops."""
         outer, outer_originals = _outermost(loops), _outermost(originals)
-        sizes = [landmarks(loop, in_code) for loop in outer]
-        groups = _groups([landmarks(loop, in_ptx) for loop in outer_originals], sizes)
+        sizes = [accesses(loop, in_code) for loop in outer]
+        groups = _groups([accesses(loop, in_ptx) for loop in outer_originals], sizes)
         for original, group in zip(outer_originals, groups):
             total = sum(executed[k] for k in original.ends) * share
-            size, left = landmarks(original, in_ptx), total
+            size, left = accesses(original, in_ptx), total
             for k in sorted(group, key=lambda k: -sizes[k]):
                 at_once = max(1, round(sizes[k] / size)) if size else 1
                 # The last one does whatever the others leave.
@@ -343,12 +360,14 @@ def find_loops(branches: Sequence[Branch]) -> list[Loop]:
     return [loops[first] for first in sorted(loops)]
 
 
-def _is_landmark(text: str) -> bool:
-    """Whether an instruction, of PTX or machine code, is one that the assembler keeps as it is."""
-    words = text.split()
-    name = words[1] if words[0].startswith("@") else words[0]
-    return name.startswith(
-        ("ld.global", "st.global", "atom", "shfl", "bar.sync", "LDG", "STG", "ATOM", "SHFL", "BAR")
+def _is_access(text: str) -> bool:
+    """Whether an instruction, of PTX or machine code, is an access to global memory or a barrier.
+
+    Those the assembler keeps; of exchanges between threads, for one, it drops many.
+    """
+    name = next(word for word in text.split() if not word.startswith("@"))
+    return name.startswith(("LDG", "STG", "ATOM", "RED.", "BAR", "atom", "red.", "bar.sync")) or (
+        name.startswith(("ld.", "st.")) and ".global" in name
     )
 
 
@@ -385,6 +404,7 @@ def add_up(call: Call, elements: int, d_state: int, capability: int) -> dict[str
                 stack=kernel.stack,
                 shared=kernel.shared,
                 bytes_per_element=round(kernel.bytes / elements, 2),
+                accesses_beside_ptx=round(kernel.accesses, 3),
             )
             for kernel in kernels
         ],
