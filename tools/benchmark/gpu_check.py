@@ -945,7 +945,7 @@ def main() -> int:
             f"error: --mamba-source {args.mamba_source} has no csrc/selective_scan; give a checkout of mamba-ssm."
         )
     if args.part:
-        if args.device != "cpu":
+        if ":" in args.device:
             import torch
 
             if torch.cuda.is_available():
