@@ -196,7 +196,8 @@ def shift(x, y, size, by, SIZE: tl.constexpr):
 
 def launch_shift(x, y, by=0):
     with emulated_gpu(90):
-        launch(shift, (3,), dict(x=x, y=y, size=x.numel(), by=by, SIZE=64), num_warps=2)
+        arguments = dict(x=x, y=y, size=x.numel(), by=by, SIZE=64)
+        launch(shift, (3,), arguments, num_warps=2, device=x.device)
 
 
 def test_tensors_are_read_and_written_in_place():
@@ -239,5 +240,5 @@ def test_programs_may_wait_for_earlier_ones():
     x, total = torch.arange(9.0), torch.zeros(9)
     with emulated_gpu(90):
         arguments = dict(x=x, total=total, flags=torch.zeros(9, dtype=torch.int32))
-        launch(chain, (9,), arguments, num_warps=1)
+        launch(chain, (9,), arguments, num_warps=1, device=x.device)
     assert torch.equal(total, x.cumsum(0))

@@ -19,7 +19,7 @@ import ptx_emulator  # noqa: E402
 import triton.language as tl  # noqa: E402
 import triton_cost  # noqa: E402
 from scan_inputs import PLAIN, STAGE_1, bytes_of, least_bytes, make_inputs  # noqa: E402
-from triton_cost import Branch, Loop, find_loops  # noqa: E402
+from triton_cost import Branch, Code, Loop  # noqa: E402
 
 from mmvssm.ops.triton_launcher import Launch  # noqa: E402
 
@@ -48,7 +48,7 @@ ON = Branch(None, True)
     ],
 )
 def test_loops_are_found(code, loops):
-    assert find_loops(code) == loops
+    assert Code([""] * len(code), code).loops == loops
 
 
 SASS = """
@@ -110,6 +110,33 @@ def test_a_loop_with_another_for_the_rest():
     program = ptx_emulator.parse(PTX)
     counts = ptx_emulator.count(program, (40,), [1003], shared_bytes=0, samples=3)
     assert triton_cost.executed(sass, program, counts) == (3 + 250 * 9 + 3 * 3, 1)
+
+
+def test_a_block_inside_a_loop_runs_when_its_condition_holds():
+    """Every fourth turn there are two more stores."""
+    ptx = PTX.replace(
+        "sub.s32",
+        """and.b32 %r3, %r1, 3;
+    setp.ne.s32 %p2, %r3, 0;
+    @%p2 bra $SKIP;
+    st.global.b32 [%rd1+4], %r2;
+    st.global.b32 [%rd1+8], %r2;
+$SKIP:
+    sub.s32""",
+    )
+    sass = """
+    /*0000*/ MOV R1, R2 ;
+    /*0010*/ LDG.E R2, [R4.64] ;
+    /*0020*/ STG.E [R4.64], R2 ;
+    /*0030*/ @P0 BRA 0x60 ;
+    /*0040*/ STG.E [R4.64+0x4], R2 ;
+    /*0050*/ STG.E [R4.64+0x8], R2 ;
+    /*0060*/ @P1 BRA 0x10 ;
+    /*0070*/ EXIT ;
+    """
+    program = ptx_emulator.parse(ptx)
+    counts = ptx_emulator.count(program, (1,), [1000], shared_bytes=0, samples=1)
+    assert triton_cost.executed(sass, program, counts) == (2 + 4 * 1000 + 2 * 250, 1)
 
 
 def test_a_loop_that_was_unrolled_altogether():

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from mmvssm.ops.selective_scan.triton_kernels import _size
+from mmvssm.ops.selective_scan.triton_functions import step_size
 
 TILES = [(8, 16, 4), (8, 32, 8), (32, 8, 8)]
 """Groups of steps, lanes and warps of the scan's tiles."""
@@ -40,5 +40,5 @@ def apply(x, y, size, NAME: tl.constexpr, SIZE: tl.constexpr):
     """A function of each element."""
     i = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     value = tl.load(x + i, i < size, other=0.0)
-    value = tl.exp2(value) if NAME == "exp2" else _size(value, i < size, True)
+    value = tl.exp2(value) if NAME == "exp2" else step_size(value, True)
     tl.store(y + i, value, i < size)

@@ -4,9 +4,9 @@ The operator's own launch code is run on tensors without memory, and every kerne
 the constants, alignments and warps that it is launched with. Then for each call, all its launches added up:
 
 instructions_per_element   Machine instructions executed, per token, walk and channel. Instructions are counted one by
-                           one in the disassembly (NOP left out, predicated ones counted, both sides of short branches
-                           too), each as often as the loops around it turn. How often that is, is found by executing
-                           the kernel's PTX for some of the launch's programs, with memory that reads as zero. Times the
+                           one in the disassembly (NOP left out, predicated ones counted), each as often as the loop
+                           or the conditional block around it runs. How often that is, is found by executing the
+                           kernel's PTX for some of the launch's programs, with memory that reads as zero. Times the
                            threads launched, idle ones included, over the elements. Loops that wait for another
                            program count as if one look were enough. PyTorch's own kernels, which add up partial
                            sums, are not in it.
@@ -187,70 +187,74 @@ def executed(sass: str, program: Program, counts: Counts) -> Executed:
         (int(found[1], 16), found[2])
         for found in re.finditer(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.M)
     ]
+    code = Code([text for _, text in rows], _branches(rows))
+    ptx = Code(
+        [i.text for i in program.instructions],
+        [
+            Branch(
+                program.labels[i.operands[0]] if i.name == "bra" else None,
+                i.name not in ("bra", "ret") or i.guard is not None,
+            )
+            for i in program.instructions
+        ],
+    )
     in_ptx = counts.executed / (counts.programs * program.threads // 32)
-    turns = _turns(rows, program, in_ptx)
+    parts = _parts(code, ptx, in_ptx)
     instructions = accesses = 0.0
-    for number, (_, text) in enumerate(rows):
-        # The innermost loop around an instruction says how often it is executed.
-        around = [(len(inside), times) for inside, times in turns if number in inside]
-        times = min(around)[1] if around else 1
+    for number, text in enumerate(code.texts):
+        # The innermost part around an instruction says how often it is executed.
+        _, times = min((len(inside), times) for inside, times in parts if number in inside)
         instructions += times * (_operation(text) != "NOP")
         accesses += times * _is_access(text)
-    expected = sum(times for times, i in zip(in_ptx, program.instructions) if _is_access(i.text))
+    expected = sum(times for times, text in zip(in_ptx, ptx.texts) if _is_access(text))
     return Executed(float(instructions), float(accesses / max(expected, 1e-9)))
 
 
-def _turns(
-    rows: list[tuple[int, str]], program: Program, executed: Sequence[float]
-) -> list[tuple[set[int], float]]:
-    """The loops of the machine code, as the numbers of their instructions, and how often each turns.
+def _parts(code: Code, ptx: Code, in_ptx: Sequence[float]) -> list[tuple[set[int], float]]:
+    """Loops and conditional blocks of machine code, as the numbers of their instructions, and how often each runs.
 
-    They are those of the PTX, in the same order. But the assembler may make several of one: a first that does several
-    turns at once, and others that do the rest. How many turns a loop does at once is how many times as many accesses to
-    memory and barriers it holds as the PTX. A loop that is missing was unrolled altogether.
+    They are those of the PTX, in the same order. But the assembler may make several loops of one: a first that does
+    several turns at once, and others that do the rest. How many turns a loop does at once is how many times as many
+    accesses to memory and barriers it holds as the PTX. A loop that is missing was unrolled altogether. Conditional
+    blocks are told by their accesses; one that cannot be told counts as if it always ran.
     """
-    branches = [
-        Branch(
-            program.labels[i.operands[0]] if i.name == "bra" else None,
-            i.name not in ("bra", "ret") or i.guard is not None,
-        )
-        for i in program.instructions
-    ]
+    parts = [(set(range(len(code.texts))), 1.0)]
 
-    def accesses(loop: Loop, texts: Sequence[str]) -> int:
-        return sum(_is_access(texts[k]) for k in loop.inside)
-
-    in_ptx = [i.text for i in program.instructions]
-    in_code = [text for _, text in rows]
-    turns = []
-
-    def match(originals: list[Loop], loops: list[Loop], share: float) -> None:
-        """``share``: of the turns of the originals, how many are done in these loops."""
-        outer, outer_originals = _outermost(loops), _outermost(originals)
-        sizes = [accesses(loop, in_code) for loop in outer]
-        groups = _groups([accesses(loop, in_ptx) for loop in outer_originals], sizes)
-        for original, group in zip(outer_originals, groups):
-            total = sum(executed[k] for k in original.ends) * share
-            size, left = accesses(original, in_ptx), total
+    def match_loops(outer: Loop, original: Loop, share: float) -> None:
+        """``share``: of the turns of the original, how many are done here."""
+        loops, originals = code.loops_in(outer), ptx.loops_in(original)
+        sizes = [code.accesses(loop) for loop in loops]
+        groups = _groups([ptx.accesses(loop) for loop in originals], sizes)
+        for inner_original, group in zip(originals, groups):
+            total = sum(in_ptx[k] for k in inner_original.ends) * share
+            size, left = ptx.accesses(inner_original), total
             for k in sorted(group, key=lambda k: -sizes[k]):
                 at_once = max(1, round(sizes[k] / size)) if size else 1
                 # The last one does whatever the others leave.
                 times = left // at_once if at_once > 1 else left
                 left -= times * at_once
-                turns.append((outer[k].inside, times))
-                done = times * at_once / total if total else 1.0
-                match(_within(original, originals), _within(outer[k], loops), share * done)
+                parts.append((loops[k].inside, times))
+                done = share * (times * at_once / total if total else 1.0)
+                match_loops(loops[k], inner_original, done)
+                match_blocks(loops[k], inner_original, done, at_once)
 
-    match(find_loops(branches), find_loops(_branches(rows)), 1.0)
-    return turns
+    def match_blocks(loop: Loop, original: Loop, share: float, at_once: int) -> None:
+        known = [
+            (ptx.accesses_by_kind(block), in_ptx[block[0]] * share / at_once)
+            for block in ptx.conditional_blocks(original)
+        ] * at_once
+        for block in code.conditional_blocks(loop):
+            kinds = code.accesses_by_kind(block)
+            # What is stored is never left out; what is loaded may be.
+            which = 0 if kinds[0] else 1
+            fits = [k for k in known if k[0][which] == kinds[which] > 0]
+            if fits:
+                known.remove(fits[0])
+                parts.append((set(block), fits[0][1]))
 
-
-def _within(loop: Loop, loops: list[Loop]) -> list[Loop]:
-    return [other for other in loops if other.inside < loop.inside]
-
-
-def _outermost(loops: list[Loop]) -> list[Loop]:
-    return [loop for loop in loops if not any(loop.inside < other.inside for other in loops)]
+    match_loops(code.whole, ptx.whole, 1.0)
+    match_blocks(code.whole, ptx.whole, 1.0, 1)
+    return parts
 
 
 def _groups(originals: list[int], sizes: list[int]) -> list[range]:
@@ -287,7 +291,7 @@ def _branches(rows: list[tuple[int, str]]) -> list[Branch]:
     """Of machine code."""
     numbers = {at: number for number, (at, _) in enumerate(rows)}
     meeting_points: dict[str, int] = {}
-    branches = []
+    branches: list[Branch] = []
     for _, text in rows:
         operation, target = _operation(text), re.search(r"0x([0-9a-f]+)\s*$", text)
         # Calls are of subroutines, which return here, or jumps like any other.
@@ -309,55 +313,118 @@ class Loop(NamedTuple):
     ends: list[int]
 
 
-def find_loops(branches: Sequence[Branch]) -> list[Loop]:
-    """The loops of some code, in the order in which the text comes to them.
+class Code:
+    """Some code: PTX or machine code.
 
-    A step closes a loop if it leads to where every way to it has passed (Aho, Sethi, Ullman: natural loops). Steps
-    backwards in the text need not, since blocks are moved about.
+    Args:
+        texts: Of its instructions.
+        branches: Where they lead.
     """
+
+    def __init__(self, texts: Sequence[str], branches: Sequence[Branch]) -> None:
+        self.texts, self.branches = texts, branches
+        self.before = _before(branches)
+        self.passed = _passed(self.before)
+        self.loops = self._find_loops()
+        last = [
+            k
+            for k, branch in enumerate(branches)
+            if not branch.goes_on and branch.target is None and (k == 0 or self.before[k])
+        ]
+        self.whole = Loop(set(range(len(branches))), last)
+
+    def _find_loops(self) -> list[Loop]:
+        """In the order in which the text comes to them.
+
+        A step closes a loop if it leads to where every way to it has passed (Aho, Sethi, Ullman: natural loops). Steps
+        backwards in the text need not, since blocks are moved about.
+        """
+        loops: dict[int, Loop] = {}
+        for first, earlier in enumerate(self.before):
+            for last in earlier:
+                if not self.has_passed(last, first):
+                    continue
+                loop = loops.setdefault(first, Loop({first}, []))
+                loop.ends.append(last)
+                found = [last]
+                while found:
+                    number = found.pop()
+                    if number not in loop.inside:
+                        loop.inside.add(number)
+                        found.extend(self.before[number])
+        return [loops[first] for first in sorted(loops)]
+
+    def has_passed(self, number: int, other: int) -> bool:
+        """Whether every way to an instruction leads over another."""
+        return bool(self.passed[number] >> other & 1)
+
+    def loops_in(self, outer: Loop) -> list[Loop]:
+        """The outermost loops inside a loop, or the whole."""
+        inside = [x for x in self.loops if x.inside < outer.inside or outer is self.whole]
+        return [x for x in inside if not any(x.inside < other.inside for other in inside)]
+
+    def conditional_blocks(self, loop: Loop) -> list[list[int]]:
+        """Blocks of a loop, and not of one inside, over which not every way to its ends leads."""
+        inner = set().union(*(x.inside for x in self.loops_in(loop)))
+        blocks: list[list[int]] = []
+        for number in sorted(loop.inside):
+            if number in inner or (number and not self.before[number]):
+                continue
+            follows = (
+                blocks and blocks[-1][-1] == number - 1 and self.before[number] == [number - 1]
+            )
+            if follows and self.branches[number - 1].target is None:
+                blocks[-1].append(number)
+            else:
+                blocks.append([number])
+        return [b for b in blocks if not all(self.has_passed(end, b[0]) for end in loop.ends)]
+
+    def accesses(self, loop: Loop) -> int:
+        """How many there are in a loop."""
+        return sum(_is_access(self.texts[k]) for k in loop.inside)
+
+    def accesses_by_kind(self, block: Sequence[int]) -> tuple[int, int]:
+        """Those that are not loads, and those that are."""
+        found = [self.texts[k] for k in block if _is_access(self.texts[k])]
+        loads = sum(bool(re.search(r"(^|\s)(LDG|ld\.)", text)) for text in found)
+        return len(found) - loads, loads
+
+
+def _before(branches: Sequence[Branch]) -> list[list[int]]:
+    """From where each instruction is reached, of those that are reached at all."""
     count = len(branches)
-    before: list[list[int]] = [[] for _ in range(count)]
+    after: list[list[int]] = []
     for number, branch in enumerate(branches):
-        if branch.goes_on and number + 1 < count:
-            before[number + 1].append(number)
+        after.append([number + 1] if branch.goes_on and number + 1 < count else [])
         if branch.target is not None:
-            before[branch.target].append(number)
-    after: list[list[int]] = [[] for _ in range(count)]
-    for number, earlier in enumerate(before):
-        for k in earlier:
-            after[k].append(number)
+            after[-1].append(branch.target)
     reached, found = {0}, [0]
     while found:
         new = set(after[found.pop()]) - reached
         reached |= new
         found.extend(new)
-    before = [[k for k in earlier if k in reached] for earlier in before]
-    # Sets of what every way has passed, as the bits of integers.
-    passed = [1, *[(1 << count) - 1] * (count - 1)]
+    before: list[list[int]] = [[] for _ in range(count)]
+    for number in sorted(reached):
+        for k in after[number]:
+            before[k].append(number)
+    return before
+
+
+def _passed(before: list[list[int]]) -> list[int]:
+    """What every way to an instruction leads over, as the bits of an integer."""
+    everything = (1 << len(before)) - 1
+    passed = [1, *[everything] * (len(before) - 1)]
     changed = True
     while changed:
         changed = False
-        for number in range(1, count):
-            common = (1 << count) - 1
+        for number in range(1, len(before)):
+            common = everything
             for earlier in before[number]:
                 common &= passed[earlier]
             common |= 1 << number
             changed |= common != passed[number]
             passed[number] = common
-    loops: dict[int, Loop] = {}
-    for first in range(count):
-        for last in before[first]:
-            if not passed[last] >> first & 1:
-                continue
-            loop = loops.setdefault(first, Loop({first}, []))
-            loop.ends.append(last)
-            found = [last]
-            while found:
-                number = found.pop()
-                if number not in loop.inside:
-                    loop.inside.add(number)
-                    found.extend(before[number])
-    return [loops[first] for first in sorted(loops)]
+    return passed
 
 
 def _is_access(text: str) -> bool:
