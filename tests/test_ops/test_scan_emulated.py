@@ -80,6 +80,23 @@ def test_agrees_with_the_definition_in_more_cases(case):
     check(case, run_on(90))
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(2, 300, 2, 13, 1),
+        Case(1, 1, 1, 3, 1),
+        pytest.param(Case(1, 2000, 1, 5, 1), marks=pytest.mark.slow),
+        pytest.param(Case(1, 600, 1, 35, 1, dtype=torch.bfloat16), marks=pytest.mark.slow),
+        pytest.param(Case(1, 600, 1, 5, 1, extreme=True), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_single_pass_agrees_with_the_definition(case, monkeypatch):
+    """Its programs wait for each other; here they run in their order."""
+    monkeypatch.setattr(triton_launch, "SINGLE_PASS", True)
+    check(case, run_on(90))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [CASES[1], CASES[4]], ids=str)
 def test_agrees_with_the_definition_on_older_gpus(case):

@@ -249,5 +249,30 @@ def test_the_table_is_complete(rows):
         for kernel in row["kernels"]:
             assert 0.95 < kernel["accesses_beside_ptx"] < 1.1, kernel
         assert row["bytes_per_element"] >= row["least_bytes_per_element"]
-    found = {(row["capability"], row["d_state"], row["dtype"], row["direction"]) for row in rows}
-    assert len(found) == 2 * 2 * 2 * 2
+    found = [
+        tuple(row[key] for key in ("capability", "d_state", "dtype", "direction", "design"))
+        for row in rows
+    ]
+    assert len(found) == len(set(found)) == 2 * 2 * (2 * 2 + 1)
+
+
+LIMITS = {
+    # States, direction, design: instructions an element and state.
+    (1, "forward", "default"): 90,
+    (1, "forward", "single_pass"): 70,
+    (1, "backward", "default"): 140,
+    (16, "forward", "default"): 18,
+    (16, "backward", "default"): 50,
+}
+
+
+@pytest.mark.slow
+def test_costs_stay_low(rows):
+    """In float32 on GPUs of compute capability 9.0, for which the limits were set."""
+    for row in rows:
+        limit = LIMITS[row["d_state"], row["direction"], row["design"]]
+        assert row["stack"] == 0, row
+        if row["capability"] == 90 and row["dtype"] == "float32":
+            assert row["instructions_per_element_and_state"] <= limit, row
+            if row["d_state"] == 1 and row["direction"] == "forward":
+                assert row["predicted_share_of_copy_bandwidth"] >= 0.6, row

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Union
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from mmvssm.ops import cross_traversal, snake_walks
+from mmvssm.ops.selective_scan import triton_launch
 from mmvssm.ops.selective_scan.inputs import ScanInputs
 
 WALKS = 4
@@ -87,5 +89,8 @@ def least_bytes(inputs: ScanInputs) -> dict[str, int]:
 
 
 def designs(d_state: int) -> dict[str, Callable[[], AbstractContextManager]]:
-    """The ways in which the operator can be told to work on a GPU at this number of states, the default first."""
-    return {"default": nullcontext}
+    """The ways in which the forward pass can be told to work on a GPU at this number of states, the default first."""
+    ways: dict[str, Callable[[], AbstractContextManager]] = {"default": nullcontext}
+    if d_state == 1:
+        ways["single_pass"] = lambda: mock.patch.object(triton_launch, "SINGLE_PASS", True)
+    return ways

@@ -487,6 +487,8 @@ def rows_of(args: argparse.Namespace) -> Iterator[dict[str, object]]:
                     inputs = make_inputs(SHAPES[d_state], batch, getattr(torch, dtype), "meta")
                     with chosen():
                         calls = record(inputs)
+                    if design != "default":  # they are of the forward pass
+                        del calls["backward"]
                     for direction, call in calls.items():
                         for capability in args.capability:
                             yield dict(
