@@ -71,7 +71,7 @@ def weight_gradient(
     neighbors += image * kept * TAPS + tap
     totals = ()
     for _ in tl.static_range(BLOCK):
-        totals = totals + (tl.zeros((TOKENS, LANES), dtype),)  # noqa: RUF005, which Triton cannot read
+        totals = totals + (tl.zeros((TOKENS, LANES), dtype),)
     first = part % parts * PART
     for start in range(first, tl.minimum(first + PART, kept), TOKENS):
         token = start + tl.arange(0, TOKENS)[:, None]
@@ -81,7 +81,7 @@ def weight_gradient(
         sums = ()
         for t in tl.static_range(BLOCK):
             under_tap = _under_tap(x, x_k, neighbors + token * TAPS + t, inside, lane_inside, dtype)
-            sums = sums + (totals[t] + dy * under_tap,)  # noqa: RUF005
+            sums = sums + (totals[t] + dy * under_tap,)
         totals = sums
     partials += (part.to(tl.int64) * TAPS + tap) * channels + lane
     for t in tl.static_range(BLOCK):
