@@ -157,7 +157,7 @@ def test_what_a_worker_cannot_hand_over_is_an_error_and_no_wait_for_ever():
         timeout=60,  # without init_worker's doing, it would wait as long
     )
     batches = []
-    with pytest.raises(Exception, match=r"in a data worker(.|\n)*[Cc]an't pickle") as caught:
+    with pytest.raises(Exception, match=r"in a data worker(.|\n)*_ForkingPickler") as caught:
         batches.extend(loader)
     assert batches == [[0, 1], [2, 3]] and "timed out" not in str(caught.value)
 

@@ -458,3 +458,20 @@ def test_compile_fullgraph_inductor():
     x = torch.randn(1, 3, 40, 56)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x)[0], model(x)[0], atol=1e-4, rtol=1e-4)
+
+
+def test_initial_scan_parameters_are_mambas():
+    """Drawn by ``reset_scan_parameters`` (Mamba, section 3.6), whatever the parameters held before."""
+    scan = GroupedVSSS(64)
+    with torch.no_grad():
+        for parameter in scan.parameters():
+            parameter.fill_(7.0)
+    scan.reset_scan_parameters()
+    assert (scan.Ds == 1).all()
+    torch.testing.assert_close(scan.A_logs.exp(), torch.ones_like(scan.A_logs))
+    steps = F.softplus(scan.dt_bias)
+    assert 0.0009 < steps.min() < 0.01 and 0.02 < steps.max() < 0.11
+    bound = scan.dt_rank**-0.5
+    assert 0.5 * bound < scan.dt_proj.weight.abs().max() <= bound
+    for proj in (scan.in_proj, scan.gate_proj, scan.out_proj):
+        assert proj.weight.std().item() == pytest.approx(0.02, rel=0.2)

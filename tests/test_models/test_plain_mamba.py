@@ -295,7 +295,9 @@ def test_initial_step_sizes_are_mambas():
     for layer in model.layers:
         steps = F.softplus(layer.mixer.dt_proj.bias)
         assert 0.0009 < steps.min() < 0.003 and 0.03 < steps.max() < 0.11
-        assert layer.mixer.dt_proj.weight.abs().max() <= layer.mixer.dt_rank**-0.5
+        bound = layer.mixer.dt_rank**-0.5
+        assert 0.8 * bound < layer.mixer.dt_proj.weight.abs().max() <= bound
+        assert layer.mixer.dt_proj.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.2)
 
 
 def test_initial_values_of_the_published_training_can_be_asked_for():

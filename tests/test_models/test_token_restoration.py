@@ -174,3 +174,10 @@ def test_composes_with_library_necks(scope, keep_ratio):
         (2, 8, 3, 4),
         (2, 8, 2, 2),
     ]
+
+
+def test_mask_tokens_start_small():
+    """As ViT's mask tokens do: a truncated normal distribution of standard deviation 0.02."""
+    neck = TokenRestoration(in_channels=512, fill="mask_token")
+    (token,) = neck.mask_tokens
+    assert token.std().item() == pytest.approx(0.02, rel=0.2)
