@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import signal
+import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,12 +47,19 @@ def run_failures(work_dir: Optional[str] = None) -> Iterator[None]:
             ``exit_code`` is 130 for Ctrl-C, as in shells.
     """
     try:
-        yield
+        try:
+            yield
+        except BaseException:
+            # torch raises what it learns of a dead worker wherever the main thread then is. After another error (the
+            # worker's connection, perhaps) that may be here, and is told instead, but nowhere below.
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            raise
     except KeyboardInterrupt:
         raise Stopped(f"interrupted{_how_to_resume(work_dir)}", signal.SIGINT) from None
     except PruningError as error:  # a pruned model finds out about its neck only when it runs
         raise UserError(str(error)) from error
-    except (RuntimeError, OSError, MemoryError) as error:
+    except (RuntimeError, OSError, MemoryError, EOFError) as error:
         sentence = explain_failure(error)
         if sentence is None:
             raise
@@ -64,6 +73,8 @@ def explain_failure(error: BaseException) -> Optional[str]:
         error: What was raised.
     """
     text = str(error)
+    if isinstance(error, (OSError, EOFError)) and _while_receiving(error):
+        return _about_worker("ended")
     if isinstance(error, OSError):
         return _about_disk(error)
     if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate" in text:
@@ -81,12 +92,21 @@ def explain_failure(error: BaseException) -> Optional[str]:
     worker = _KILLED_WORKER.search(text)
     if worker:
         name = worker.group("signal")
-        how = f"was killed by signal {name}" if name else "ended unexpectedly"
-        return (
-            f"a data worker {how}, most often because memory ran out; use fewer of them (num_workers "
-            f"of {_LOADERS}, 0 for none), or a smaller batch_size"
-        )
+        return _about_worker(f"was killed by signal {name}" if name else "ended unexpectedly")
     return _about_network(text)
+
+
+def _while_receiving(error: BaseException) -> bool:
+    """Whether an error was raised while a batch was taken over from a data worker, which has then ended."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(Path(f.f_code.co_filename).name == "resource_sharer.py" for f, _ in frames)
+
+
+def _about_worker(how: str) -> str:
+    return (
+        f"a data worker {how}, most often because memory ran out; use fewer of them (num_workers "
+        f"of {_LOADERS}, 0 for none), or a smaller batch_size"
+    )
 
 
 def _about_disk(error: OSError) -> Optional[str]:

@@ -202,7 +202,7 @@ def losses(work_dir):
 def main(work_dir, overrides):
     resume = overrides.pop("resume", False)
     if resume:
-        overrides.update(resume=True, load_from=find_resumable(work_dir))
+        overrides.update(resume=True, load_from=find_resumable(work_dir).path)
     init_default_scope("mmengine")
     cfg = toy_config(work_dir, **overrides)
     if cfg.launcher != "none":
