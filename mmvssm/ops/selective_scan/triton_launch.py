@@ -33,7 +33,7 @@ _STEPS = 8
 # Steps that a thread of the kernels for one state goes through, at most: fewer where that leaves a GPU empty.
 _LONGEST_RUN = 128
 # Threads, and warps with several states each, that fill a GPU of about 130 multiprocessors.
-_THREADS_WANTED, _WARPS_WANTED = 32000, 2048
+_THREADS_WANTED, _WARPS_WANTED = 36000, 2048
 # Threads of a program of the kernels for one state.
 _THREADS = 256
 # States of a channel that a thread holds in registers, at most.
@@ -307,13 +307,9 @@ def _forward_states(pass_: _Preparation) -> _Preparation:
         shape = (pass_.images, pass_.walks, spans, pass_.channels)
         pass_.need(ends=(*shape, pass_.states), times=shape, entries=(*shape, pass_.states))
         together = 2 if _walks_decay_alike(pass_.inputs) else 1
-        lanes = tile["LANES"] // together if tile["LANES"] == 64 else tile["LANES"]
         pass_.launch(
-            kernels.sweep,
-            (walks // together * spans, _parts(pass_.channels, lanes)),
-            32,
-            dict(values="u"),
-            **dict(values, **dict(tile, LANES=lanes), WALKS=together, OUTPUTS=False),
+            *(kernels.sweep, (walks // together * spans, blocks), 32, dict(values="u")),
+            **dict(values, **tile, WALKS=together, OUTPUTS=False),
             **dict(C=None, D=None, entries=None, y=None, y_l=0),
         )
         _hand_over(pass_, "ends", "times", "entries", spans, backwards=False)
@@ -348,7 +344,7 @@ def _prepare_backward(inputs: ScanInputs, grad_y: Tensor) -> _Prepared:
     turns = _parts(pass_.channels, channels * _GRADIENT_LANES)
     # Blocks of channels leave parts of dB and dC: no more of them than take the memory of one image's u.
     blocks = min(turns, max(1, pass_.channels // (2 * states * pass_.images)))
-    blocks = min(blocks, _parts(2 * _WARPS_WANTED, walks * pass_.chunks))
+    blocks = min(blocks, _parts(_WARPS_WANTED, walks * pass_.chunks))
     rounds = _parts(turns, blocks)
     blocks = _parts(turns, rounds)
     by_step = (pass_.images, pass_.walks, pass_.length, states)
@@ -385,10 +381,11 @@ def _adjoint_ends(pass_: _Preparation) -> None:
     values = dict(steps=CHUNK_LENGTH, ADJOINT=True, **pass_.strides_of("dy", "values"))
     if pass_.states > 1:
         tile = _states_tile(pass_)
-        grid = (walks * pass_.chunks, _parts(pass_.channels, tile["LANES"]))
+        together = 2 if _walks_decay_alike(pass_.inputs) else 1
+        grid = (walks // together * pass_.chunks, _parts(pass_.channels, tile["LANES"]))
         pass_.launch(
             *(triton_kernels_states.sweep, grid, 32, dict(values="dy", B="C")),
-            **dict(values, **tile, spans=pass_.chunks, WALKS=1, OUTPUTS=False),
+            **dict(values, **tile, spans=pass_.chunks, WALKS=together, OUTPUTS=False),
             **dict(C=None, D=None, entries=None, y=None, y_l=0),
             **pass_.strides_of("C", "B"),
         )
