@@ -252,6 +252,24 @@ def _value_of(announced):
 
 
 @triton.jit
+def _look(board, first, tile, channels, channel, group, FOLD: tl.constexpr):
+    """What ``FOLD`` tiles for each group announced, nothing for those from ``tile`` on, and how much is missing."""
+    keeps = ()
+    adds = ()
+    missing = tl.zeros((group.shape[0], channel.shape[1]), tl.int32)
+    for f in tl.static_range(FOLD):
+        earlier = first + group * FOLD + f
+        wanted = (earlier < tile) & (channel < channels)
+        slot = board + earlier * 2 * channels + channel
+        k = tl.load(slot, wanted, other=(0x3F800000 << 32) | 1, volatile=True)
+        x = tl.load(slot + channels, wanted, other=1, volatile=True)
+        keeps = keeps + (k,)
+        adds = adds + (x,)
+        missing += 1 - (k & x & 1).to(tl.int32)
+    return keeps, adds, tl.sum(tl.sum(missing, 1), 0)
+
+
+@triton.jit
 def _state_before_tile(board, tile, channels, channel, GROUPS: tl.constexpr, FOLD: tl.constexpr):
     """What all tiles before this one, waited for and taken in their order, make of 0: see :func:`single_pass`."""
     LANES: tl.constexpr = channel.shape[1]
@@ -259,23 +277,14 @@ def _state_before_tile(board, tile, channels, channel, GROUPS: tl.constexpr, FOL
     last = tl.full((GROUPS, LANES), GROUPS - 1, tl.int32)
     entry = tl.zeros((GROUPS, LANES), tl.float32)
     for first in range(0, tile, GROUPS * FOLD):
-        missing = 1
+        keeps, adds, missing = _look(board, first, tile, channels, channel, group, FOLD)
+        while missing > 0:
+            keeps, adds, missing = _look(board, first, tile, channels, channel, group, FOLD)
         keep = tl.full((GROUPS, LANES), 1.0, tl.float32)
         add = tl.zeros((GROUPS, LANES), tl.float32)
-        while missing > 0:
-            keep = tl.full((GROUPS, LANES), 1.0, tl.float32)
-            add = tl.zeros((GROUPS, LANES), tl.float32)
-            all_there = tl.full((GROUPS, LANES), 1, tl.int64)
-            for f in tl.static_range(FOLD):
-                earlier = first + group * FOLD + f
-                wanted = (earlier < tile) & (channel < channels)
-                slot = board + earlier * 2 * channels + channel
-                k = tl.load(slot, wanted, other=(0x3F800000 << 32) | 1, volatile=True)
-                x = tl.load(slot + channels, wanted, other=1, volatile=True)
-                all_there = all_there & k & x
-                add = add * _value_of(k) + _value_of(x)
-                keep = keep * _value_of(k)
-            missing = tl.max(tl.max(1 - (all_there & 1).to(tl.int32), 1), 0)
+        for f in tl.static_range(FOLD):
+            add = add * _value_of(keeps[f]) + _value_of(adds[f])
+            keep = keep * _value_of(keeps[f])
         keep, add = tl.associative_scan((keep, add), 0, compose)
         entry = tl.gather(keep * entry + add, last, 0)
     return entry
