@@ -256,7 +256,7 @@ def _look(board, first, tile, channels, channel, group, FOLD: tl.constexpr):
     """What ``FOLD`` tiles for each group announced, nothing for those from ``tile`` on, and how much is missing."""
     keeps = ()
     adds = ()
-    missing = tl.zeros((group.shape[0], channel.shape[1]), tl.int32)
+    announced = tl.full((group.shape[0], channel.shape[1]), 1, tl.int64)
     for f in tl.static_range(FOLD):
         earlier = first + group * FOLD + f
         wanted = (earlier < tile) & (channel < channels)
@@ -265,7 +265,8 @@ def _look(board, first, tile, channels, channel, group, FOLD: tl.constexpr):
         x = tl.load(slot + channels, wanted, other=1, volatile=True)
         keeps = keeps + (k,)
         adds = adds + (x,)
-        missing += 1 - (k & x & 1).to(tl.int32)
+        announced = announced & k & x
+    missing = 1 - announced.to(tl.int32)
     return keeps, adds, tl.sum(tl.sum(missing, 1), 0)
 
 
