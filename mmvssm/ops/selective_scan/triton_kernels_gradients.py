@@ -148,6 +148,15 @@ def _sum_steps(x):
     return tl.sum(x, 2)[:, :, None]
 
 
+@triton.jit
+def _tiles(found, shape: tl.constexpr, STEPS: tl.constexpr):
+    """What was loaded for steps, one thread's after the other's, as tiles of a shape."""
+    tiles = ()
+    for s in tl.static_range(STEPS):
+        tiles = tiles + (tl.reshape(found[s], shape),)
+    return tiles
+
+
 @kernel
 def gradients(
     dy, u, delta, A, by_step, D, delta_bias, order, source, gap, rest, states, adjoints,
@@ -180,6 +189,11 @@ def gradients(
     before = tl.broadcast_to(tl.maximum(group - 1, 0), shape)
     mirrored = tl.broadcast_to(GROUPS - 1 - group, shape)
     behind = tl.broadcast_to(tl.maximum(GROUPS - 2 - group, 0), shape)
+    # Memory is accessed by lists of threads: how Triton lays out tiles of accesses differs from version to version.
+    threads = tl.arange(0, CHANNELS * LANES * GROUPS)
+    begin = (chunk * GROUPS + threads % GROUPS) * STEPS
+    warp = tl.arange(0, LANES * GROUPS)
+    begin_of_warp = (chunk * GROUPS + warp % GROUPS) * STEPS
 
     if order is not None:
         order += batch * order_b + walk * order_k
@@ -190,7 +204,7 @@ def gradients(
     row = (place.to(tl.int64) * length + first) * N  # of the chunk's weights
     parts_b = parts + block.to(tl.int64) * half + row
     parts_c = parts_b + tl.num_programs(1).to(tl.int64) * half
-    row_b = by_step + row
+    row_b = by_step + (place.to(tl.int64) * length + begin_of_warp) * N
     row_c = row_b + half
     part_of_chunk = program.to(tl.int64) * channels  # in (B, K, S, D)
 
@@ -198,20 +212,23 @@ def gradients(
         channel = (block * rounds + turn) * CHANNELS * LANES
         channel += tl.arange(0, CHANNELS)[:, None, None] * LANES + tl.arange(0, LANES)[None, :, None]  # fmt: skip
         here = channel < channels
-        lane = tl.minimum(
-            channel, channels - 1
-        )  # loads need no mask; what is out of range is not stored
-        lanes = tl.broadcast_to(lane, shape)
-        i = indices(order, first, length, STEPS, ALIGNED, False)
+        channel_of = (block * rounds + turn) * CHANNELS * LANES + threads // GROUPS
+        there = channel_of < channels
+        lanes = tl.minimum(channel_of, channels - 1)  # loads need no mask
+        i = indices(order, begin, length, STEPS, ALIGNED, False)
         j = i
         if source is not None:
-            j = indices(source, first, length, STEPS, ALIGNED, False)
+            j = indices(source, begin, length, STEPS, ALIGNED, False)
         if gap is not None:
-            absent = indices(gap, first, length, STEPS, ALIGNED, False)
-        bias = parameter(delta_bias, walk * delta_bias_k + lane, dtype)
-        raw = rows(delta + (batch * delta_b + walk * delta_k) + lanes, delta_l, j, STEPS)
-        value = rows(u + (batch * u_b + walk * u_k) + lanes, u_l, i, STEPS)
-        grad = rows(dy + (batch * dy_b + walk * dy_k) + lanes, dy_l, i, STEPS)
+            absent = _tiles(indices(gap, begin, length, STEPS, ALIGNED, False), shape, STEPS)
+        bias = tl.reshape(parameter(delta_bias, walk * delta_bias_k + lanes, dtype), shape)
+        raw = _tiles(
+            rows(delta + (batch * delta_b + walk * delta_k) + lanes, delta_l, j, STEPS),
+            shape,
+            STEPS,
+        )
+        value = _tiles(rows(u + (batch * u_b + walk * u_k) + lanes, u_l, i, STEPS), shape, STEPS)
+        grad = _tiles(rows(dy + (batch * dy_b + walk * dy_k) + lanes, dy_l, i, STEPS), shape, STEPS)
         grads_y = ()
         times = ()
         drives = ()
@@ -219,7 +236,7 @@ def gradients(
         grads_time = ()
         pace = 0.0
         if gap is not None:
-            pace = parameter(rest, walk * rest_k + lane, dtype)
+            pace = tl.reshape(parameter(rest, walk * rest_k + lanes, dtype), shape)
         for s in tl.static_range(STEPS):
             inside = (first + (0 if ALIGNED else s) < length) & here
             size, _ = step_size_and_slope(raw[s].to(dtype) + bias, SOFTPLUS)
@@ -236,16 +253,19 @@ def gradients(
 
         for n in range(N):
             # Of all but the weights, what a thread holds in turn: ``(CHANNELS, LANES, GROUPS)``.
-            a = parameter(A, walk * A_k + lane * N + n, dtype) * LOG2_E
+            a = tl.reshape(parameter(A, walk * A_k + lanes * N + n, dtype), shape) * LOG2_E
             place_of = (part_of_chunk + channel) * N + n
-            entry = tl.load(states + place_of, here, other=0.0)
-            leave = tl.load(adjoints + place_of, here, other=0.0)
+            place_in = (part_of_chunk + channel_of) * N + n
+            entry = tl.reshape(tl.load(states + place_in, there, other=0.0), shape)
+            leave = tl.reshape(tl.load(adjoints + place_in, there, other=0.0), shape)
             b = ()
             c = ()
             for s in tl.static_range(STEPS):
-                exists = first + (0 if ALIGNED else s) < length
-                b = b + (tl.load(row_b + n + s * N, exists, other=0.0),)
-                c = c + (tl.load(row_c + n + s * N, exists, other=0.0),)
+                exists = begin_of_warp + (0 if ALIGNED else s) < length
+                weight = tl.load(row_b + n + s * N, exists, other=0.0)
+                b = b + (tl.reshape(weight, (1, LANES, GROUPS)),)
+                weight = tl.load(row_c + n + s * N, exists, other=0.0)
+                c = c + (tl.reshape(weight, (1, LANES, GROUPS)),)
             keeps = ()
             keep = tl.full(shape, 1.0, dtype)
             add = tl.zeros(shape, dtype)
@@ -273,7 +293,7 @@ def gradients(
             new_drive = ()
             new_time = ()
             for r in tl.static_range(STEPS - 1, -1, -1):
-                exists = first + (0 if ALIGNED else r) < length
+                exists_too = first + (0 if ALIGNED else r) < length
                 g = c[r] * grads_y[r] + q
                 q = keeps[r] * g
                 with_h = g * kept[r]
@@ -282,29 +302,35 @@ def gradients(
                 new_time = (grads_time[r] + with_h * a,) + new_time
                 to_b = parts_b + n + r * N
                 to_c = parts_c + n + r * N
-                more = (turn > 0) & exists
+                more = (turn > 0) & exists_too
                 grad_b = _sum_channels(g * drives[r]) + tl.load(to_b, more, other=0.0)
                 grad_c = _sum_channels(grads_y[r] * (kept[r] + drives[r] * b[r]))
                 grad_c += tl.load(to_c, more, other=0.0)
-                tl.store(to_b, grad_b, exists)
-                tl.store(to_c, grad_c, exists)
+                tl.store(to_b, grad_b, exists_too)
+                tl.store(to_c, grad_c, exists_too)
             grads_drive = new_drive
             grads_time = new_time
             tl.store(dA + place_of, _sum_steps(grad_a), here)
 
-        skip = parameter(D, walk * D_k + lane, dtype)
+        skip = tl.reshape(parameter(D, walk * D_k + lanes, dtype), shape)
         grad_skip = tl.zeros(shape, dtype)
         grad_bias = tl.zeros(shape, dtype)
         grad_rest = tl.zeros(shape, dtype)
         if N > 1:  # few registers: load again what the states had no use for
-            i = indices(order, first, length, STEPS, ALIGNED, False)
+            i = indices(order, begin, length, STEPS, ALIGNED, False)
             j = i
             if source is not None:
-                j = indices(source, first, length, STEPS, ALIGNED, False)
+                j = indices(source, begin, length, STEPS, ALIGNED, False)
             if gap is not None:
-                absent = indices(gap, first, length, STEPS, ALIGNED, False)
-            raw = rows(delta + (batch * delta_b + walk * delta_k) + lanes, delta_l, j, STEPS)
-            value = rows(u + (batch * u_b + walk * u_k) + lanes, u_l, i, STEPS)
+                absent = _tiles(indices(gap, begin, length, STEPS, ALIGNED, False), shape, STEPS)
+            raw = _tiles(
+                rows(delta + (batch * delta_b + walk * delta_k) + lanes, delta_l, j, STEPS),
+                shape,
+                STEPS,
+            )
+            value = _tiles(
+                rows(u + (batch * u_b + walk * u_k) + lanes, u_l, i, STEPS), shape, STEPS
+            )
         to_u = bytes_of(du + (batch * length * walks + walk) * channels + lanes)
         to_delta = bytes_of(ddelta + (batch * length * walks + walk) * channels + lanes)
         for s in tl.static_range(STEPS):
@@ -318,8 +344,18 @@ def gradients(
             grad_bias += grad_raw
             if gap is not None:
                 grad_rest += grad_time * absent[s].to(dtype)
-            tl.store(at(to_u, i[s], du_l, du), grads_drive[s] * size + grads_y[s] * skip, inside)
-            tl.store(at(to_delta, j[s], ddelta_l, ddelta), grad_raw, inside)
+            exists = (begin + (0 if ALIGNED else s) < length) & there
+            grad_value = grads_drive[s] * size + grads_y[s] * skip
+            tl.store(
+                at(to_u, i[s], du_l, du),
+                tl.reshape(grad_value, (CHANNELS * LANES * GROUPS,)),
+                exists,
+            )
+            tl.store(
+                at(to_delta, j[s], ddelta_l, ddelta),
+                tl.reshape(grad_raw, (CHANNELS * LANES * GROUPS,)),
+                exists,
+            )
         if D is not None:
             tl.store(dD + part_of_chunk + channel, _sum_steps(grad_skip), here)
         if delta_bias is not None:
