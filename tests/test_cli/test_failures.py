@@ -182,7 +182,9 @@ def test_a_killed_worker_ends_the_run(tmp_path):
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 1 and len(errors) == 1, done.stderr
     # Which of the two comes first, its connection's end or its own, is chance.
-    assert re.search(r"a data worker (was killed by signal Killed|ended( unexpectedly)?), most often", errors[0])
+    assert re.search(
+        r"a data worker (was killed by signal Killed|ended( unexpectedly)?), most often", errors[0]
+    )
 
 
 def test_a_port_in_use(monkeypatch):
