@@ -28,6 +28,8 @@ def init_worker(worker_id: int) -> None:
       process to decide, which may need the next batch to finish properly.
     - When the training process is killed, its workers can be left waiting for a reader that will
       never come, each holding its memory. On Linux the kernel is asked to end them too.
+    - A training process that stops in the middle of taking over a batch is no news to report from here: it has said
+      why it stops.
 
     Random numbers are seeded by PyTorch itself: Python's, NumPy's and its own, by worker and epoch.
     (mmengine's default repeats one seed each time workers start.)
@@ -36,6 +38,7 @@ def init_worker(worker_id: int) -> None:
         worker_id: Number of the worker within its data loader.
     """
     multiprocessing.queues.Queue._on_queue_feeder_error = _send_error
+    sys.excepthook = _report_unless_parent_left
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         parent = torch.multiprocessing.parent_process()
@@ -50,6 +53,12 @@ def _send_error(queue: multiprocessing.queues.Queue, error: Exception, item: Any
     """Send ``error`` in place of the ``(number, batch)`` that could not be sent."""
     wrapped = ExceptionWrapper((type(error), error, error.__traceback__), where="in a data worker")
     queue.put((item[0], wrapped))
+
+
+def _report_unless_parent_left(kind: type, error: BaseException, traceback: Any) -> None:
+    """What the thread that hands over tensors calls when its connection breaks."""
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, traceback)
 
 
 def _heed_parent_only() -> None:

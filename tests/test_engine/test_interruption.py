@@ -17,6 +17,7 @@ from mmengine.runner import EpochBasedTrainLoop
 
 from mmvssm.cli.checkpoints import find_resumable
 from mmvssm.engine import Stopped
+from mmvssm.engine.workers import _report_unless_parent_left
 from support.toy_training import end_workers, losses, toy_runner
 
 TRAINER = Path(__file__).parents[1] / "support" / "toy_training.py"
@@ -197,6 +198,14 @@ SLOW = {
     "train_dataloader.persistent_workers": True,
     "amount": 4,
 }
+
+
+def test_workers_report_all_but_a_parent_that_left(capsys):
+    _report_unless_parent_left(ConnectionResetError, ConnectionResetError(), None)
+    _report_unless_parent_left(EOFError, EOFError(), None)
+    assert not capsys.readouterr().err
+    _report_unless_parent_left(ValueError, ValueError("a real mistake"), None)
+    assert "a real mistake" in capsys.readouterr().err
 
 
 @pytest.mark.slow
