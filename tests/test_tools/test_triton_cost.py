@@ -190,10 +190,31 @@ def test_least_bytes():
     order = 4 * 4 * 64000
     parameters = 4 * (4 * 16) * 3
     least = least_bytes(inputs)
-    # u, delta, y; B and C for 16 channels each.
-    assert least["forward"] == 12 * elements + 2 * 4 * elements // 16 + order + parameters
+    # u, delta, y; B and C for 16 channels each; a state for 64 steps.
+    each = 12 * elements + 2 * 4 * elements // 16 + 4 * elements // 64
+    assert least["forward"] == each + order + parameters
     # The gradient of y in place of y, and those of what has one.
     assert least["backward"] == least["forward"] + 8 * elements + 8 * elements // 16 + parameters
+
+
+@triton.jit
+def look_back(flags, y, SIZE: tl.constexpr):
+    """Wait for all earlier programs, one after the other."""
+    program = tl.program_id(0)
+    tl.atomic_xchg(flags + program, 1)
+    for other in range(program):
+        while tl.load(flags + other, volatile=True) == 0:
+            pass
+        tl.store(y + program * 1024 + other, program)
+
+
+def test_waiting_counts_as_one_look_at_each_other_program():
+    flags = torch.empty(64, dtype=torch.int32, device="meta")
+    arguments = dict(flags=flags, y=torch.empty(64 * 1024, device="meta"), SIZE=1)
+    kernel = triton_cost.measure(Launch(look_back, (64,), arguments, dict(num_warps=1)), 90)
+    # Each of 64 programs waits for 31.5 others on average, with a look, another and a store.
+    assert 3 * 31.5 < kernel.instructions / 64 / 32 < 40 * 31.5
+    assert kernel.accesses == pytest.approx(1, abs=0.5)
 
 
 def test_what_is_expanded_counts_once():

@@ -18,6 +18,7 @@ What instructions do is described in NVIDIA's "PTX ISA", version 9.0.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -95,6 +96,36 @@ class Program:
     def waits(self) -> bool:
         """Whether its programs communicate with each other."""
         return any(i.communicates for i in self.instructions)
+
+    @functools.cached_property
+    def waiting_loops(self) -> list[tuple[int, int]]:
+        """The first and last instruction of loops of a single block that communicate."""
+        jumps = [k for k, i in enumerate(self.instructions) if i.name == "bra"]
+        loops = [(self.labels[self.instructions[k].operands[0]], k) for k in jumps]
+        return [
+            (first, last)
+            for first, last in loops
+            if any(i.communicates for i in self.instructions[first:last])
+            and not any(first <= k < last for k in jumps)
+        ]
+
+    @functools.cached_property
+    def heard(self) -> set[str]:
+        """Registers that depend on what other programs wrote."""
+        found: set[str] = set()
+        through_shared, size = False, -1
+        while size != len(found):
+            size = len(found)
+            for i in self.instructions:
+                names = [re.findall(r"%\w+", operand) for operand in i.operands]
+                known = any(name in found for group in names[1:] for name in group)
+                if i.name in ("st", "stmatrix"):
+                    through_shared |= known and "shared" in i.words
+                    continue
+                heard = i.communicates or (through_shared and "shared" in i.words)
+                if names and (known or heard):
+                    found.update(names[0])
+        return found
 
 
 def parse(ptx: str) -> Program:
@@ -310,8 +341,8 @@ class _Threads:
                 self.done |= leaving
             else:
                 target = self.program.labels[instruction.operands[0]]
-                if self.memory is None and target <= pc and self._spins(target, pc):
-                    leaving = np.zeros_like(here)  # nobody is there to be waited for
+                if self.memory is None:
+                    leaving = self._without_waiting(instruction, pc, target, here, leaving)
                 if leaving.any():
                     waiting[target] = leaving | waiting.get(target, False)
             staying = here & ~leaving
@@ -323,9 +354,17 @@ class _Threads:
             here = waiting.pop(pc)
             self._activate(here)
 
-    def _spins(self, first: int, last: int) -> bool:
-        """Whether a loop waits for another program."""
-        return any(i.communicates for i in self.program.instructions[first:last])
+    def _without_waiting(self, i: Instruction, pc: int, target: int, here, leaving):
+        """Who jumps, if other programs have done already what is waited for."""
+        if i.guard is None or i.guard not in self.program.heard:
+            return leaving
+        for first, last in self.program.waiting_loops:
+            if first <= target <= last:  # it leads there
+                return np.zeros_like(here)
+            between = self.program.instructions[pc + 1 : first]
+            if pc < first and all(k.name != "bra" for k in between):  # where else it would go
+                return here
+        return leaving
 
     def _activate(self, here: np.ndarray) -> None:
         self.mask = None if here.all() else here
@@ -976,7 +1015,7 @@ def count(
 ) -> Counts:
     """How often instructions are executed, where that does not depend on what is in memory.
 
-    All memory reads as zero. Loops that wait for another program are left after one turn.
+    All memory reads as zero. Nobody has to wait for another program.
 
     Args:
         program: From :func:`parse`.

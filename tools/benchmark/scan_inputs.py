@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Union
@@ -77,9 +78,14 @@ def bytes_of(x: Tensor) -> int:
 
 
 def least_bytes(inputs: ScanInputs) -> dict[str, int]:
-    """What a forward and a backward pass read and write at least: inputs once, outputs once."""
+    """What a forward and a backward pass read and write at least: inputs once, outputs once.
+
+    The states that the forward pass leaves for the backward pass are among the outputs of the one and the inputs of
+    the other.
+    """
     given = sum(bytes_of(x) for x in inputs if isinstance(x, Tensor))
     y = inputs.u.numel() * inputs.u.element_size()
+    y += math.prod(inputs.states_shape) * inputs.accumulation_dtype.itemsize
     gradients = sum(
         x.numel() * x.element_size()
         for x in inputs

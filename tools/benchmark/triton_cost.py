@@ -7,8 +7,8 @@ instructions_per_element   Machine instructions executed, per token, walk and ch
                            one in the disassembly (NOP left out, predicated ones counted), each as often as the loop
                            or the conditional block around it runs. How often that is, is found by executing the
                            kernel's PTX for some of the launch's programs, with memory that reads as zero. Times the
-                           threads launched, idle ones included, over the elements. Loops that wait for another
-                           program count as if one look were enough. PyTorch's own kernels, which add up partial
+                           threads launched, idle ones included, over the elements. Where programs wait for each
+                           other, the first look counts as enough. PyTorch's own kernels, which add up partial
                            sums, are not in it.
 registers, stack, shared   Of the kernel that takes most: registers of a thread, bytes of its stack, which is where
                            registers are spilled, bytes of shared memory of a program.
@@ -18,8 +18,8 @@ bytes_per_element          Read and written: of each launch, and of each operati
 predicted_share_of_copy_bandwidth
                            How fast an H100 would be at best, as a share of the speed of a copy of the least bytes: the
                            smaller of what its instructions and what its bytes allow, at 1.0e12 warp instructions a
-                           second, half of them reached, and 3.0e12 bytes a second. A ratio of counts, and no
-                           measurement.
+                           second, half of them reached, and 3.0e12 bytes a second. A ratio of counts, to two digits
+                           as these constants are, and no measurement.
 
 Shapes: stage 1 of GroupMamba-T at 800x1280 for state 1 (4 walks of 16 channels over 64,000 tokens), and PlainMamba-L1
 at 1600x2560 for state 16 (4 walks of 384 channels over 16,000 tokens, which share all but B and order).
@@ -461,7 +461,7 @@ def add_up(call: Call, elements: int, d_state: int, capability: int) -> dict[str
         shared=max(kernel.shared for kernel in kernels),
         bytes_per_element=round(moved / elements, 2),
         least_bytes_per_element=round(call.least_bytes / elements, 2),
-        predicted_share_of_copy_bandwidth=round(call.least_bytes / BYTES_PER_SECOND / seconds, 3),
+        predicted_share_of_copy_bandwidth=round(call.least_bytes / BYTES_PER_SECOND / seconds, 2),
         kernels=[
             dict(
                 name=kernel.name,
