@@ -268,7 +268,7 @@ def test_the_table_is_complete(rows):
             sum(kernel["instructions_per_element"] for kernel in row["kernels"]), abs=0.05
         )
         for kernel in row["kernels"]:
-            assert 0.95 < kernel["accesses_beside_ptx"] < 1.1, kernel
+            assert 0.9 < kernel["accesses_beside_ptx"] < 1.1, kernel
         assert row["bytes_per_element"] >= row["least_bytes_per_element"]
     found = [
         tuple(row[key] for key in ("capability", "d_state", "dtype", "direction", "design"))
