@@ -461,7 +461,7 @@ def add_up(call: Call, elements: int, d_state: int, capability: int) -> dict[str
         shared=max(kernel.shared for kernel in kernels),
         bytes_per_element=round(moved / elements, 2),
         least_bytes_per_element=round(call.least_bytes / elements, 2),
-        predicted_share_of_copy_bandwidth=round(call.least_bytes / BYTES_PER_SECOND / seconds, 2),
+        predicted_share_of_copy_bandwidth=round(call.least_bytes / BYTES_PER_SECOND / seconds, 3),
         kernels=[
             dict(
                 name=kernel.name,
