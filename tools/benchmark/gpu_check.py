@@ -21,7 +21,7 @@ Parts, in this order:
 Examples:
     python tools/benchmark/gpu_check.py --out work_dirs/gpu_check
     python tools/benchmark/gpu_check.py --out work_dirs/gpu_check --mamba-source ../mamba
-    python tools/benchmark/gpu_check.py --out /tmp/check --device cpu    # the same flow at small sizes
+    python tools/benchmark/gpu_check.py --out work_dirs/gpu_check --device cpu    # the same flow at small sizes
 """
 
 from __future__ import annotations
