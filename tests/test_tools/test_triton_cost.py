@@ -280,25 +280,39 @@ def test_the_table_is_complete(rows):
 LIMITS = {
     # States, direction, design: instructions an element and state.
     (1, "forward", "default"): 90,
-    (
-        1,
-        "forward",
-        "single_pass",
-    ): 90,  # the aim is 70, which it misses: see tools/benchmark/README.md
     (1, "backward", "default"): 140,
     (16, "forward", "default"): 18,
     (16, "backward", "default"): 50,
 }
 
 
+def limited(rows):
+    """In float32 on GPUs of compute capability 9.0, for which the limits were set."""
+    return [row for row in rows if row["capability"] == 90 and row["dtype"] == "float32"]
+
+
 @pytest.mark.slow
 def test_costs_stay_low(rows):
-    """In float32 on GPUs of compute capability 9.0, for which the limits were set."""
-    for row in rows:
-        limit = LIMITS[row["d_state"], row["direction"], row["design"]]
-        assert row["stack"] == 0, row
-        if row["capability"] == 90 and row["dtype"] == "float32":
+    assert all(row["stack"] == 0 for row in rows)
+    for row in limited(rows):
+        if row["design"] == "default":
+            limit = LIMITS[row["d_state"], row["direction"], row["design"]]
             assert row["instructions_per_element_and_state"] <= limit, row
-            if row["d_state"] == 1 and row["direction"] == "forward":
-                # The aim is 0.6: 0.597 with one image, 0.600 with 16.
-                assert row["predicted_share_of_copy_bandwidth"] >= 0.595, row
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(strict=True, reason="86 instructions and more: it reads all earlier tiles")
+def test_single_pass_costs_at_most_70(rows):
+    costs = [row["instructions_per_element"] for row in limited(rows) if row["design"] != "default"]
+    assert costs and max(costs) <= 70
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(strict=True, reason="0.597 with one image: u and delta are read twice")
+def test_predicted_share_of_copy_bandwidth(rows):
+    shares = [
+        row["predicted_share_of_copy_bandwidth"]
+        for row in limited(rows)
+        if (row["d_state"], row["direction"], row["design"]) == (1, "forward", "default")
+    ]
+    assert shares and min(shares) >= 0.6
