@@ -9,6 +9,7 @@ PYTHON ?= $(firstword $(shell for version in 3.11 3.12 3.13 3.10; do \
 VENV ?= .venv
 OPENMMLAB ?= auto
 WORK_DIRS ?= work_dirs
+JOBS ?= 2
 ARGS ?=
 
 BIN := $(VENV)/bin
@@ -29,6 +30,7 @@ help: ## Show this list.
 	@echo "  PYTHON=python3.12   the interpreter that $(VENV) is made with, 3.10 to 3.13 (here: $(PYTHON))"
 	@echo "  VENV=.venv          the environment; one that exists is used, and what it has stays as it is"
 	@echo "  OPENMMLAB=auto      openmmlab (upstream), onedl (the forks), or what is already installed"
+	@echo "  JOBS=2              tests that run at a time, each on a core of its own"
 	@echo "  ARGS='...'          further arguments of tools/train.py (--resume continues a run), or of pytest"
 	@echo "  WORK_DIRS=work_dirs where the trainings write; none writes over an earlier one"
 
@@ -91,13 +93,16 @@ train-seg-pruned: $(ENVIRONMENT) $(MMVSSM) ## The same for UperNet.
 
 # --- checks ------------------------------------------------------------------------------------------
 
+# As many tests at a time as JOBS says, each on one core; whoever is done takes tests from the others.
+PYTEST = env OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
 test: $(ENVIRONMENT) $(MMVSSM) ## Run all tests (those for a GPU are skipped where there is none).
 	@$(BIN)/python tools/install/environment.py --print-versions
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 test-fast: $(ENVIRONMENT) $(MMVSSM) ## Run the tests that take less than about 20 seconds each.
 	@$(BIN)/python tools/install/environment.py --print-versions
-	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	@$(PYTEST) -m "not slow" $(ARGS)
 
 lint: $(ENVIRONMENT) ## Check style and format.
 	@$(BIN)/ruff check .

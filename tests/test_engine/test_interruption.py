@@ -196,7 +196,7 @@ SLOW = {
     "train_dataloader.dataset.slow": 0.02,
     "train_dataloader.num_workers": 2,
     "train_dataloader.persistent_workers": True,
-    "amount": 4,
+    "amount": 100,  # long enough not to end before it is told to
 }
 
 
