@@ -164,3 +164,19 @@ def test_a_best_checkpoint_written_again_under_its_name_stays(tmp_path):
     run.train()
     assert saving.best_ckpt_path == str(best)
     torch.load(best, weights_only=True)
+
+
+@pytest.mark.parametrize(
+    "named, removable",
+    [
+        ("elsewhere/best_toy_mAP_epoch_1.pth", "best_toy_mAP_epoch_1.pth"),
+        ("epoch_1.pth", None),
+        ("best_notes.txt", None),
+    ],
+)
+def test_only_a_best_checkpoint_of_this_run_is_one_to_replace(tmp_path, named, removable):
+    run = toy_runner(tmp_path, amount=1)
+    (saving,) = (hook for hook in run.hooks if isinstance(hook, AtomicCheckpointHook))
+    notes = dict(best_ckpt=named)
+    saving.after_load_checkpoint(run, dict(message_hub=dict(runtime_info=notes)))
+    assert notes == ({} if removable is None else dict(best_ckpt=str(tmp_path / removable)))
