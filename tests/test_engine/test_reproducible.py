@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.dataset import DefaultSampler
 from mmengine.runner import Runner
 from torch.utils.data import Dataset
 
@@ -67,6 +68,18 @@ def test_samples_do_not_depend_on_workers_nor_on_the_past():
 def test_every_sample_has_randomness_of_its_own():
     values = torch.cat([b[1:] for n in range(3) for b in epoch(make_loader(2), n)], 1)
     assert len(torch.unique(values)) == values.numel()
+
+
+def test_every_epoch_has_the_order_that_the_inner_sampler_gives_it():
+    sampler = SeededSampler(Noise(), dict(type="DefaultSampler", shuffle=True), seed=5)
+    inner = DefaultSampler(Noise(), shuffle=True, seed=5)
+    orders = []
+    for epoch in (0, 1, 2):
+        sampler.set_epoch(epoch)
+        inner.set_epoch(epoch)
+        orders.append([int(index) for index in sampler])
+        assert orders[-1] == list(inner)
+    assert orders[0] != orders[1] != orders[2]
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
