@@ -90,7 +90,10 @@ def missing_for_triton() -> str:
         return "no C compiler (such as gcc)"
     scheme = sysconfig.get_default_scheme()
     scheme = "posix_prefix" if scheme == "posix_local" else scheme  # Debian's own; as Triton does
-    if not (Path(sysconfig.get_path("include", scheme)) / "Python.h").exists():
+    folders = [sysconfig.get_path("include", scheme)]
+    for variable in ("CPATH", "C_INCLUDE_PATH"):  # where compilers look too, in conda and Nix
+        folders += filter(None, os.environ.get(variable, "").split(os.pathsep))
+    if not any((Path(folder) / "Python.h").exists() for folder in folders):
         return "no header Python.h (in packages such as python3-dev)"
     return ""
 

@@ -342,6 +342,32 @@ def test_activation_checkpointing_runs_blocks_twice(with_cp, expected):
     assert set(runs.values()) == {expected}
 
 
+def test_activation_checkpointing_begins_where_training_does():
+    """Behind frozen parts too, whose output has no gradient."""
+    model = GroupMamba(MINI, with_cp=True, frozen_stages=0)
+    runs = []
+    model.stages[0].blocks[0].mixer.register_forward_pre_hook(lambda *args: runs.append(args))
+    sum(m.square().mean() for m in model(torch.randn(1, 3, 32, 32))).backward()
+    assert len(runs) == 2
+
+
+def test_a_changed_convolution_of_the_stem_counts_in_evaluation_too():
+    model = GroupMamba(MINI).eval()
+    for conv in model.stages[0].embed.conv[::3]:
+        conv.padding_mode = "reflect"
+    x = torch.randn(1, 32, 32, 3)
+    with torch.no_grad():
+        folded = model.stages[0].embed(x)
+    torch.testing.assert_close(folded, model.stages[0].embed(x).detach())
+
+
+def test_a_class_block_of_any_ratio():
+    """61 / 28 times 28 is a little less than 61 in floating point."""
+    arch = {**MINI, "embed_dims": (*MINI["embed_dims"][:-1], 28)}
+    arch["mlp_ratios"] = (*MINI["mlp_ratios"][:-1], 61 / 28)
+    assert GroupMambaClassifier(arch).eval()(torch.randn(1, 3, 32, 32)).shape == (1, 1000)
+
+
 def test_epsilons_of_the_norms_are_the_published_ones():
     """Blocks and outputs are given ``partial(nn.LayerNorm, eps=1e-6)``; all others have PyTorch's default."""
     model = GroupMambaClassifier(MINI)

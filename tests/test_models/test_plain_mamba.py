@@ -214,6 +214,23 @@ def resized(model, grid):
     return maps.flatten(2).transpose(1, 2)
 
 
+def test_position_embeddings_follow_the_grid_where_all_has_to_be_deterministic():
+    """On a GPU the backward pass of bicubic interpolation is not, and PyTorch refuses it."""
+    model = build()
+    x = torch.randn(1, 3, 24, 40)
+    expected = model(x)
+    sum(y.square().sum() for y in expected).backward()
+    gradient, model.pos_embed.grad = model.pos_embed.grad, None
+    torch.use_deterministic_algorithms(True)
+    try:
+        maps = model(x)
+        sum(y.square().sum() for y in maps).backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(map(torch.equal, maps, expected))
+    torch.testing.assert_close(model.pos_embed.grad, gradient)
+
+
 def load(target, source, anonymous):
     """As ``load_state_dict`` does, perhaps from a file that does not say of what grid the embedding is."""
     weights = source.state_dict()

@@ -34,7 +34,7 @@ def test_mmvssm_imports_where_triton_does_not():
 
 
 @needs_triton
-def test_without_a_compiler_it_says_so_once_and_falls_back(monkeypatch):
+def test_without_a_compiler_it_says_so_once_and_falls_back(monkeypatch, tmp_path):
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(backend.shutil, "which", lambda name: None)
     on_gpu = type("OnGpu", (), dict(is_cuda=True, device=torch.device("cuda")))
@@ -49,6 +49,9 @@ def test_without_a_compiler_it_says_so_once_and_falls_back(monkeypatch):
         monkeypatch.setattr(backend.sysconfig, "get_path", lambda *names: "/nowhere")
         monkeypatch.setenv("CC", "cc")
         assert "Python.h" in backend.missing_for_triton()
+        (tmp_path / "Python.h").touch()
+        monkeypatch.setenv("CPATH", f":{tmp_path}")
+        assert not backend.missing_for_triton()
     finally:
         backend.triton_works.cache_clear()
 

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmvssm.ops import Traversal, cross_traversal, selective_scan
 from mmvssm.ops.selective_scan import pytorch
+from mmvssm.ops.selective_scan.inputs import ScanInputs
 from mmvssm.ops.selective_scan.naive import selective_scan_naive
 from support.masked_scan import compare as compare_with_masked
 
@@ -259,6 +260,17 @@ def test_expanded_and_strided_inputs():
         torch.autograd.grad(expected.square().sum(), wanted),
     ):
         torch.testing.assert_close(a, e)
+
+
+def test_gradients_of_pytorch_are_contiguous_whatever_the_inputs_are():
+    """As the operator promises to compilers."""
+    inputs = {name: x.detach() for name, x in make_inputs(1, 5, 2, 3, 4).items()}
+    for name in ("A", "rest"):
+        inputs[name] = inputs[name].transpose(0, 1).contiguous().transpose(0, 1)
+    inputs = ScanInputs(**inputs)._replace(gap=None)
+    y, states = pytorch.forward(inputs)
+    gradients = pytorch.backward(torch.ones_like(y), inputs, states)
+    assert all(x.is_contiguous() for x in gradients)
 
 
 def test_autocast_keeps_parameters_in_float32():

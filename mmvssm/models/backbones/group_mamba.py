@@ -213,7 +213,7 @@ class Stem(nn.Module):
                 *(conv.weight, conv.bias, norm.running_mean, norm.running_var),
                 *(norm.eps, norm.weight, norm.bias),
             )
-            x = activation(F.conv2d(x, weight, bias, conv.stride, conv.padding))
+            x = activation(conv._conv_forward(x, weight, bias))
         return x
 
     def _can_fold(self) -> bool:
@@ -258,7 +258,7 @@ class Stage(nn.Module):
         x = self.embed(x)
         traversal = cross_traversal(x.shape[1], x.shape[2], x.device)
         for block in self.blocks:
-            if with_cp and x.requires_grad:
+            if with_cp and torch.is_grad_enabled():
                 x = checkpoint(block, x, traversal, use_reentrant=False)
             else:
                 x = block(x, traversal)

@@ -425,7 +425,7 @@ class PlainMambaLayer(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout, with_cp: bool = False) -> tuple[Tensor, Tensor]:
         """``(B, L, dim)`` to the same shape, and the scan's output, see :class:`PlainMambaMixer`."""
-        if with_cp and x.requires_grad:
+        if with_cp and torch.is_grad_enabled():
             x, y = checkpoint(self._mix, x, layout, use_reentrant=False)
         else:
             x, y = self._mix(x, layout)
@@ -549,5 +549,7 @@ def _note_embed_grid(model: PlainMamba, state_dict, prefix: str, local_metadata:
 def _resize_pos_embed(pos_embed: Tensor, source: tuple[int, int], grid: tuple[int, int]) -> Tensor:
     """``(1, L, C)`` of one grid to another, bicubic."""
     maps = pos_embed.transpose(1, 2).unflatten(2, source)
-    maps = F.interpolate(maps, size=grid, mode="bicubic", align_corners=False)
-    return maps.flatten(2).transpose(1, 2)
+    # On a GPU this has no deterministic backward pass, and PyTorch would refuse it.
+    device = torch.device("cpu") if torch.are_deterministic_algorithms_enabled() else maps.device
+    maps = F.interpolate(maps.to(device), size=grid, mode="bicubic", align_corners=False)
+    return maps.to(pos_embed.device).flatten(2).transpose(1, 2)

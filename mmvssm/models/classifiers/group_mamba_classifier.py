@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ...ops import cross_traversal
 from ...registry import MODELS
-from ..backbones.group_mamba import BLOCK_EPS, GroupMamba, ModulatedGroupMamba, init_parameters
+from ..backbones.common import init_parameters
+from ..backbones.group_mamba import BLOCK_EPS, GroupMamba, ModulatedGroupMamba
 
 
 @MODELS.register_module()
@@ -72,9 +73,8 @@ class ClassBlock(nn.Module):
         self.mixer = ModulatedGroupMamba(dim)
         self.norm1 = nn.LayerNorm(dim, eps=BLOCK_EPS)
         self.norm2 = nn.LayerNorm(dim, eps=BLOCK_EPS)
-        self.ffn = nn.Sequential(
-            nn.Linear(dim, round(dim * mlp_ratio)), nn.GELU(), nn.Linear(int(dim * mlp_ratio), dim)
-        )
+        hidden = round(dim * mlp_ratio)
+        self.ffn = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
 
     def forward(self, token: Tensor) -> Tensor:
         """``(B, 1, 1, dim)`` to the same shape."""

@@ -37,7 +37,8 @@ def selective_scan(
     """Selective scan (Mamba, section 3.2) along ``K`` walks over the same tokens, in one call.
 
     What it computes is written down in :func:`mmvssm.ops.selective_scan.naive.selective_scan_naive`. The
-    state is float32 (float64 for float64 inputs) whatever the dtype of the inputs. Memory is
+    state is float32, or float64 if any of ``u``, ``delta``, ``A``, ``B`` and ``C`` is, whatever else their dtypes
+    are; ``D``, ``delta_bias`` and ``rest`` are converted to it. Memory is
     ``O(B * L * K * D)``, forward and backward: no tensor of size ``B * L * K * D * N`` exists. All
     floating-point arguments are differentiable, once.
 

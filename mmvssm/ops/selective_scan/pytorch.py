@@ -55,7 +55,7 @@ def backward(
     grad_y = walk.take(grad_y, walk.order)
     grad_u = grad_y * D.to(walk.u.dtype) if D is not None else torch.zeros_like(walk.u)
     grad_step, grad_elapsed = torch.zeros_like(walk.u), torch.zeros_like(walk.u)
-    grad_A = torch.empty_like(A, dtype=walk.u.dtype)
+    grad_A = A.new_empty(A.shape, dtype=walk.u.dtype)
     grad_B, grad_C = torch.empty_like(walk.B), torch.empty_like(walk.C)
     for n in range(A.shape[-1]):
         decay, drive = walk.recurrence(n)
@@ -80,7 +80,7 @@ def backward(
     absent = u.new_empty(0)
     grad_rest = absent
     if rest is not None:
-        grad_rest = torch.zeros_like(rest)
+        grad_rest = rest.new_zeros(rest.shape)
         if walk.gap is not None:
             grad_rest = (grad_elapsed * walk.gap).sum((0, 1)).to(rest.dtype)
     return (

@@ -174,7 +174,7 @@ def gradients(
 
     ``du`` and ``ddelta`` are complete, ``(B, L, K, D)``. To be added up, in a fixed order, remain the chunks' parts of
     ``dA (B, K, S, D, N)`` and of ``dD``, ``ddelta_bias`` and ``drest (B, K, S, D)``, and the channel blocks' parts of
-    ``dB`` and ``dC (blocks, B, L, K, N)``.
+    ``dB`` and ``dC``, ``parts (2, blocks, B, K, L, N)`` in the order of the steps.
     """
     dtype: tl.constexpr = states.dtype.element_ty
     program = tl.program_id(0)

@@ -119,11 +119,7 @@ def _check(x: Tensor, weight: Tensor, neighbors: Tensor, bias: Optional[Tensor])
     for argument, tensor in (("x", x), ("weight", weight), ("bias", bias)):
         if tensor is not None and not tensor.is_floating_point():
             raise ValueError(f"{name}: {argument} must be floating point; got {tensor.dtype}.")
-    for argument, tensor in (("weight", weight), ("neighbors", neighbors), ("bias", bias)):
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(
-                f"{name}: {argument} must be on the device of x, {x.device}; got {tensor.device}."
-            )
+    backend.check_devices(name, "x", x, dict(weight=weight, neighbors=neighbors, bias=bias))
 
 
 def _backend(x: Tensor) -> ModuleType:

@@ -39,7 +39,7 @@
 
 namespace {
 
-constexpr int kTile = 64;  // CHUNK_LENGTH of scan_torch.py
+constexpr int kTile = 64;  // CHUNK_LENGTH of inputs.py
 
 enum Status : int { kOk, kOutOfRange, kNotAPermutation };
 constexpr int kInSource = 16;  // added to the status if the index at fault is `source`
@@ -69,7 +69,7 @@ struct Index {
 
 }  // namespace
 
-// Mirrored by scan_cpu.py, field by field. Anything changed here needs another kInterfaceVersion.
+// Mirrored by cpu.py, field by field. Anything changed here needs another kInterfaceVersion.
 struct Scan {
   int64_t batch, length, walks, channels, states;
   int64_t dtype, softplus, threads;

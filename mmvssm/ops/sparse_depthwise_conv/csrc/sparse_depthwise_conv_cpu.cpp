@@ -5,7 +5,7 @@
 //     y[i, c]           = bias[c] + sum over t with j >= 0 of weight[c, t] x[j, c]
 //     dL/dweight[c, t]  = sum over i with j >= 0 of dL/dy[i, c] x[j, c]
 //
-// dL/dx is the first of these again, with dL/dy for x and the taps in reverse (see sparse_depthwise_conv.py).
+// dL/dx is the first of these again, with dL/dy for x and the taps in reverse (see __init__.py).
 //
 // The work is divided into tasks: an image, a stretch of its tokens and a block of channels, so narrow that the taps'
 // weights stay in the first-level cache. A task copies its channels of the tokens that it reads to a buffer of its
@@ -36,7 +36,7 @@ struct Tensor {
 
 }  // namespace
 
-// Mirrored by sparse_depthwise_conv_cpu.py, field by field. Anything changed here needs another kInterfaceVersion.
+// Mirrored by cpu.py, field by field. Anything changed here needs another kInterfaceVersion.
 struct SparseConv {
   int64_t batch, kept, channels, taps;
   int64_t dtype, reversed, threads;  // reversed: tap t is weight[c, taps - 1 - t]
