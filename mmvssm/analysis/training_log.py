@@ -11,6 +11,7 @@ from typing import Any, Optional
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from mmengine.utils import is_list_of
 
 from ..engine import UserError
@@ -211,4 +212,5 @@ def _draw_panel(panel: Axes, runs: Sequence[Run], key: str) -> None:
         panel.plot(curve.steps, curve.values, color=f"C{index}", marker=marker, linewidth=1)
     panel.set_title(key)
     panel.set_xlabel(" or ".join(sorted(units)))
+    panel.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     panel.grid(alpha=0.3)

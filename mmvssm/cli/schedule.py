@@ -17,6 +17,7 @@ from mmengine.config import Config
 from mmengine.optim.scheduler.param_scheduler import INF
 from mmengine.runner import Runner
 
+from ..engine import KeepRatioWarmup
 from .errors import UserError
 from .settings import find_type
 
@@ -95,8 +96,10 @@ def change_length(cfg: Config, option: str, length: int, given: Collection[str] 
     return "Schedule: " + "; ".join(changes.notes)
 
 
-def shorten_warm_up(runner: Runner, old_epochs: int, given: Collection[str] = ()) -> Optional[str]:
-    """Shorten a warm-up in iterations that takes most of a run by epochs, as only its data loader tells.
+def shorten_warm_ups(runner: Runner, old_epochs: int, given: Collection[str] = ()) -> Optional[str]:
+    """Shorten warm-ups in iterations that take most of a run by epochs, as only its data loader tells.
+
+    That of the learning rate, and that of the keep ratio, after which a pruned model has to be trained some more.
 
     Args:
         runner: Before training, with its training loop built.
@@ -115,9 +118,16 @@ def shorten_warm_up(runner: Runner, old_epochs: int, given: Collection[str] = ()
             for index, scheduler in enumerate(schedulers):
                 if not scheduler.get("by_epoch", True):
                     follower.follow(scheduler, f"{path}.{index}")
+    for index, config in enumerate(runner.cfg.get("custom_hooks") or []):
+        _shorten_keep_ratio_warm_up(config, total, changes, f"custom_hooks.{index}")
     if not changes.notes:
         return None
-    runner.param_schedulers = deepcopy(runner.cfg.param_scheduler)
+    runner.param_schedulers = deepcopy(runner.cfg.get("param_scheduler"))
+    ratios = [
+        c for c in runner.cfg.get("custom_hooks") or [] if _name(c) == KeepRatioWarmup.__name__
+    ]
+    for hook, config in zip((h for h in runner.hooks if isinstance(h, KeepRatioWarmup)), ratios):
+        hook.num_iters, hook.begin = config.num_iters, config.get("begin", 0)
     runner.dump_config()
     return f"Schedule of {total} iterations: " + "; ".join(changes.notes)
 
@@ -211,15 +221,30 @@ def _follow_loop(cfg: Config, option: str, ratio: Fraction, changes: _Changes) -
         changes.set(checkpoint, "default_hooks.checkpoint", values, "checkpoint")
 
 
+def _shorten_keep_ratio_warm_up(hook: dict, total: int, changes: _Changes, path: str) -> None:
+    """Let the warm-up of the keep ratio end in the first half of ``total`` iterations."""
+    if _name(hook) != KeepRatioWarmup.__name__:
+        return
+    end = hook["num_iters"] + hook.get("begin", 0)
+    if end > total * _LONGEST_WARM_UP:
+        share = total * _LONGEST_WARM_UP / end
+        values = {key: int(hook[key] * share) for key in ("num_iters", "begin") if key in hook}
+        changes.set(hook, path, values, _name(hook))
+
+
+def _name(config: dict) -> str:
+    """The ``type`` of a config without its scope."""
+    return str(config.get("type")).rpartition(".")[2]
+
+
 def _follow_hooks(cfg: Config, ratio: Fraction, changes: _Changes) -> None:
     for index, hook in enumerate(cfg.get("custom_hooks") or []):
-        name = str(hook.get("type")).rpartition(".")[2]
         values = {
             key: _rounded(hook[key] * ratio)
-            for key in _HOOKS.get(name, ())
+            for key in _HOOKS.get(_name(hook), ())
             if isinstance(hook.get(key), int) and hook[key] > 0
         }
-        changes.set(hook, f"custom_hooks.{index}", values, name)
+        changes.set(hook, f"custom_hooks.{index}", values, _name(hook))
 
 
 # --------------------------------------------------------------------------------------- schedulers

@@ -21,7 +21,7 @@ from .run import (
     say,
     use_worker_init,
 )
-from .schedule import change_length, check_can_follow, shorten_warm_up
+from .schedule import change_length, check_can_follow, shorten_warm_ups
 from .work_dir import check_not_locked, check_unused, lock_work_dir
 
 _LOADERS = ("train_dataloader", "val_dataloader")
@@ -70,7 +70,7 @@ def train(args: argparse.Namespace) -> None:
             _ = runner.train_loop
             runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
         if option == "epochs":
-            say(shorten_warm_up(runner, old_epochs, given))
+            say(shorten_warm_ups(runner, old_epochs, given))
         with run_failures(runner.work_dir):
             runner.train()
     say(f"Training is finished: checkpoints, logs and the config are in {runner.work_dir}")

@@ -77,7 +77,7 @@ def _repeat(runner: Runner, wrapper: OptimWrapper, configs: Any) -> list[_ParamS
     with _one_group_of_each_kind(wrapper):
         schedulers = runner._build_param_scheduler(configs, wrapper)
         # mmengine warns of schedulers that step before the optimizer does.
-        wrapper.optimizer._global_step = 0
+        wrapper._global_step = 0
         by_iter = [s for s in schedulers if not s.by_epoch]
         by_epoch = [s for s in schedulers if s.by_epoch]
         epochs_done = 0

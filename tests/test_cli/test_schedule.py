@@ -1,6 +1,7 @@
 """What --epochs and --iters make of a schedule: rates, by stepping the schedulers that mmengine builds."""
 
 import logging
+import warnings
 from copy import deepcopy
 
 import pytest
@@ -10,8 +11,8 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
 from mmvssm.cli.errors import UserError
-from mmvssm.cli.schedule import change_length, check_can_follow, shorten_warm_up
-from mmvssm.engine import FollowSchedule
+from mmvssm.cli.schedule import change_length, check_can_follow, shorten_warm_ups
+from mmvssm.engine import FollowSchedule, KeepRatioWarmup
 from support import tiny_configs
 from support.tool_runs import call, sentence_of_refusal
 from support.toy_training import losses, toy_config
@@ -51,7 +52,7 @@ def rates(run):
     """The learning rate at every iteration of a run."""
     run.param_schedulers = run.build_param_scheduler(run.param_schedulers)
     optimizer, values = run.optim_wrapper.optimizer, []
-    optimizer._global_step = 0
+    run.optim_wrapper._global_step = 0  # or mmengine warns of steps without the optimizer's
     epoch_length = len(run.train_dataloader)
     for iteration in range(run.max_iters):
         values.append(optimizer.param_groups[0]["lr"])
@@ -67,7 +68,7 @@ def longer(work_dir, schedulers, old, new, by_epoch=True, **settings):
     change_length(cfg, "epochs" if by_epoch else "iters", new)
     run = set_up(cfg)
     if by_epoch:
-        shorten_warm_up(run, old)
+        shorten_warm_ups(run, old)
     return rates(run)
 
 
@@ -285,7 +286,7 @@ class TestWarmUp:
         cfg = config(tmp_path, [WARM_UP, dict(STEPS, milestones=[12])], 6, epoch_length=4)
         change_length(cfg, "epochs", 12)
         run = set_up(cfg)
-        assert "LinearLR end 100 -> 24" in shorten_warm_up(run, 6)
+        assert "LinearLR end 100 -> 24" in shorten_warm_ups(run, 6)
         values = rates(run)
         assert values[0] == pytest.approx(0.01) and values[23:] == pytest.approx([1] * 25)
         saved = Config.fromfile(next(tmp_path.glob("*.py")))
@@ -295,10 +296,24 @@ class TestWarmUp:
         values = longer(tmp_path, [WARM_UP, self.POLY], 1000, 10, by_epoch=False)
         assert values[:10:3] == pytest.approx([1, 2 / 3, 1 / 3, 0])
 
+    def test_of_the_keep_ratio_ends_in_the_first_half_of_the_run(self, tmp_path):
+        """Evaluation prunes fully: a run that ends before has trained another model."""
+        hook = dict(type="mmvssm.KeepRatioWarmup", num_iters=300, begin=100)
+        cfg = config(tmp_path, [WARM_UP], 6, epoch_length=4, custom_hooks=[hook])
+        change_length(cfg, "epochs", 12)
+        run = set_up(cfg)
+        assert "KeepRatioWarmup num_iters 600 -> 18, begin 200 -> 6" in shorten_warm_ups(run, 6)
+        (registered,) = [hook for hook in run.hooks if isinstance(hook, KeepRatioWarmup)]
+        assert (registered.begin, registered.num_iters) == (6, 18)
+        assert registered.progress(24) == 1 and registered.progress(23) < 1
+        saved = Config.fromfile(next(tmp_path.glob("*.py")))
+        (noted,) = [hook for hook in saved.custom_hooks if hook.type == "mmvssm.KeepRatioWarmup"]
+        assert (noted.num_iters, noted.begin) == (18, 6)
+
     def test_that_fits_is_not_touched(self, tmp_path):
         cfg = config(tmp_path, [WARM_UP, STEPS], 12)
         change_length(cfg, "epochs", 24)
-        assert shorten_warm_up(set_up(cfg), 12) is None
+        assert shorten_warm_ups(set_up(cfg), 12) is None
 
 
 class TestOtherSettings:
@@ -382,9 +397,12 @@ class TestResuming:
             **changes,
         )
 
-    def train(self, cfg):
+    @staticmethod
+    def train(cfg):
         run = Runner.from_cfg(cfg)
-        run.train()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Detected call of `scheduler.step")
+            run.train()
         return run
 
     @pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
