@@ -7,6 +7,7 @@ counted in iterations keeps its length, as it depends on the optimizer and not o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
@@ -132,6 +133,18 @@ def shorten_warm_ups(runner: Runner, old_epochs: int, given: Collection[str] = (
     return f"Schedule of {total} iterations: " + "; ".join(changes.notes)
 
 
+def hint_at_options(cfg: Config, given: Collection[str]) -> Optional[str]:
+    """What to say where ``--cfg-options`` changes a run's length and nothing else of its schedule."""
+    for option in _WORDS:
+        key = f"train_cfg.max_{option}"
+        if key in given and not any(name.startswith("param_scheduler") for name in given):
+            return (
+                f"{key} alone leaves learning rate and intervals as they are; --{option} "
+                f"{cfg.train_cfg[f'max_{option}']} makes the whole schedule follow"
+            )
+    return None
+
+
 def check_can_follow(cfg: Config, option: str) -> None:
     """Check that it is known what the rates of a schedule would be in the middle of a run.
 
@@ -201,23 +214,23 @@ def _rounded(value: Fraction, least: int = 1) -> int:
 
 
 def _follow_loop(cfg: Config, option: str, ratio: Fraction, changes: _Changes) -> None:
-    """Validate and save as often in the run as before."""
+    """Validate and save as often in the run as before, and not just before its end: intervals are rounded up."""
     loop, values = cfg.train_cfg, {}
     if cfg.get("val_dataloader"):
         interval = loop.get("val_interval", _VAL_INTERVAL[option])
-        values["val_interval"] = _rounded(interval * ratio)
+        values["val_interval"] = math.ceil(interval * ratio)
         if "val_begin" in loop:
             values["val_begin"] = _rounded(loop.val_begin * ratio)
         if loop.get("dynamic_intervals"):
             values["dynamic_intervals"] = [
-                (_rounded(begin * ratio, 0), _rounded(interval * ratio))
+                (_rounded(begin * ratio, 0), math.ceil(interval * ratio))
                 for begin, interval in loop.dynamic_intervals
             ]
     changes.set(loop, "train_cfg", values, "train_cfg")
     checkpoint = (cfg.get("default_hooks") or {}).get("checkpoint")
     if checkpoint:
         lengths = {key: checkpoint.get(key, 0) for key in ("interval", "save_begin")}
-        values = {key: _rounded(value * ratio) for key, value in lengths.items() if value > 0}
+        values = {key: math.ceil(value * ratio) for key, value in lengths.items() if value > 0}
         changes.set(checkpoint, "default_hooks.checkpoint", values, "checkpoint")
 
 

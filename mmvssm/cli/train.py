@@ -21,7 +21,7 @@ from .run import (
     say,
     use_worker_init,
 )
-from .schedule import change_length, check_can_follow, shorten_warm_ups
+from .schedule import change_length, check_can_follow, hint_at_options, shorten_warm_ups
 from .work_dir import check_not_locked, check_unused, lock_work_dir
 
 _LOADERS = ("train_dataloader", "val_dataloader")
@@ -42,6 +42,8 @@ def train(args: argparse.Namespace) -> None:
     option = _option_of_length(args)
     if option:
         say(change_length(cfg, option, getattr(args, option), given))
+    else:
+        say(hint_at_options(cfg, given))
     if args.amp:
         use_amp(cfg)
     if args.tensorboard:

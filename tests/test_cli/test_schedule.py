@@ -11,7 +11,7 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
 from mmvssm.cli.errors import UserError
-from mmvssm.cli.schedule import change_length, check_can_follow, shorten_warm_ups
+from mmvssm.cli.schedule import change_length, check_can_follow, hint_at_options, shorten_warm_ups
 from mmvssm.engine import FollowSchedule, KeepRatioWarmup
 from support import tiny_configs
 from support.tool_runs import call, sentence_of_refusal
@@ -343,6 +343,19 @@ class TestOtherSettings:
         assert cfg.default_hooks.to_dict() == dict(
             checkpoint=dict(interval=50, save_begin=100), logger=dict(interval=7)
         )
+
+    def test_no_validation_just_before_the_end(self):
+        loop, hooks = dict(max_iters=1800, val_interval=600), dict(checkpoint=dict(interval=600))
+        cfg = Config(dict(train_cfg=loop, val_dataloader=dict(a=1), default_hooks=hooks))
+        change_length(cfg, "iters", 1000)
+        assert cfg.train_cfg.val_interval == cfg.default_hooks.checkpoint.interval == 334
+
+    def test_hints_at_the_options(self):
+        cfg = Config(dict(train_cfg=dict(max_epochs=30)))
+        hint = hint_at_options(cfg, ["train_cfg.max_epochs"])
+        assert hint.endswith("--epochs 30 makes the whole schedule follow")
+        assert hint_at_options(cfg, ["train_cfg.max_epochs", "param_scheduler.0.end"]) is None
+        assert hint_at_options(cfg, ["train_cfg.val_interval"]) is None
 
     def test_what_the_command_line_sets_stays(self, tmp_path):
         cfg = config(tmp_path, [WARM_UP, STEPS], 12)
