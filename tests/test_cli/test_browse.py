@@ -219,6 +219,29 @@ class TestAnchors:
         assert found.tolist() == pytest.approx(expected)
         assert anchors.best_overlaps(torch.zeros(0, 4), (50, 50)).shape == (0,)
 
+    def test_agrees_with_what_mmdet_assigns(self, anchors):
+        from mmdet.registry import TASK_UTILS
+        from mmengine.structures import InstanceData
+
+        generator = TASK_UTILS.build(self.HEAD["anchor_generator"])
+        priors = torch.cat(generator.grid_priors([(32, 32), (16, 16)], device="cpu"))
+        # One object in each field of 32 x 32 pixels, so that none takes another's anchor.
+        corners = torch.cartesian_prod(torch.arange(0, 128, 32), torch.arange(0, 128, 32)).float()
+        torch.manual_seed(0)
+        offsets, sizes = torch.rand(16, 2) * 6, 4 + torch.rand(16, 2) * 22
+        boxes = torch.cat([corners + offsets, corners + offsets + sizes], 1)
+        truth = InstanceData(bboxes=boxes, labels=torch.zeros(16, dtype=torch.long))
+        assigned = TASK_UTILS.build(self.ASSIGNER).assign(InstanceData(priors=priors), truth)
+        matched = set(assigned.gt_inds.unique().tolist()) - {0, -1}
+        overlaps = anchors.best_overlaps(boxes, (128, 128))
+        found = set((torch.nonzero(overlaps >= anchors.least).flatten() + 1).tolist())
+        assert matched == found and 0 < len(found) < 16
+        strict = dict(self.ASSIGNER, match_low_quality=False)
+        assigned = TASK_UTILS.build(strict).assign(InstanceData(priors=priors), truth)
+        matched = set(assigned.gt_inds.unique().tolist()) - {0, -1}
+        found = set((torch.nonzero(overlaps >= anchors.positive).flatten() + 1).tolist())
+        assert matched == found
+
     def test_rules_of_matching(self, anchors):
         assert (anchors.positive, anchors.least) == (0.7, 0.3)
         init_default_scope("mmdet")
