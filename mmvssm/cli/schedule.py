@@ -195,7 +195,8 @@ class _Changes:
                 del node[key]
             else:
                 node[key] = value
-                told.append(f"{key} {_shown(old)} -> {_shown(value)}")
+                before = "" if old is None else f"{_shown(old)} -> "
+                told.append(f"{key} {before}{_shown(value)}")
         if told:
             self.notes.append(f"{name} {', '.join(told)}")
 
