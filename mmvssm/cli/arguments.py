@@ -1,4 +1,4 @@
-"""What tools/train.py and tools/test.py can be told."""
+"""What the tools train.py, test.py, browse_dataset.py and plot_log.py can be told."""
 
 import argparse
 
@@ -13,6 +13,17 @@ def train_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("config", help="config file")
     _add_common(parser)
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument(
+        "--epochs",
+        type=int,
+        metavar="N",
+        help="train for N epochs: milestones, annealing, validation, checkpoints and hooks follow; with "
+        "--resume the rates go on as in a run of N epochs",
+    )
+    length.add_argument(
+        "--iters", type=int, metavar="N", help="the same for a config that counts iterations"
+    )
     parser.add_argument(
         "--amp",
         action="store_true",
@@ -22,6 +33,11 @@ def train_parser() -> argparse.ArgumentParser:
         "--auto-scale-lr",
         action="store_true",
         help="scale the learning rate from the config's base_batch_size to the actual batch size",
+    )
+    parser.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="write losses and metrics for TensorBoard too (the package tensorboard has to be there)",
     )
     parser.add_argument(
         "--resume",
@@ -62,11 +78,84 @@ def test_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def browse_parser() -> argparse.ArgumentParser:
+    """The arguments of tools/browse_dataset.py."""
+    parser = argparse.ArgumentParser(
+        description="Look at the data set of a detector's or segmenter's config: pictures of samples with their "
+        "annotations, before and after the pipeline, and what the annotations hold."
+    )
+    parser.add_argument("config", help="config file")
+    _add_data(parser)
+    parser.add_argument(
+        "--split", choices=["train", "val"], default="train", help="which part (default: train)"
+    )
+    parser.add_argument(
+        "--num", type=int, default=10, metavar="N", help="how many samples to draw (default: 10)"
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the choice of samples and of their augmentation (default: 0)",
+    )
+    parser.add_argument(
+        "--max-images",
+        type=int,
+        default=500,
+        metavar="N",
+        help="how many images to open at most for sizes after the pipeline and for pixels; 0: all "
+        "(default: 500)",
+    )
+    parser.add_argument(
+        "--out-dir",
+        metavar="DIR",
+        help="folder for the pictures (default: work_dirs/<config name>/browse_<split>)",
+    )
+    add_traceback_option(parser)
+    parser.set_defaults(work_dir=None, launcher="none", local_rank=0)
+    return parser
+
+
+def plot_log_parser() -> argparse.ArgumentParser:
+    """The arguments of tools/plot_log.py."""
+    parser = argparse.ArgumentParser(
+        description="Draw the losses and metrics of one or more runs, resumed parts joined."
+    )
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        metavar="WORK_DIR",
+        help="a run's work dir, a folder of one of its starts, or a scalars.json file",
+    )
+    parser.add_argument("--out", required=True, metavar="FILE.png", help="the picture to write")
+    parser.add_argument(
+        "--keys",
+        nargs="+",
+        metavar="NAME",
+        help="what to draw, such as loss, lr or coco/bbox_mAP; default: losses, the learning rate "
+        "and metrics",
+    )
+    add_traceback_option(parser)
+    return parser
+
+
 def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--work-dir",
         help="folder for logs, checkpoints and results (default: work_dirs/<config name>)",
     )
+    _add_data(parser)
+    parser.add_argument(
+        "--launcher",
+        choices=["none", "pytorch", "slurm", "mpi"],
+        default="none",
+        help="what started the processes of a distributed run",
+    )
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+    add_traceback_option(parser)
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data-root",
         metavar="DIR",
@@ -100,11 +189,3 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         help="change settings of the config, such as optim_wrapper.optimizer.lr=0.001; lists are "
         'key="[a,b]" or key=a,b, without spaces',
     )
-    parser.add_argument(
-        "--launcher",
-        choices=["none", "pytorch", "slurm", "mpi"],
-        default="none",
-        help="what started the processes of a distributed run",
-    )
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
-    add_traceback_option(parser)

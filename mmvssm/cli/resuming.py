@@ -58,8 +58,16 @@ def _classes_of_data(cfg: Config, loader: str) -> Optional[list[str]]:
     return [str(name) for name in classes] if isinstance(classes, (list, tuple)) else None
 
 
-def check_progress(cfg: Config, checkpoint: dict[str, Any], path: str) -> Sequence[str]:
+def check_progress(
+    cfg: Config, checkpoint: dict[str, Any], path: str, new_schedule: bool = False
+) -> Sequence[str]:
     """Compare how far a run came, and with which batch size, with what it is to do now.
+
+    Args:
+        cfg: What it is to do now.
+        checkpoint: Of the run.
+        path: Its file, for messages.
+        new_schedule: Whether rates follow the config from here on, and not what the checkpoint has of a schedule.
 
     Returns:
         Lines on what is different.
@@ -81,6 +89,14 @@ def check_progress(cfg: Config, checkpoint: dict[str, Any], path: str) -> Sequen
         if done == wanted:
             lines.append(
                 f"{said}, all that train_cfg.{limit} asks for: there is nothing left to train"
+            )
+        planned = text_settings(checkpoint, "train_cfg").get(limit)
+        if isinstance(planned, int) and planned != wanted and not new_schedule:
+            option = f"--{limit.removeprefix('max_')}"
+            lines.append(
+                f"The run was planned for train_cfg.{limit}={planned} and now goes to {wanted}, at rates that stay "
+                f"those planned for {planned}; {option} {planned} goes on as planned, {option} {wanted} changes "
+                "the schedule too"
             )
     before = text_settings(checkpoint, "train_dataloader").get("batch_size")
     now = cfg.train_dataloader.get("batch_size")

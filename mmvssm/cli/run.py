@@ -99,9 +99,9 @@ def build_runner(cfg: Config) -> Runner:
         return RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
 
 
-def say(text: str) -> None:
-    """Print a line at once, from one process of several."""
-    if is_main_process():
+def say(text: Optional[str]) -> None:
+    """Print a line at once, if there is one, from one process of several."""
+    if text and is_main_process():
         print(text, flush=True)
 
 

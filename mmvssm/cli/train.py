@@ -1,6 +1,7 @@
 """What tools/train.py does."""
 
 import argparse
+from typing import Optional
 
 import torch
 from mmengine.config import Config, ConfigDict
@@ -8,7 +9,7 @@ from torch import nn
 
 from ..engine.reproducible import make_reproducible
 from .checkpoints import check_fits, check_resumable, find_resumable, load_any
-from .errors import UserError, user_mistakes
+from .errors import UserError, one_sentence, user_mistakes
 from .failures import run_failures
 from .pretrained import check_pretrained, count_shared
 from .resuming import check_progress, check_same_classes
@@ -20,6 +21,7 @@ from .run import (
     say,
     use_worker_init,
 )
+from .schedule import change_length, check_can_follow, hint_at_options, shorten_warm_ups
 from .work_dir import check_not_locked, check_unused, lock_work_dir
 
 _LOADERS = ("train_dataloader", "val_dataloader")
@@ -36,8 +38,16 @@ def train(args: argparse.Namespace) -> None:
             runs, a pruned backbone meets a neck or a grid that does not go with it.
     """
     cfg = open_config(args)
+    given, old_epochs = list(args.cfg_options or {}), (cfg.get("train_cfg") or {}).get("max_epochs")
+    option = _option_of_length(args)
+    if option:
+        say(change_length(cfg, option, getattr(args, option), given))
+    else:
+        say(hint_at_options(cfg, given))
     if args.amp:
         use_amp(cfg)
+    if args.tensorboard:
+        use_tensorboard(cfg)
     if args.auto_scale_lr:
         if "base_batch_size" not in (cfg.get("auto_scale_lr") or {}):
             raise UserError("--auto-scale-lr needs auto_scale_lr.base_batch_size in the config")
@@ -48,6 +58,9 @@ def train(args: argparse.Namespace) -> None:
     prepare_data(cfg, args, _LOADERS, None)
     model = build_model(cfg)
     _choose_start(cfg, args, model)
+    if option and cfg.get("resume"):
+        check_can_follow(cfg, option)
+        _add_hooks(cfg, "mmvssm.FollowSchedule")
     for line in check_pretrained(model):
         say(line)
     del model
@@ -58,10 +71,14 @@ def train(args: argparse.Namespace) -> None:
         with user_mistakes("cannot set up the training", (KeyError, TypeError, ValueError)):
             _ = runner.train_loop
             runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+        if option == "epochs":
+            say(shorten_warm_ups(runner, old_epochs, given))
         with run_failures(runner.work_dir):
             runner.train()
     say(f"Training is finished: checkpoints, logs and the config are in {runner.work_dir}")
     say(f"Losses and metrics of this run: {runner.log_dir}/vis_data/scalars.json")
+    if args.tensorboard:
+        say(f"To look at them: tensorboard --logdir {runner.work_dir}")
 
 
 def prepare_training(cfg: Config) -> None:
@@ -74,6 +91,11 @@ def prepare_training(cfg: Config) -> None:
     make_reproducible(cfg)
     _add_hooks(cfg, "mmvssm.NonFiniteGuardHook", "mmvssm.InterruptionHook")
     use_worker_init(cfg)
+
+
+def _option_of_length(args: argparse.Namespace) -> Optional[str]:
+    """``"epochs"`` or ``"iters"``, if the command line says how long to train."""
+    return next((name for name in ("epochs", "iters") if getattr(args, name) is not None), None)
 
 
 def _choose_start(cfg: Config, args: argparse.Namespace, model: nn.Module) -> None:
@@ -100,7 +122,7 @@ def _choose_start(cfg: Config, args: argparse.Namespace, model: nn.Module) -> No
     check_resumable(checkpoint, path)
     check_fits(model, checkpoint, path)
     check_same_classes(cfg, "train_dataloader", checkpoint, path)
-    for line in check_progress(cfg, checkpoint, path):
+    for line in check_progress(cfg, checkpoint, path, _option_of_length(args) is not None):
         say(line)
     # mmengine restores a seed it had chosen itself only after the data order is settled.
     randomness = cfg.setdefault("randomness", ConfigDict())
@@ -122,6 +144,27 @@ def use_amp(cfg: Config) -> None:
         return
     cfg.optim_wrapper.type = "AmpOptimWrapper"
     cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
+
+
+def use_tensorboard(cfg: Config) -> None:
+    """Let a run write what it logs for TensorBoard as well.
+
+    Args:
+        cfg: Changed in place.
+
+    Raises:
+        UserError: If TensorBoard is not installed.
+    """
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"--tensorboard needs a package that is not installed ({one_sentence(error)}); pip install tensorboard"
+        ) from error
+    visualizer = cfg.setdefault("visualizer", ConfigDict(type="mmengine.Visualizer"))
+    backends = list(visualizer.get("vis_backends") or [ConfigDict(type="LocalVisBackend")])
+    if not any(str(part.get("type")).endswith("TensorboardVisBackend") for part in backends):
+        visualizer.vis_backends = [*backends, ConfigDict(type="TensorboardVisBackend")]
 
 
 def _use_atomic_checkpoints(cfg: Config) -> None:

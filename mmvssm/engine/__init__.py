@@ -2,6 +2,7 @@
 
 from .checkpoint_hook import AtomicCheckpointHook, AtomicLocalBackend
 from .cpu_amp import BFloat16OptimWrapper
+from .follow_schedule import FollowSchedule
 from .interruption_hook import InterruptionHook
 from .keep_ratio_hook import KeepRatioWarmup
 from .non_finite_guard import NonFiniteError, NonFiniteGuardHook
@@ -29,6 +30,7 @@ __all__ = [
     "AtomicCheckpointHook",
     "AtomicLocalBackend",
     "BFloat16OptimWrapper",
+    "FollowSchedule",
     "InterruptionHook",
     "KeepRatioWarmup",
     "NonFiniteError",

@@ -1,4 +1,4 @@
-"""tools/train.py and tools/test.py called in this process, for inputs that they refuse."""
+"""The tools called in this process, also for inputs that they refuse."""
 
 import logging
 from pathlib import Path
@@ -7,12 +7,19 @@ import mmengine.config.config
 import pytest
 import torch
 
-from mmvssm.cli.arguments import test_parser, train_parser
+from mmvssm.cli.arguments import browse_parser, plot_log_parser, test_parser, train_parser
+from mmvssm.cli.browse import browse
 from mmvssm.cli.errors import HINT, run_tool
+from mmvssm.cli.plot_log import plot_log
 from mmvssm.cli.test import test
 from mmvssm.cli.train import train
 
-TOOLS = {"train.py": (train, train_parser), "test.py": (test, test_parser)}
+TOOLS = {
+    "train.py": (train, train_parser),
+    "test.py": (test, test_parser),
+    "browse_dataset.py": (browse, browse_parser),
+    "plot_log.py": (plot_log, plot_log_parser),
+}
 
 
 def call(tool, *arguments):
