@@ -1,4 +1,4 @@
-"""tools/train.py and tools/test.py called in this process, for inputs that they refuse."""
+"""tools/train.py, test.py and predict.py called in this process, for inputs that they refuse."""
 
 import logging
 from pathlib import Path
@@ -7,12 +7,17 @@ import mmengine.config.config
 import pytest
 import torch
 
-from mmvssm.cli.arguments import test_parser, train_parser
+from mmvssm.cli.arguments import predict_parser, test_parser, train_parser
 from mmvssm.cli.errors import HINT, run_tool
+from mmvssm.cli.predict import predict
 from mmvssm.cli.test import test
 from mmvssm.cli.train import train
 
-TOOLS = {"train.py": (train, train_parser), "test.py": (test, test_parser)}
+TOOLS = {
+    "train.py": (train, train_parser),
+    "test.py": (test, test_parser),
+    "predict.py": (predict, predict_parser),
+}
 
 
 def call(tool, *arguments):
