@@ -24,12 +24,13 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import InstanceData, PixelData
 from mmseg.apis import inference_model, init_model
 from mmseg.structures import SegDataSample
+from mmseg.visualization import SegLocalVisualizer
 from pycocotools.coco import COCO
 
 from mmvssm.cli.errors import UserError
 from mmvssm.cli.predict import in_batches
 from mmvssm.cli.prediction import predictor as predictor_module
-from mmvssm.cli.prediction.outputs import JsonList, VideoFile, build_visualizer, draw
+from mmvssm.cli.prediction.outputs import JsonList, VideoFile, build_visualizer, draw, place_name
 from mmvssm.cli.prediction.predictor import Predictor, name_classes
 from mmvssm.cli.prediction.sources import find_sources
 from support import tiny_configs
@@ -274,7 +275,7 @@ def test_kinds_of_pixels_are_read_as_mmcv_does(predict, in_folder, capsys):
         found = labels(f"{name}.png")
         np.testing.assert_array_equal(found, labels(f"{name}.png", "out-plain"), err_msg=name)
         assert len(np.unique(found)) > 1
-    assert "note: 2 images have 16 bits a channel, of which the upper 8 are used" in said
+    assert "note: 3 images have 16 bits a channel, of which the upper 8 are used" in said
     assert "note: 2 images have transparency, which is ignored" in said
     assert "note: 1 images have several pages or frames, of which the first is used" in said
 
@@ -460,6 +461,14 @@ def test_label_maps_are_drawn_over_the_image(weights, in_folder):
     assert drawn.shape == image.shape
     np.testing.assert_array_equal(drawn[-1, 0], [177, 50, 50])
     np.testing.assert_array_equal(drawn[-1, -1], [50, 50, 177])
+
+
+@pytest.mark.parametrize("share", [0.02, 0.5, 1.0])
+def test_names_are_where_mmseg_puts_them(share):
+    visualizer = SegLocalVisualizer(name=f"names-{share}")
+    for seed in range(10):
+        mask = (np.random.default_rng(seed).random((23, 31)) < share).astype(np.uint8)
+        np.testing.assert_array_equal(place_name(mask), visualizer._get_center_loc(mask))
 
 
 def test_tokens_of_a_pruned_model(predict, scenes):

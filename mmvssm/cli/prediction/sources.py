@@ -164,18 +164,16 @@ def describe_image(path: str, loading: Loading) -> list[str]:
     if picture.problem:
         raise UnreadableError(picture.problem)
     found = []
-    if picture.mode.startswith("I;16"):
-        found.append("16 bits a channel, of which the upper 8 are used")
     if picture.mode in ("RGBA", "LA", "PA"):
         found.append("transparency, which is ignored: the colours underneath are used")
-    if picture.format in ("TIFF", "PNG", "WEBP") and _num_pages(path) > 1:
-        found.append("several pages or frames, of which the first is used")
+    if picture.format in ("PNG", "TIFF", "WEBP"):
+        with Image.open(path) as image:
+            # Pillow's names of the pixels in the file; the mode is only that of what it makes of them.
+            if any(";16" in str(tile) for tile in getattr(image, "tile", ())):
+                found.append("16 bits a channel, of which the upper 8 are used")
+            if getattr(image, "n_frames", 1) > 1:
+                found.append("several pages or frames, of which the first is used")
     return found
-
-
-def _num_pages(path: str) -> int:
-    with Image.open(path) as image:
-        return getattr(image, "n_frames", 1)
 
 
 class Video:
