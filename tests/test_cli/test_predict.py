@@ -27,12 +27,13 @@ from mmseg.structures import SegDataSample
 from mmseg.visualization import SegLocalVisualizer
 from pycocotools.coco import COCO
 
+from mmvssm.cli.dataset.pictures import Loading
 from mmvssm.cli.errors import UserError
 from mmvssm.cli.predict import in_batches
 from mmvssm.cli.prediction import predictor as predictor_module
 from mmvssm.cli.prediction.outputs import JsonList, VideoFile, build_visualizer, draw, place_name
 from mmvssm.cli.prediction.predictor import Predictor, name_classes
-from mmvssm.cli.prediction.sources import find_sources
+from mmvssm.cli.prediction.sources import describe_image, find_sources
 from support import tiny_configs
 from support.tool_runs import call, sentence_of_refusal
 
@@ -287,6 +288,23 @@ def test_kinds_of_pixels_are_read_as_mmcv_does(predict, in_folder, capsys):
     assert np.abs(rgb("out/pictures/turned.jpg") - blend).mean() < 12
 
 
+def test_what_is_not_used_depends_on_the_reader(in_folder):
+    Image.fromarray(np.zeros((8, 8), np.uint16)).save("deep.png")
+    Image.fromarray(np.zeros((8, 8, 4), np.uint8)).save("alpha.png")
+    for reader in (Loading(), Loading(color_type="grayscale")):
+        assert (
+            len(describe_image("deep.png", reader)) == len(describe_image("alpha.png", reader)) == 1
+        )
+    for reader in (Loading(color_type="unchanged"), Loading(backend="pillow")):
+        assert describe_image("deep.png", reader) == describe_image("alpha.png", reader) == []
+
+
+def test_giant_images_are_ones_own(in_folder, monkeypatch):
+    Image.new("RGB", (16, 16)).save("big.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    assert describe_image("big.png", Loading()) == []
+
+
 def test_boxes_of_a_turned_image_are_those_of_the_picture(predict, scenes):
     exif = Image.Exif()
     exif[274] = 6
@@ -517,6 +535,10 @@ def test_folders_patterns_and_files(in_folder):
         "q/a.jpg": "q/a",
         "odd[1].png": "odd[1]",
     }
+    names = [s.name for s in find_sources(["p/**/*"])[0]]
+    assert names == ["a", "b", "deep/c", "film"]
+    names = [s.name for s in find_sources(["p/b.png", "*/a.*", os.path.abspath("p/deep")])[0]]
+    assert names == ["b", "p/a", "q/a", "deep/c"]
 
 
 def test_outputs_never_share_a_name(in_folder):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from ..dataset.memory import Memory
-from ..dataset.pictures import IMAGE_SUFFIXES, Loading, read_images
+from ..dataset.pictures import IMAGE_SUFFIXES, Loading, read_images, without_size_limit
 from ..errors import UserError, user_mistakes
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg")
@@ -33,8 +34,8 @@ class Source:
 
     Attributes:
         path: Where it is.
-        name: What its outputs are called, without a suffix: below the folder that all sources
-            have in common, and of no other source's outputs.
+        name: What its outputs are called, without a suffix: its place in the folder that was given,
+            below a folder of that name if there are several inputs. No other source has it.
     """
 
     path: str
@@ -64,25 +65,18 @@ def find_sources(inputs: Sequence[str]) -> tuple[list[Source], list[str]]:
     Raises:
         UserError: If an input is missing, of an unknown kind, or stands for nothing.
     """
-    paths: list[str] = []
+    found: dict[str, tuple[str, str]] = {}  # path and name by absolute path
     warnings: list[str] = []
     for given in inputs:
-        if os.path.isdir(given):
-            with user_mistakes(f"cannot list the folder {given}", (OSError,)):
-                names = sorted(name for name in os.listdir(given) if not name.startswith("."))
-            files = [os.path.join(given, name) for name in names]
-        elif os.path.isfile(given):
+        if os.path.isfile(given):
             if not _is_known(given):
                 raise UserError(
                     f"{given} is not an image or video of a kind that is known; names end in "
                     f"{', '.join(_KNOWN)}"
                 )
-            paths.append(given)
+            found.setdefault(os.path.abspath(given), (given, os.path.basename(given)))
             continue
-        elif glob.has_magic(given):
-            files = sorted(glob.glob(given, recursive=True))
-        else:
-            raise UserError(f"there is no file or folder {given}")
+        folder, files = _expand(given)
         known, others = _sorted_out(files)
         if not known:
             raise UserError(_nothing_there(given, files, others))
@@ -93,9 +87,23 @@ def find_sources(inputs: Sequence[str]) -> tuple[list[Source], list[str]]:
                 f"left out of {given}: {len(others)} files that are no images or videos ({listing}"
                 f"{', ...' * (len(suffixes) > _OTHERS_SHOWN)})"
             )
-        paths += known
-    unique = {os.path.abspath(path): path for path in reversed(paths)}
-    return _named([path for path in paths if unique.pop(os.path.abspath(path), None)]), warnings
+        above = os.path.basename(os.path.abspath(folder)) if folder and len(inputs) > 1 else ""
+        for path in known:
+            name = os.path.join(above, os.path.relpath(path, folder or os.curdir))
+            found.setdefault(os.path.abspath(path), (path, name))
+    return _named(list(found.values())), warnings
+
+
+def _expand(given: str) -> tuple[str, list[str]]:
+    """The folder that an input names, or of a pattern what stands before the wildcards; and what is there."""
+    if os.path.isdir(given):
+        with user_mistakes(f"cannot list the folder {given}", (OSError,)):
+            names = sorted(name for name in os.listdir(given) if not name.startswith("."))
+        return given, [os.path.join(given, name) for name in names]
+    if not glob.has_magic(given):
+        raise UserError(f"there is no file or folder {given}")
+    literal = re.split(r"[*?[]", given, maxsplit=1)[0]
+    return os.path.dirname(literal), sorted(glob.glob(given, recursive=True))
 
 
 def _is_known(path: str) -> bool:
@@ -125,15 +133,13 @@ def _nothing_there(given: str, found: Sequence[str], others: Sequence[str]) -> s
     )
 
 
-def _named(paths: Sequence[str]) -> list[Source]:
-    """Give every file's outputs a name of their own."""
-    places = [Path(os.path.abspath(path)) for path in paths]
-    common = os.path.commonpath([place.parent for place in places]) if places else ""
-    stems = [place.relative_to(common).with_suffix("") for place in places]
+def _named(files: Sequence[tuple[str, str]]) -> list[Source]:
+    """Sources of paths and wished names, with suffixes, of which several may be the same."""
+    stems = [Path(name).with_suffix("") for _, name in files]
     folders = {parent.as_posix().lower() for stem in stems for parent in stem.parents}
     taken: set[str] = set()
     sources = []
-    for path, stem in zip(paths, stems):
+    for (path, _), stem in zip(files, stems):
         source, number = Source(path, stem.as_posix()), 1
         # A video's label maps go to a folder of its name, which images of a folder must not share.
         while source.name.lower() in (taken | folders if source.is_video else taken):
@@ -164,12 +170,13 @@ def describe_image(path: str, loading: Loading) -> list[str]:
     if picture.problem:
         raise UnreadableError(picture.problem)
     found = []
-    if picture.mode in ("RGBA", "LA", "PA"):
+    reduces = loading.backend == "cv2" and loading.color_type != "unchanged"
+    if reduces and picture.mode in ("RGBA", "LA", "PA"):
         found.append("transparency, which is ignored: the colours underneath are used")
     if picture.format in ("PNG", "TIFF", "WEBP"):
-        with Image.open(path) as image:
-            # Pillow's names of the pixels in the file; the mode is only that of what it makes of them.
-            if any(";16" in str(tile) for tile in getattr(image, "tile", ())):
+        with without_size_limit(), Image.open(path) as image:
+            # Pillow's name of the pixels in the file; its mode is that of what it would make of them.
+            if reduces and any(";16" in str(tile) for tile in getattr(image, "tile", ())):
                 found.append("16 bits a channel, of which the upper 8 are used")
             if getattr(image, "n_frames", 1) > 1:
                 found.append("several pages or frames, of which the first is used")
