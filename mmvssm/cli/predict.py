@@ -137,13 +137,13 @@ def _predict_all(
                 tokens = None
                 if show_tokens:
                     tokens = predictor.draw_tokens(item.image, os.path.basename(item.source.path))
-                    run.notes["all of whose tokens are kept, so that none are drawn"] += not tokens
+                    run.notes["of which all tokens are kept, so that none are drawn"] += not tokens
                 outputs.add(item.source, item.frame, item.image.pixels, sample, tokens)
             progress.update(task, completed=outputs.num_written + len(run.unreadable))
     outputs.end_video()
     for what, count in run.notes.items():
         if count:
-            say(f"note: {count} images {what}")
+            say(f"note: {count} image{'s' * (count > 1)} {what}")
     seconds = time.perf_counter() - started
     return Summary(outputs.num_written, seconds, model_seconds, run.unreadable)
 
@@ -193,7 +193,7 @@ class _Run:
     def _image(self, source: Source) -> Iterator[Item]:
         notes = describe_image(source.path, self._predictor.loading)
         prepared = self._predictor.prepare(source.path)
-        self.notes.update(f"have {note}" for note in notes)
+        self.notes.update(f"with {note}" for note in notes)
         yield Item(source, None, prepared, None)
 
     def _frames(self, source: Source) -> Iterator[Item]:
@@ -235,7 +235,7 @@ def _report(summary: Summary, num_sources: int, folder: str) -> None:
     count, seconds = summary.num_images, summary.seconds
     if count:
         say(
-            f"{count} images in {seconds:.1f} s, {count / seconds:.2f} images per second "
+            f"{count} image{'s' * (count > 1)} in {seconds:.1f} s, {count / seconds:.2f} images per second "
             f"({count / summary.model_seconds:.2f} by the model alone)"
         )
     say(f"Predictions: {folder}")

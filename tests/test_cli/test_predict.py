@@ -1,5 +1,6 @@
 """tools/predict.py: what it predicts against the libraries' own inference, what it reads, writes and says."""
 
+import errno
 import json
 import os
 import runpy
@@ -276,9 +277,9 @@ def test_kinds_of_pixels_are_read_as_mmcv_does(predict, in_folder, capsys):
         found = labels(f"{name}.png")
         np.testing.assert_array_equal(found, labels(f"{name}.png", "out-plain"), err_msg=name)
         assert len(np.unique(found)) > 1
-    assert "note: 3 images have 16 bits a channel, of which the upper 8 are used" in said
-    assert "note: 2 images have transparency, which is ignored" in said
-    assert "note: 1 images have several pages or frames, of which the first is used" in said
+    assert "note: 3 images with 16 bits a channel, of which the upper 8 are used" in said
+    assert "note: 2 images with transparency, which is ignored" in said
+    assert "note: 1 image with several pages or frames, of which the first is used" in said
 
     (turned,) = [r for r in described["images"] if r["file_name"] == "in/turned.jpg"]
     assert (turned["width"], turned["height"]) == (48, 64)
@@ -335,7 +336,7 @@ def test_broken_files_are_left_out_and_said(predict, scenes, capsys):
     for name in ("cut.png", "cut.jpg", "empty.jpg", "words.png", "film.mp4"):
         assert f"warning: in/{name} " in said.out
     assert "in/empty.jpg is empty; it is left out" in said.out
-    assert "left out of in: 1 files that are no images or videos (.txt)" in said.out
+    assert "left out of in: what is no image or video, 1 in all (.txt)" in said.out
     (sentence, _) = said.err.splitlines()
     assert "5 of 7 files could not be read (in/cut.jpg, in/cut.png, in/empty.jpg, ...)" in sentence
     assert "2 images in" in said.out and "images per second" in said.out
@@ -504,7 +505,7 @@ def test_a_pruned_model_that_keeps_everything_has_no_tokens_to_show(predict, sce
         *("--cfg-options", "model.backbone.pruning.keep_ratio=1.0"),
     )
     assert "tokens" not in described["images"][0]
-    assert "note: 1 images all of whose tokens are kept" in capsys.readouterr().out
+    assert "note: 1 image of which all tokens are kept" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------- which files
@@ -524,7 +525,7 @@ def test_folders_patterns_and_files(in_folder):
         ("p/b.png", "b", False),
         ("p/film.mp4", "film", True),
     ]
-    assert warnings == ["left out of p: 1 files that are no images or videos (.txt)"]
+    assert warnings == ["left out of p: what is no image or video, 1 in all (.txt)"]
     sources, _ = find_sources(["p/**/*", "p/a.JPG", "q/*.jpg", "odd[1].png"])
     named = {s.path: s.name for s in sources}
     assert named == {
@@ -539,6 +540,10 @@ def test_folders_patterns_and_files(in_folder):
     assert names == ["a", "b", "deep/c", "film"]
     names = [s.name for s in find_sources(["p/b.png", "*/a.*", os.path.abspath("p/deep")])[0]]
     assert names == ["b", "p/a", "q/a", "deep/c"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir("q")
+        Path("r").mkdir()
+        assert [s.name for s in find_sources(["*/../../p/*.png"])[0]] == ["p/b"]
 
 
 def test_outputs_never_share_a_name(in_folder):
@@ -630,7 +635,16 @@ def test_out_of_memory_is_one_sentence(predict, scenes, monkeypatch, capsys):
 
     monkeypatch.setattr("mmengine.model.BaseModel.test_step", fail)
     predict("segmenter", scenes, code=1)
-    assert "out of memory with 1 images of 160x160 pixels" in capsys.readouterr().err
+    assert "out of memory with a batch of 1 x 160 x 160 pixels" in capsys.readouterr().err
+
+
+def test_full_disk_is_one_sentence(predict, scenes, monkeypatch, capsys):
+    def full(image, path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    assert predict("segmenter", scenes, code=1)["images"] == []
+    assert "the disk is full: out/labels/a.png could not be written" in capsys.readouterr().err
 
 
 def test_classes_are_the_checkpoints_then_the_configs(weights, in_folder):

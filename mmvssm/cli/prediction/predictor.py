@@ -141,7 +141,7 @@ class Predictor:
                 raise
             _, height, width = batch[0].input_shape
             raise UserError(
-                f"out of memory with {len(batch)} images of {width}x{height} pixels at a time; use a "
+                f"out of memory with a batch of {len(batch)} x {height} x {width} pixels; use a "
                 "smaller --batch-size, or a smaller scale in the config's test pipeline"
             ) from error
 

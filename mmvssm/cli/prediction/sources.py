@@ -84,7 +84,7 @@ def find_sources(inputs: Sequence[str]) -> tuple[list[Source], list[str]]:
             suffixes = Counter(os.path.splitext(path)[1] or "no suffix" for path in others)
             listing = ", ".join(suffix for suffix, _ in suffixes.most_common(_OTHERS_SHOWN))
             warnings.append(
-                f"left out of {given}: {len(others)} files that are no images or videos ({listing}"
+                f"left out of {given}: what is no image or video, {len(others)} in all ({listing}"
                 f"{', ...' * (len(suffixes) > _OTHERS_SHOWN)})"
             )
         above = os.path.basename(os.path.abspath(folder)) if folder and len(inputs) > 1 else ""
@@ -135,7 +135,9 @@ def _nothing_there(given: str, found: Sequence[str], others: Sequence[str]) -> s
 
 def _named(files: Sequence[tuple[str, str]]) -> list[Source]:
     """Sources of paths and wished names, with suffixes, of which several may be the same."""
-    stems = [Path(name).with_suffix("") for _, name in files]
+    # A pattern may lead out of the folder that it begins in; what is written stays in the output folder.
+    inside = [Path(*(part for part in Path(name).parts if part != os.pardir)) for _, name in files]
+    stems = [name.with_suffix("") for name in inside]
     folders = {parent.as_posix().lower() for stem in stems for parent in stem.parents}
     taken: set[str] = set()
     sources = []
