@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,11 +19,12 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
-from mmengine.config import Config, ConfigDict
+from mmengine.config import Config
 from mmengine.dataset import Compose
 from torch import Tensor, nn
 
 from ..engine import UserError
+from ..engine.inference import inference_pipeline
 from ..models.backbones.plain_mamba import LayerState
 from .flops import count
 
@@ -116,21 +118,15 @@ def load_image(cfg: Config, model: nn.Module, path: str) -> tuple[np.ndarray, Te
         The image after resizing, RGB, uint8 ``(H, W, 3)``; and what the backbone is given
         ``(1, C, H', W')``, at the bottom and right perhaps with padding.
     """
-    steps = [step for step in _test_pipeline(cfg) if not step["type"].endswith("Annotations")]
-    data = Compose(steps)(dict(img_path=path, img_id=0))
+    return as_backbone_sees(model, Compose(inference_pipeline(cfg))(dict(img_path=path, img_id=0)))
+
+
+def as_backbone_sees(model: nn.Module, data: dict[str, Any]) -> tuple[np.ndarray, Tensor]:
+    """What :func:`load_image` returns, of one image that a test pipeline has prepared."""
     pixels = data["inputs"].permute(1, 2, 0).numpy()
     image = np.broadcast_to(pixels[..., ::-1], (*pixels.shape[:2], 3)).clip(0, 255).astype(np.uint8)
     batch = dict(inputs=[data["inputs"]], data_samples=[data["data_samples"]])
     return image, model.data_preprocessor(batch, False)["inputs"]
-
-
-def _test_pipeline(cfg: Config) -> Sequence[ConfigDict]:
-    if not cfg.get("test_dataloader"):
-        raise UserError("the config has no test_dataloader, whose pipeline would prepare the image")
-    dataset = cfg.test_dataloader.dataset
-    while "pipeline" not in dataset:  # RepeatDataset, ConcatDataset and the like
-        dataset = dataset.dataset if "dataset" in dataset else dataset.datasets[0]
-    return dataset.pipeline
 
 
 @torch.no_grad()
@@ -208,14 +204,19 @@ def _seconds(backbone: nn.Module, x: Tensor) -> float:
     return time.perf_counter() - start
 
 
-def summarize(layers: Sequence[PruningLayer], saving: Saving, device: object) -> list[str]:
-    """What the backbone keeps, and saves in FLOPs and in time: three phrases."""
+def count_tokens(layers: Sequence[PruningLayer]) -> str:
+    """How many tokens reached the first of the pruning layers, and left each: a phrase."""
     first, last = layers[0].num_tokens, layers[-1].num_kept
     tokens = " -> ".join(str(n) for n in (first, *(layer.num_kept for layer in layers)))
+    return f"tokens {tokens} ({last / first:.1%} reach the end)"
+
+
+def summarize(layers: Sequence[PruningLayer], saving: Saving, device: object) -> list[str]:
+    """What the backbone keeps, and saves in FLOPs and in time: three phrases."""
     fewer_flops = 1 - saving.pruned_flops / saving.dense_flops
     times_as_fast = saving.dense_seconds / saving.pruned_seconds
     return [
-        f"tokens {tokens} ({last / first:.1%} reach the end)",
+        count_tokens(layers),
         f"backbone, dense -> pruned: {saving.dense_flops / 1e9:.3f} -> {saving.pruned_flops / 1e9:.3f} GFLOPs "
         f"(-{fewer_flops:.1%})",
         f"{saving.dense_seconds * 1e3:.1f} -> {saving.pruned_seconds * 1e3:.1f} ms "

@@ -1,6 +1,8 @@
-"""What the tools train.py, test.py, browse_dataset.py and plot_log.py can be told."""
+"""What the tools train.py, test.py, predict.py, browse_dataset.py and plot_log.py can be told."""
 
 import argparse
+
+import torch
 
 from .errors import add_traceback_option
 from .settings import SettingsAction
@@ -75,6 +77,61 @@ def test_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tta", action="store_true", help="test-time augmentation (several scales, flips)"
     )
+    return parser
+
+
+def predict_parser() -> argparse.ArgumentParser:
+    """The arguments of tools/predict.py."""
+    parser = argparse.ArgumentParser(
+        description="Predict on images and videos with a detector (mmdet) or a segmenter (mmseg); "
+        "the config says which.",
+        epilog="The exit code is 0 if everything was predicted, 3 if files could not be read and were "
+        "left out, and 1 or 2 if nothing was done.",
+    )
+    parser.add_argument(
+        "config", help="config file; after a training with --data-root the one in its work dir"
+    )
+    parser.add_argument("checkpoint", help="checkpoint file")
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="images, videos, folders of them (without the folders inside), or quoted patterns such "
+        "as 'scans/**/*.tif'",
+    )
+    parser.add_argument(
+        "--out-dir",
+        required=True,
+        metavar="DIR",
+        help="folder for pictures and predictions; a new or an empty one",
+    )
+    parser.add_argument(
+        "--score-thr",
+        type=float,
+        metavar="SCORE",
+        help="leave out detections with lower scores, from pictures and JSON (default: 0.3)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="how many images that follow each other in the same size are predicted together, which "
+        "is faster on a GPU (default: 1)",
+    )
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="what to run on, such as cpu or cuda:1; default: a GPU if there is one",
+    )
+    parser.add_argument(
+        "--show-tokens",
+        action="store_true",
+        help="of a pruned model also draw which tokens are kept of each image, and where others left",
+    )
+    _add_options(parser)
+    add_traceback_option(parser)
+    parser.set_defaults(work_dir=None, launcher="none", local_rank=0)
     return parser
 
 
@@ -181,6 +238,10 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         help="do not open all images and label maps before the run, as for giant data sets on slow "
         "storage; annotation files are checked all the same",
     )
+    _add_options(parser)
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cfg-options",
         nargs="+",

@@ -208,10 +208,15 @@ def weights_of(
 
 def classes_of(checkpoint: dict[str, Any]) -> Optional[list[str]]:
     """The class names a checkpoint was trained on, if it tells."""
+    classes = dataset_meta_of(checkpoint).get("classes")
+    return [str(name) for name in classes] if isinstance(classes, (list, tuple)) else None
+
+
+def dataset_meta_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says about the data it was trained on: anything at all, or nothing."""
     meta = checkpoint.get("meta")
     dataset_meta = meta.get("dataset_meta") if isinstance(meta, dict) else None
-    classes = dataset_meta.get("classes") if isinstance(dataset_meta, dict) else None
-    return [str(name) for name in classes] if isinstance(classes, (list, tuple)) else None
+    return dataset_meta if isinstance(dataset_meta, dict) else {}
 
 
 def _misfit(

@@ -77,12 +77,12 @@ def explain_failure(error: BaseException) -> Optional[str]:
         return _about_worker("ended")
     if isinstance(error, OSError):
         return _about_disk(error)
-    if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate" in text:
+    if is_out_of_memory(error) and not isinstance(error, torch.cuda.OutOfMemoryError):
         return (
             "out of memory; use a smaller train_dataloader.batch_size, smaller images, or fewer "
             f"data workers (num_workers of {_LOADERS})"
         )
-    if isinstance(error, torch.cuda.OutOfMemoryError):
+    if is_out_of_memory(error):
         return (
             "out of memory on the GPU; use a smaller train_dataloader.batch_size, smaller images, "
             "--amp, or with_cp=True in the backbone"
@@ -94,6 +94,13 @@ def explain_failure(error: BaseException) -> Optional[str]:
         name = worker.group("signal")
         return _about_worker(f"was killed by signal {name}" if name else "ended unexpectedly")
     return _about_network(text)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or the CPU."""
+    return isinstance(
+        error, (MemoryError, torch.cuda.OutOfMemoryError)
+    ) or "DefaultCPUAllocator: can't allocate" in str(error)
 
 
 def _while_receiving(error: BaseException) -> bool:
@@ -119,7 +126,7 @@ def _about_disk(error: OSError) -> Optional[str]:
     folder = Path(error.filename).absolute().parent
     return (
         f"the disk is full: {error.filename} could not be written ({_megabytes(_disk(folder).free)} free "
-        f"in {folder}); make room, or choose another --work-dir; what had been saved before is still there"
+        f"in {folder}); make room, or write to another disk; what had been saved before is still there"
     )
 
 

@@ -44,18 +44,26 @@ def check_same_classes(cfg: Config, loader: str, checkpoint: dict[str, Any], pat
 
 
 def _classes_of_data(cfg: Config, loader: str) -> Optional[list[str]]:
-    """The class names of a loader's data set, without reading its annotations."""
+    """The class names of a loader's data set."""
+    classes = metainfo_of_data(cfg, loader).get("classes")
+    return [str(name) for name in classes] if isinstance(classes, (list, tuple)) else None
+
+
+def metainfo_of_data(cfg: Config, loader: str) -> dict[str, Any]:
+    """What a loader's data set says of itself, such as its classes, without reading annotations.
+
+    Args:
+        cfg: Config with the data set.
+        loader: The data loader; nothing is said of one that is not there.
+    """
     if not cfg.get(loader):
-        return None
+        return {}
     leaf = next(leaf_datasets(cfg[loader].dataset))
     kind = find_type(leaf.get("type"))
-    if inspect.isclass(kind) and issubclass(kind, BaseDataset):
-        with user_mistakes(f"cannot set up the data set of {loader}"):
-            metainfo = DATASETS.build(ConfigDict(leaf, lazy_init=True)).metainfo
-    else:
-        metainfo = leaf.get("metainfo") or {}
-    classes = metainfo.get("classes")
-    return [str(name) for name in classes] if isinstance(classes, (list, tuple)) else None
+    if not inspect.isclass(kind) or not issubclass(kind, BaseDataset):
+        return leaf.get("metainfo") or {}
+    with user_mistakes(f"cannot set up the data set of {loader}"):
+        return DATASETS.build(ConfigDict(leaf, lazy_init=True)).metainfo
 
 
 def check_progress(

@@ -7,10 +7,17 @@ import mmengine.config.config
 import pytest
 import torch
 
-from mmvssm.cli.arguments import browse_parser, plot_log_parser, test_parser, train_parser
+from mmvssm.cli.arguments import (
+    browse_parser,
+    plot_log_parser,
+    predict_parser,
+    test_parser,
+    train_parser,
+)
 from mmvssm.cli.browse import browse
 from mmvssm.cli.errors import HINT, run_tool
 from mmvssm.cli.plot_log import plot_log
+from mmvssm.cli.predict import predict
 from mmvssm.cli.test import test
 from mmvssm.cli.train import train
 
@@ -19,6 +26,7 @@ TOOLS = {
     "test.py": (test, test_parser),
     "browse_dataset.py": (browse, browse_parser),
     "plot_log.py": (plot_log, plot_log_parser),
+    "predict.py": (predict, predict_parser),
 }
 
 

@@ -112,7 +112,7 @@ def _read(
 def _map(function: Callable[[str], Picture], paths: Sequence[str], what: str) -> Iterator[Picture]:
     """``function`` of every path, by several processes and with a progress bar if there are many."""
     if len(paths) < _FEW:
-        with _without_size_limit():
+        with without_size_limit():
             yield from map(function, paths)
         return
     # More processes than cores, because they wait for the disk most of the time.
@@ -138,7 +138,7 @@ def _start_worker() -> None:
 
 
 @contextmanager
-def _without_size_limit() -> Iterator[None]:
+def without_size_limit() -> Iterator[None]:
     """Pillow's limit is for pictures from strangers' web pages, not for one's own data."""
     limit = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = None

@@ -173,6 +173,24 @@ def _set_num_classes(node: Any, new: int, old: Optional[int]) -> None:
             _set_num_classes(value, new, old)
 
 
+def num_classes_of(model: ConfigDict) -> Optional[int]:
+    """How many classes the classifying heads of a model config have; None if it does not tell."""
+    found = set(_num_classes(model))
+    return found.pop() if len(found) == 1 else None
+
+
+def _num_classes(node: Any) -> Iterator[int]:
+    if isinstance(node, (list, tuple)):
+        for item in node:
+            yield from _num_classes(item)
+    elif isinstance(node, dict):
+        if isinstance(node.get("num_classes"), int):
+            yield node["num_classes"]
+        for key, value in node.items():
+            if key not in _NOT_CLASSIFYING:
+                yield from _num_classes(value)
+
+
 # ------------------------------------------------------------------------------- COCO instances
 
 

@@ -1,0 +1,1 @@
+"""Predicting on images and videos: which files, by which model, and what is written."""

@@ -1,0 +1,12 @@
+"""Predict on images and videos with a detector (mmdet) or a segmenter (mmseg), and draw what was found.
+
+python tools/predict.py CONFIG CHECKPOINT photos/ film.mp4 'scans/**/*.tif' --out-dir predictions
+"""
+
+import mmvssm  # noqa: F401
+from mmvssm.cli.arguments import predict_parser
+from mmvssm.cli.errors import run_tool
+from mmvssm.cli.predict import predict
+
+if __name__ == "__main__":
+    run_tool(lambda: predict(predict_parser().parse_args()))
