@@ -41,12 +41,14 @@ def onnxruntime():
 def make_model(onnx):
     """A model that is one node with the inputs named; the order of dimensions is free."""
 
-    def make(names, attributes=None, functions=(), **types):
+    def make(names, attributes=None, functions=(), overload="", ir_version=8, **types):
         helper, Type = onnx.helper, onnx.TensorProto
         node_inputs = [name if name in names else "" for name in NAMES]
         while not node_inputs[-1]:  # missing at the end
             node_inputs.pop()
-        node = helper.make_node("SelectiveScan", node_inputs, ["y"], domain="mmvssm")
+        node = helper.make_node(
+            "SelectiveScan", node_inputs, ["y"], domain="mmvssm", overload=overload
+        )
         attributes = {"delta_softplus": 1} if attributes is None else attributes
         node.attribute.extend(helper.make_attribute(*item) for item in attributes.items())
         type_of = {name: Type.INT64 if name in INDICES else Type.FLOAT for name in NAMES} | types
@@ -60,7 +62,7 @@ def make_model(onnx):
         opsets = [helper.make_opsetid("", 18), helper.make_opsetid("mmvssm", 1)]
         # IR version 8 and opset 18 are what onnxruntime 1.17 knows.
         return helper.make_model(
-            graph, opset_imports=opsets, ir_version=8, functions=list(functions)
+            graph, opset_imports=opsets, ir_version=ir_version, functions=list(functions)
         ).SerializeToString()
 
     return make
@@ -254,7 +256,10 @@ def test_the_library_alone_runs_on_the_session_s_threads(
 # ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_operator_takes_the_place_of_a_function(onnx, make_session):
+@pytest.mark.parametrize("overload", ["", "one_of_many"])
+def test_the_operator_takes_the_place_of_a_function(onnx, onnxruntime, make_session, overload):
+    if overload and tuple(map(int, onnxruntime.__version__.split(".")[:2])) < (1, 18):
+        pytest.skip("onnxruntime before 1.18 knows no overloads of functions")
     # The function is another one than the operator, so as to see which of them runs.
     helper = onnx.helper
     function = helper.make_function(
@@ -265,12 +270,14 @@ def test_the_operator_takes_the_place_of_a_function(onnx, make_session):
         [helper.make_node("Neg", ["u"], ["y"])],
         [helper.make_opsetid("", 18)],
         ["delta_softplus"],
+        overload=overload,
     )
     inputs = make_inputs(Case(1, 70, 2, 5, 2))
     feeds = feeds_of(inputs)
-    (portable,) = make_session(feeds, library=None, functions=[function]).run(["y"], feeds)
+    model = dict(functions=[function], overload=overload, ir_version=10 if overload else 8)
+    (portable,) = make_session(feeds, library=None, **model).run(["y"], feeds)
     assert np.array_equal(portable, -feeds["u"])
-    (native,) = make_session(feeds, functions=[function]).run(["y"], feeds)
+    (native,) = make_session(feeds, **model).run(["y"], feeds)
     assert_close(torch.from_numpy(native), definition(inputs))
 
 
