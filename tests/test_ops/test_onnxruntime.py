@@ -39,7 +39,7 @@ def onnxruntime():
 
 @pytest.fixture(scope="module")
 def make_model(onnx):
-    """A model that is one node with the inputs named; the order of dimensions is free."""
+    """A model, as bytes, that is one node with the inputs named, of any shapes."""
 
     def make(names, attributes=None, functions=(), overload="", ir_version=8, **types):
         helper, Type = onnx.helper, onnx.TensorProto
@@ -323,6 +323,8 @@ def without_rest(inputs):
 WRONG = {
     "u without batch": (without_dim("u"), r"u must have shape \(B, L, K, D\)"),
     "A without walks": (without_dim("A"), r"A must have shape \(K, D, N\)"),
+    "nothing in delta": (empty("delta"), r"delta must have shape \("),
+    "nothing in D": (empty("D"), r"D must have shape \("),
     "no image": (empty("u", "delta", "B", "C"), "every dimension must be at least 1"),
     **{
         f"{name} too short in {dim}": (shortened(name, dim), rf"{name} must have shape \(")

@@ -76,7 +76,8 @@ std::string text(const Shape& shape) {
 // ---------------------------------------------------------------------------------------------------------------------
 
 struct Array {
-  const void* data = nullptr;  // null if the input is missing
+  bool given = false;
+  const void* data = nullptr;
   Shape shape;
 };
 
@@ -115,6 +116,7 @@ class Run {
     const ort::Value* value;
     check(ort_.get_input(context_, i, &value));
     if (!value) return array;
+    array.given = true;
     ort::TensorInfo* info;
     check(ort_.get_tensor_info(value, &info));
     size_t dimensions = 0;
@@ -155,13 +157,13 @@ class Run {
         {batch, walks, length},           {walks, channels}};
     for (int i = 0; i < kInputs; ++i) {
       Shape shape = expected[i], shared = shape;
-      if (!inputs_[i].data) continue;
+      if (!inputs_[i].given) continue;
       is_index(i) ? (void)shared.erase(shared.begin()) : (void)(shared[shape.size() == 4 ? 2 : 0] = 1);
       if (inputs_[i].shape == shape || inputs_[i].shape == shared) continue;
       refuse(kNames[i] + (" must have shape " + text(shape)) + " or " + text(shared) + beside + text(inputs_[i].shape) +
              ".");
     }
-    if (inputs_[kGap].data && !inputs_[kRest].data) refuse("gap needs rest, the step size at absent positions.");
+    if (inputs_[kGap].given && !inputs_[kRest].given) refuse("gap needs rest, the step size at absent positions.");
   }
 
   Scan::Tensor rows(Input i) const {
@@ -174,7 +176,7 @@ class Run {
   const float* parameter(Input i, std::vector<float>& own) const {
     const Array& array = inputs_[i];
     const float* data = (const float*)array.data;
-    if (!data || array.shape[0] == scan_.walks) return data;
+    if (!array.given || array.shape[0] == scan_.walks) return data;
     const int64_t size = scan_.channels * (i == kA ? scan_.states : 1);
     for (int64_t k = 0; k < scan_.walks; ++k) own.insert(own.end(), data, data + size);
     return own.data();
@@ -183,7 +185,7 @@ class Run {
   // In the kernel's 32 bits, once none is seen to be beyond what it may be.
   Scan::Index index(Input i, std::vector<int32_t>& narrow) const {
     const Array& array = inputs_[i];
-    if (!array.data) return {};
+    if (!array.given) return {};
     const int64_t* data = (const int64_t*)array.data;
     const bool per_image = array.shape.size() == 3;
     const int64_t walks = scan_.walks * scan_.length, count = per_image ? scan_.batch * walks : walks;
@@ -206,7 +208,7 @@ class Run {
     for (const Input i : {kU, kDelta, kC})
       if (inputs_[i].shape[2] != 1) return false;
     for (const Input i : {kA, kD, kDeltaBias, kRest})
-      if (inputs_[i].data && inputs_[i].shape[0] != 1) return false;
+      if (inputs_[i].given && inputs_[i].shape[0] != 1) return false;
     const Scan::Index& source = scan_.source.data ? scan_.source : scan_.order;
     for (int64_t b = 0; source.data && b < (source.batch_stride ? scan_.batch : 1); ++b)
       for (int64_t k = 1; k < scan_.walks; ++k)
