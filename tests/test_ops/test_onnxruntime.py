@@ -281,6 +281,35 @@ def test_the_operator_takes_the_place_of_a_function(onnx, onnxruntime, make_sess
     assert_close(torch.from_numpy(native), definition(inputs))
 
 
+def test_other_functions_of_the_domain_stay_what_they_are(onnx, onnxruntime):
+    # As the files of pruned models have them.
+    helper, value = onnx.helper, onnx.helper.make_tensor_value_info
+    function = helper.make_function(
+        "mmvssm",
+        "Another",
+        ["u"],
+        ["y"],
+        [helper.make_node("Neg", ["u"], ["y"])],
+        [helper.make_opsetid("", 18)],
+    )
+    names = NAMES[:5]
+    scan = helper.make_node("SelectiveScan", names, ["v"], domain="mmvssm", delta_softplus=1)
+    graph = helper.make_graph(
+        [scan, helper.make_node("Another", ["v"], ["y"], domain="mmvssm")],
+        "both",
+        [value(name, onnx.TensorProto.FLOAT, None) for name in names],
+        [value("y", onnx.TensorProto.FLOAT, None)],
+    )
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("mmvssm", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=8, functions=[function])
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(LIBRARY)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options)
+    inputs = {name: make_inputs(Case(1, 70, 2, 5, 2))[name] for name in names}
+    y = torch.from_numpy(session.run(["y"], feeds_of(inputs))[0])
+    assert_close(-y, definition(inputs))
+
+
 # ------------------------------------------------------------------------------------------------------------
 # What is refused
 # ------------------------------------------------------------------------------------------------------------
