@@ -39,6 +39,9 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each candidate")
+    parser.add_argument(
+        "--default-malloc", action="store_true", help="do not keep freed memory, unlike our tools"
+    )
     parser.add_argument("--out", default="work_dirs/benchmark/onnxruntime_scan.json")
     add_traceback_option(parser)
     args = parser.parse_args()
@@ -89,7 +92,7 @@ def main() -> None:
     """Run the tool."""
     args = parse_args()
     torch.set_num_threads(args.threads)
-    machine = about("cpu")
+    machine = about("cpu", args.default_malloc)
     import onnxruntime
 
     machine["onnxruntime"] = onnxruntime.__version__
