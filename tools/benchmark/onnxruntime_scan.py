@@ -38,7 +38,7 @@ def parse_args() -> argparse.Namespace:
         help="repeatable",
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each")
-    parser.add_argument("--seconds", type=float, default=2.0, help="for each candidate")
+    parser.add_argument("--seconds", type=float, default=0.5, help="for each candidate")
     parser.add_argument(
         "--default-malloc", action="store_true", help="do not keep freed memory, unlike our tools"
     )
