@@ -1,6 +1,7 @@
 """The selective scan as an operator of onnxruntime, against the definition."""
 
 import ctypes
+import os
 import subprocess
 import sys
 import threading
@@ -11,6 +12,8 @@ import pytest
 import torch
 
 from mmvssm.ops import backend, onnxruntime_library
+from mmvssm.ops.selective_scan import cpu
+from mmvssm.ops.selective_scan.inputs import ScanInputs
 from mmvssm.ops.selective_scan.naive import selective_scan_naive
 from support.scan_cases import CASES, Case, make_inputs
 
@@ -172,6 +175,25 @@ def test_walks_that_share_all_but_their_order(scan, batch, kept, channels):
     if kept == "order":
         inputs["source"] = None
     assert_close(scan(inputs), definition(inputs))
+
+
+def test_what_walks_share_is_computed_once(scan):
+    # exp(step A) exp(gap rest A) is rounded otherwise than exp((step + gap rest) A), so that bits tell them apart.
+    channels = 16 * os.cpu_count()  # fewer are divided by walks, so as to give all processors work
+    shared = ("u", "delta", "C", "A", "D", "delta_bias", "rest")
+    inputs = sharing(Case(1, 70, 4, channels, 16), *shared)
+    inputs["source"] = inputs["source"][:1].expand(4, 70)
+    kernel = {name: inputs[name] for name in NAMES}
+    for name in shared:
+        size = list(kernel[name].shape)
+        size[WALK_DIM[name]] = 4
+        kernel[name] = kernel[name].expand(size)
+    together, _ = cpu.forward(ScanInputs(**kernel))
+    assert cpu.runs_walks_together(ScanInputs(**kernel))
+    assert torch.equal(scan(inputs), together)
+    apart = scan(kernel)
+    assert_close(apart, together.double())
+    assert not torch.equal(apart, together)
 
 
 def test_walks_that_share_everything(scan):
