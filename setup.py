@@ -16,13 +16,14 @@ except ImportError:  # setuptools < 70.1
 
 HERE = Path(__file__).resolve().parent
 
-# A plain shared library for ctypes: it knows neither Python nor torch, so torch need not be there
-# when it is compiled and one build serves every version of both. What it uses of a CPU beyond the
-# baseline is decided when it runs, hence no -march.
+# A plain shared library for ctypes and onnxruntime: it knows neither Python nor torch nor headers of
+# onnxruntime, so none of them need be there when it is compiled and one build serves every version
+# of each. What it uses of a CPU beyond the baseline is decided when it runs, hence no -march.
 CPU_KERNEL = Extension(
     "mmvssm.ops._kernels",
     [
         "mmvssm/ops/selective_scan/csrc/scan_cpu.cpp",
+        "mmvssm/ops/selective_scan/csrc/scan_onnxruntime.cpp",
         "mmvssm/ops/sparse_depthwise_conv/csrc/sparse_depthwise_conv_cpu.cpp",
     ],
     optional=True,
@@ -52,8 +53,8 @@ class BuildKernel(build_ext):
             # Past distutils' log, which is silent at its usual level.
             print(
                 f"mmvssm: the CPU kernel was not compiled ({error}); everything works without it, "
-                "but scans and sparse convolutions on a CPU are several times slower. With g++ "
-                "there, installing mmvssm again adds it.",
+                "but scans and sparse convolutions on a CPU are several times slower, and onnxruntime "
+                "has no native scan. With g++ there, installing mmvssm again adds it.",
                 file=sys.stderr,
             )
 

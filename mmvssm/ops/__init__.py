@@ -4,6 +4,7 @@ A folder for each operator with backends of its own, where ``pytorch.py`` sets t
 depthwise convolution over kept tokens. Beside them what CPUs work out in pieces that stay in the cache.
 """
 
+from .backend import onnxruntime_library
 from .chunks import in_chunks
 from .conv_ffn import conv_ffn
 from .depthwise_conv import depthwise_conv
@@ -19,6 +20,7 @@ __all__ = [
     "depthwise_conv",
     "in_chunks",
     "neighbor_table",
+    "onnxruntime_library",
     "selective_scan",
     "snake_walks",
     "sparse_depthwise_conv",

@@ -198,17 +198,52 @@ def load_library(
     Returns:
         The library, or None and the reason.
     """
-    if not _LIBRARY.exists():
-        return None, "they were not built when mmvssm was installed"
-    try:
-        library = ctypes.CDLL(str(_LIBRARY))
-    except OSError as error:
-        return None, f"they cannot be loaded ({error})"
+    library, reason = _open_library()
+    if library is None:
+        return None, reason
     if _interface(library, prefix) != (version, ctypes.sizeof(arguments)):
-        return None, "they were built from another version of mmvssm"
+        return None, _OTHER_VERSION
     for function in functions:
         getattr(library, f"{prefix}_{function}").argtypes = [ctypes.POINTER(arguments)]
     return library, ""
+
+
+def onnxruntime_library() -> str:
+    """The library with the native operator ``mmvssm::SelectiveScan`` for onnxruntime 1.17 and later.
+
+    It is the one that has the compiled CPU kernels, and needs neither Python nor PyTorch. Sessions run the operator on
+    their own threads, ``intra_op_num_threads`` of them, with the same bits for any number::
+
+        options = onnxruntime.SessionOptions()
+        options.register_custom_ops_library(mmvssm.ops.onnxruntime_library())
+
+    Returns:
+        Its path.
+
+    Raises:
+        RuntimeError: If it was not built when mmvssm was installed, or cannot be used.
+    """
+    library, reason = _open_library()
+    if library is not None and not hasattr(library, "RegisterCustomOps"):
+        library, reason = None, _OTHER_VERSION
+    if library is None:
+        raise RuntimeError(
+            f"mmvssm: onnxruntime's native operator is one of the compiled CPU kernels, which are missing, {reason}. "
+            "Install a C++ compiler (such as g++) and reinstall mmvssm to build them, or run models without it."
+        )
+    return str(_LIBRARY)
+
+
+_OTHER_VERSION = "they were built from another version of mmvssm"
+
+
+def _open_library() -> tuple[Optional[ctypes.CDLL], str]:
+    if not _LIBRARY.exists():
+        return None, "they were not built when mmvssm was installed"
+    try:
+        return ctypes.CDLL(str(_LIBRARY)), ""
+    except OSError as error:
+        return None, f"they cannot be loaded ({error})"
 
 
 def _interface(library: ctypes.CDLL, prefix: str) -> Optional[tuple[int, int]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import backend
 from .inputs import DIFFERENTIABLE, PARAMETERS, ScanInputs
 
-_INTERFACE_VERSION = 2
+_INTERFACE_VERSION = 3
 _PROBLEMS = {
     1: (IndexError, "an index in {index} is not a token: it must lie in [0, L)."),
     2: (ValueError, "{index} must visit every token exactly once in each walk."),
@@ -101,7 +101,7 @@ class _Index(ctypes.Structure):
 
 
 class _Scan(backend.KernelArguments):
-    """``struct Scan`` of ``scan_cpu.cpp``, field by field."""
+    """``struct Scan`` of ``scan.h``, field by field."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("batch", "length", "walks", "channels", "states")),
@@ -112,6 +112,7 @@ class _Scan(backend.KernelArguments):
         *((name, ctypes.c_void_p) for name in ("y", "saved_states")),
         *((name, ctypes.c_void_p) for name in ("grad_u", "grad_delta", "grad_B", "grad_C")),
         *((name, ctypes.c_void_p) for name in ("grad_A", "grad_D", "grad_delta_bias", "grad_rest")),
+        *((name, ctypes.c_void_p) for name in ("run_on_pool", "pool")),  # none: OpenMP's threads
     ]
 
     @classmethod

@@ -22,8 +22,8 @@
 // added in a fixed order, so that two runs give the same bits. The forward pass saves the state before every kTile-th
 // step, from which the backward pass computes the others again.
 //
-// This file holds the interface, a plain C one for ctypes, and the division into tasks; scan_kernel.h is what a task
-// does. Nothing but the standard library and, if the compiler has it, OpenMP is needed.
+// This file holds the interface, a plain C one for ctypes and for scan_onnxruntime.cpp, and the division into tasks;
+// scan_kernel.h is what a task does. Nothing but the standard library and, if the compiler has it, OpenMP is needed.
 
 #include <algorithm>
 #include <cmath>
@@ -36,13 +36,15 @@
 #include <vector>
 
 #include "../../csrc/dispatch.h"
+#include "scan.h"
 
 namespace {
 
+constexpr int kInterfaceVersion = 3;
 constexpr int kTile = 64;  // CHUNK_LENGTH of inputs.py
 
-enum Status : int { kOk, kOutOfRange, kNotAPermutation };
-constexpr int kInSource = 16;  // added to the status if the index at fault is `source`
+using Tensor = Scan::Tensor;
+using Index = Scan::Index;
 
 struct Task {
   int64_t batch, walk;
@@ -50,43 +52,6 @@ struct Task {
   int64_t start, stop;                  // steps
   int64_t block, stretch;               // which of the channel blocks and of the stretches of steps this is
 };
-
-// (B, L, K, D) or (B, L, K, N), the last dimension contiguous. Strides count elements.
-struct Tensor {
-  void* data;
-  int64_t batch_stride, token_stride, walk_stride;
-};
-
-// int32 (K, L), shared by the images if the batch stride is 0, or (B, K, L), or null.
-struct Index {
-  const int32_t* data;
-  int64_t batch_stride, walk_stride;
-  const int32_t* walk(const Task& task) const { return walk(task.batch, task.walk); }
-  const int32_t* walk(int64_t batch, int64_t k) const {
-    return data ? data + batch * batch_stride + k * walk_stride : nullptr;
-  }
-};
-
-}  // namespace
-
-// Mirrored by cpu.py, field by field. Anything changed here needs another kInterfaceVersion.
-struct Scan {
-  int64_t batch, length, walks, channels, states;
-  int64_t dtype, softplus, threads;
-  int64_t shared;  // whether the walks differ in nothing but B, order and gap
-  Tensor u, delta, B, C, grad_y;
-  Index order, source, gap;
-  // The following are contiguous. In the accumulation dtype: (K, D, N) and (K, D); all but A may be null.
-  const void *A, *D, *delta_bias, *rest;
-  // (B, L, K, D) in dtype, (B, K, S, D, N) in the accumulation dtype.
-  void *y, *saved_states;
-  // In dtype, the shapes of u, delta, B and C; in the accumulation dtype, those of A, D, delta_bias and rest.
-  void *grad_u, *grad_delta, *grad_B, *grad_C, *grad_A, *grad_D, *grad_delta_bias, *grad_rest;
-};
-
-namespace {
-
-constexpr int kInterfaceVersion = 2;
 
 // What the tasks of a backward pass sum up, each in a place of its own, in the accumulation dtype.
 struct Partials {
@@ -121,6 +86,13 @@ KernelFunctions kernel_for(const Scan& scan) {
   return baseline::choose(scan.dtype, scan.states);
 }
 
+template <class Function>
+void parallel_for(int64_t count, const Scan& scan, const Function& function) {
+  if (!scan.pool.run) return parallel_for(count, scan.threads, function);
+  const auto call = [](void* argument, int64_t i) { (*(const Function*)argument)(i); };
+  scan.pool.run(scan.pool.pool, count, call, (void*)&function);
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Checks
 // ---------------------------------------------------------------------------------------------------------------------
@@ -141,9 +113,10 @@ Status check(const Index& index, const Scan& scan, bool permutation) {
   if (!index.data) return kOk;
   const int64_t images = index.batch_stride ? scan.batch : 1, count = images * scan.walks;
   std::vector<Status> status(count);
-  parallel_for(count, count * scan.length < 1 << 15 ? 1 : scan.threads, [&](int64_t i) {
+  const auto check_one = [&](int64_t i) {
     status[i] = check_walk(index.walk(i / scan.walks, i % scan.walks), scan.length, permutation);
-  });
+  };
+  count * scan.length < 1 << 15 ? parallel_for(count, 1, check_one) : parallel_for(count, scan, check_one);
   return *std::max_element(status.begin(), status.end());
 }
 
@@ -184,10 +157,11 @@ struct Division {
 };
 
 // Steps per task. Stretches cost a pass of their own over the input, so they are used only where images, walks and
-// vectors of channels leave most threads without work.
+// vectors of channels leave most threads without work. How many a pool of the caller's has is not known; without
+// stretches the result is the same to the bit whatever their number.
 int64_t stretch_for(const Scan& scan, int64_t tasks, int64_t worth) {
   const int64_t tiles = ceil_div(scan.length, kTile);
-  if (scan.threads < worth * tasks || tiles < 8) return tiles * kTile;
+  if (scan.pool.run || scan.threads < worth * tasks || tiles < 8) return tiles * kTile;
   const int64_t stretches = std::min(ceil_div(scan.threads, tasks), tiles / 4);
   return ceil_div(tiles, stretches) * kTile;
 }
@@ -254,7 +228,7 @@ struct Carry {
   // if they are passed backwards.
   void propagate(int direction) {
     const Scan& scan = division.scan;
-    parallel_for(scan.batch * scan.walks, scan.threads, [&](int64_t i) {
+    parallel_for(scan.batch * scan.walks, scan, [&](int64_t i) {
       const T* A = (const T*)scan.A + i % scan.walks * channels * states;
       std::vector<T> entering(channels * states, 0);
       for (int64_t count = 0; count < division.stretches; ++count) {
@@ -275,22 +249,22 @@ void run_forward(const Scan& scan) {
   const KernelFunctions kernel = kernel_for(scan);
   if (walks_run_together(scan, kernel.width)) {
     const Division division = divide_shared(scan, kernel.width);
-    parallel_for(division.tasks(), scan.threads, [&](int64_t i) { kernel.forward_shared(scan, division.task(i)); });
+    parallel_for(division.tasks(), scan, [&](int64_t i) { kernel.forward_shared(scan, division.task(i)); });
     return;
   }
   const Division division = divide_forward(scan, kernel.width);
   if (division.stretches == 1) {
-    parallel_for(division.tasks(), scan.threads, [&](int64_t i) { kernel.forward(scan, division.task(i), nullptr); });
+    parallel_for(division.tasks(), scan, [&](int64_t i) { kernel.forward(scan, division.task(i), nullptr); });
     return;
   }
   Carry<T> carry(division);
-  parallel_for(division.tasks(), scan.threads, [&](int64_t i) {
+  parallel_for(division.tasks(), scan, [&](int64_t i) {
     const Task task = division.task(i);
     if (task.stretch < division.stretches - 1)
       kernel.forward_carry(scan, task, carry.state_of(task), carry.elapsed_of(task));
   });
   carry.propagate(1);
-  parallel_for(division.tasks(), scan.threads, [&](int64_t i) {
+  parallel_for(division.tasks(), scan, [&](int64_t i) {
     const Task task = division.task(i);
     kernel.forward(scan, task, carry.state_of(task));
   });
@@ -313,7 +287,7 @@ void run_backward(const Scan& scan) {
 
   Carry<T> carry(division);
   if (division.stretches > 1) {
-    parallel_for(division.tasks(), scan.threads, [&](int64_t i) {
+    parallel_for(division.tasks(), scan, [&](int64_t i) {
       const Task task = division.task(i);
       if (task.stretch > 0) kernel.backward_carry(scan, task, carry.state_of(task), carry.elapsed_of(task));
     });
@@ -328,13 +302,13 @@ void run_backward(const Scan& scan) {
       grad_rest(sums * parameters);
   const Partials partials{grad_B.get(), grad_C.get(),           grad_A.data(),
                           grad_D.data(), grad_delta_bias.data(), grad_rest.data()};
-  parallel_for(division.tasks(), scan.threads, [&](int64_t i) {
+  parallel_for(division.tasks(), scan, [&](int64_t i) {
     const Task task = division.task(i);
     kernel.backward(scan, task, division.stretches > 1 ? carry.state_of(task) : nullptr, partials);
   });
 
   const int64_t grain = ceil_div(rows * scan.states, scan.threads);
-  parallel_for(scan.threads, scan.threads, [&](int64_t i) {
+  parallel_for(scan.threads, scan, [&](int64_t i) {
     const int64_t first = std::min(rows * scan.states, i * grain), last = std::min(rows * scan.states, first + grain);
     kernel.sum_blocks(grad_B.get(), division.blocks, rows * scan.states, first, last, scan.grad_B);
     kernel.sum_blocks(grad_C.get(), division.blocks, rows * scan.states, first, last, scan.grad_C);

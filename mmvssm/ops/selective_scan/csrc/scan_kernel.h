@@ -173,7 +173,7 @@ class Kernel {
  public:
   static constexpr int kWidth = kLanes<T>;
 
-  // Runs the task's steps from the state `entry` (zero if null), writing y and the saved states.
+  // Runs the task's steps from the state `entry` (zero if null), writing y and, if there is place, the saved states.
   static void forward(const Scan& scan, const Task& task, const void* entry) {
     Kernel(scan, task).template walk_forward<true>((const T*)entry, nullptr, nullptr);
   }
@@ -337,7 +337,7 @@ class Kernel {
     look_up_rows(next < task_.start || next >= task_.stop ? start : next);
     now_ ^= 1;
     const Rows& rows = now();
-    const int32_t* gap = scan_.gap.walk(task_);
+    const int32_t* gap = scan_.gap.walk(task_.batch, task_.walk);
     for (int s = 0; s < rows.length; ++s) {
       gap_[s] = gap ? (T)gap[start + s] : (T)0;
       const Element *from_B = input(scan_.B, rows.source[s]), *from_C = input(scan_.C, rows.source[s]);
@@ -355,7 +355,8 @@ class Kernel {
   void look_up_rows(int64_t start) {
     Rows& rows = rows_[now_];
     rows.length = (int)((start + kTile < task_.stop ? start + kTile : task_.stop) - start);
-    const int32_t *order = scan_.order.walk(task_), *source = scan_.source.walk(task_);
+    const int32_t* order = scan_.order.walk(task_.batch, task_.walk);
+    const int32_t* source = scan_.source.walk(task_.batch, task_.walk);
     for (int s = 0; s < kTile; ++s) {
       const int64_t t = s < rows.length ? start + s : start;  // those beyond are only fetched
       const int64_t i = order ? order[t] : t, j = source ? source[t] : i;
@@ -416,7 +417,7 @@ class Kernel {
       load_matrix<T>(state + v * states(), entry + channel(v) * states(), states(), lanes(v));
     for (int64_t start = task_.start; start < task_.stop; start += kTile) {
       enter_tile(start, start + kTile);
-      for (int64_t v = 0; v < vectors_ && kEmit; ++v) {
+      for (int64_t v = 0; v < vectors_ && kEmit && scan_.saved_states; ++v) {
         T* to = saved_state(start / kTile) + channel(v) * states();
         store_matrix<T>(to, state + v * states(), states(), lanes(v));
       }

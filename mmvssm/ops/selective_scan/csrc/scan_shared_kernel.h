@@ -8,7 +8,7 @@
 template <class T, class Element, int kStates>
 class SharedKernel : private Kernel<T, Element, kStates> {
  public:
-  // Runs the task's steps, from the first to the last of the walks, writing y and the saved states.
+  // Runs the task's steps, from the first to the last of the walks, writing y and, if there is place, saved states.
   static void forward(const Scan& scan, const Task& task) {
     SharedKernel kernel(scan, task);
     scan.gap.data ? kernel.template all_walks_forward<true>() : kernel.template all_walks_forward<false>();
@@ -110,7 +110,7 @@ class SharedKernel : private Kernel<T, Element, kStates> {
 
   template <bool kGaps, bool kPartial>
   void tile_forward(int64_t v, int64_t chunk) {
-    for (int64_t k = 0; k < scan_.walks; ++k) {
+    for (int64_t k = 0; k < scan_.walks && scan_.saved_states; ++k) {
       T* to = Base::saved_state(chunk, k) + channel(v) * states();
       store_matrix<T>(to, state(k, v), states(), lanes(v));
     }
