@@ -82,17 +82,18 @@ def test_spans_of_one_state(length, monkeypatch):
     assert forward.launches[-1].values["spans"] > 4 * forward.launches[-1].values["GROUPS"]
 
 
-@pytest.mark.parametrize("length", [528, 523])
-def test_single_pass(length, monkeypatch):
-    """Programs of 32 threads: more tiles than one look back takes."""
+@pytest.mark.parametrize("length, block", [(528, 4), (523, 3), (60, 16)])
+def test_single_pass(length, block, monkeypatch):
+    """Programs of 8 threads: many blocks of tiles, and more of both than one look back takes; and less than a block."""
     monkeypatch.setattr(triton_launch, "SINGLE_PASS", True)
-    monkeypatch.setattr(triton_launch, "_THREADS", 8)
+    monkeypatch.setattr(triton_launch, "_TILE_THREADS", 8)
+    monkeypatch.setattr(triton_launch, "_TILE_STEPS", 8)
+    monkeypatch.setattr(triton_launch, "_BLOCK", block)
+    monkeypatch.setattr(triton_launch, "_kept", {})
     check(Case(1, length, 1, 7, 1), run)
-    assert any(
-        x.kernel.__name__ == "single_pass" and x.values["tiles"] > x.values["FOLD"]
-        for p in triton_launch._kept.values()
-        for x in p.launches
-    )
+    (launch,) = next(iter(triton_launch._kept.values())).launches
+    tiles, fold = (launch.values[name] for name in ("tiles", "FOLD"))
+    assert tiles < block if block == 16 else tiles // block > fold
 
 
 @pytest.mark.parametrize("wanted", [1, 4])

@@ -98,6 +98,17 @@ def test_single_pass_agrees_with_the_definition(case, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("case", [Case(1, 2000, 1, 5, 1), Case(1, 1990, 2, 7, 1)], ids=str)
+def test_single_pass_of_many_blocks_agrees_with_the_definition(case, monkeypatch):
+    """Sixteen tiles, in blocks of two: more than one look back takes."""
+    monkeypatch.setattr(triton_launch, "SINGLE_PASS", True)
+    monkeypatch.setattr(triton_launch, "_TILE_THREADS", 32)
+    monkeypatch.setattr(triton_launch, "_BLOCK", 2)
+    monkeypatch.setattr(triton_launch, "_kept", {})
+    check(case, run_on(90))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [CASES[1], CASES[4]], ids=str)
 def test_agrees_with_the_definition_on_older_gpus(case):
     check(case, run_on(80))

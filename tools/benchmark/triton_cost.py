@@ -108,9 +108,12 @@ class _Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if not func.is_view and "empty" not in func.__name__:
+        name = func.__name__
+        if not func.is_view and "empty" not in name:
             made = result if isinstance(result, (tuple, list)) else [result]
-            self.bytes += sum(bytes_of(x) for x in (*args, *made) if isinstance(x, Tensor))
+            # Of a tensor to take after, nothing is read.
+            read = () if name.startswith("new_") or "_like." in name else args
+            self.bytes += sum(bytes_of(x) for x in (*read, *made) if isinstance(x, Tensor))
         return result
 
 

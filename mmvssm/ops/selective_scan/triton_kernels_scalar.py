@@ -252,15 +252,27 @@ def _value_of(announced):
 
 
 @triton.jit
-def _look(board, first, tile, channels, channel, group, FOLD: tl.constexpr):
-    """What ``FOLD`` tiles for each group announced, nothing for those from ``tile`` on, and how much is missing."""
+def _announce(slot, channels, keep, add, mask):
+    tl.atomic_xchg(slot, _announced(keep), mask=mask, sem="relaxed")
+    tl.atomic_xchg(slot + channels, _announced(add), mask=mask, sem="relaxed")
+
+
+@triton.jit
+def _look(
+    board, first, end, block, tiles, channels, channel, group, FOLD: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """What ``FOLD`` items for each group announced, nothing for those from ``end`` on, and how much is missing.
+
+    The items are the blocks before ``block``, then this block's tiles.
+    """
     keeps = ()
     adds = ()
     announced = tl.full((group.shape[0], channel.shape[1]), 1, tl.int64)
     for f in tl.static_range(FOLD):
-        earlier = first + group * FOLD + f
-        wanted = (earlier < tile) & (channel < channels)
-        slot = board + earlier * 2 * channels + channel
+        item = first + group * FOLD + f
+        wanted = (item < end) & (channel < channels)
+        item += tl.where(item < block, tiles, block * (BLOCK - 1))
+        slot = board + item * 2 * channels + channel
         k = tl.load(slot, wanted, other=(0x3F800000 << 32) | 1, volatile=True)
         x = tl.load(slot + channels, wanted, other=1, volatile=True)
         keeps = keeps + (k,)
@@ -271,24 +283,25 @@ def _look(board, first, tile, channels, channel, group, FOLD: tl.constexpr):
 
 
 @triton.jit
-def _state_before_tile(board, tile, channels, channel, GROUPS: tl.constexpr, FOLD: tl.constexpr):
-    """What all tiles before this one, waited for and taken in their order, make of 0: see :func:`single_pass`."""
-    LANES: tl.constexpr = channel.shape[1]
+def _wait_for(
+    board, first, end, block, tiles, channels, channel,
+    GROUPS: tl.constexpr, FOLD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``keep, add``: what items from ``first`` on, ``GROUPS * FOLD`` at most, do to a state, in the last group."""
     group = tl.arange(0, GROUPS)[:, None]
-    last = tl.full((GROUPS, LANES), GROUPS - 1, tl.int32)
-    entry = tl.zeros((GROUPS, LANES), tl.float32)
-    for first in range(0, tile, GROUPS * FOLD):
-        keeps, adds, missing = _look(board, first, tile, channels, channel, group, FOLD)
-        while missing > 0:
-            keeps, adds, missing = _look(board, first, tile, channels, channel, group, FOLD)
-        keep = tl.full((GROUPS, LANES), 1.0, tl.float32)
-        add = tl.zeros((GROUPS, LANES), tl.float32)
-        for f in tl.static_range(FOLD):
-            add = add * _value_of(keeps[f]) + _value_of(adds[f])
-            keep = keep * _value_of(keeps[f])
-        keep, add = tl.associative_scan((keep, add), 0, compose)
-        entry = tl.gather(keep * entry + add, last, 0)
-    return entry
+    keeps, adds, missing = _look(
+        board, first, end, block, tiles, channels, channel, group, FOLD, BLOCK
+    )
+    while missing > 0:
+        keeps, adds, missing = _look(
+            board, first, end, block, tiles, channels, channel, group, FOLD, BLOCK
+        )
+    keep = _value_of(keeps[0])
+    add = _value_of(adds[0])
+    for f in tl.static_range(1, FOLD):
+        add = add * _value_of(keeps[f]) + _value_of(adds[f])
+        keep = keep * _value_of(keeps[f])
+    return tl.associative_scan((keep, add), 0, compose)
 
 
 @kernel
@@ -298,13 +311,15 @@ def single_pass(
     A_k, D_k, delta_bias_k, rest_k, order_b, order_k, source_b, source_k, gap_b, gap_k,
     length, walks, channels, chunks, tiles,
     SOFTPLUS: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
-    GROUPS: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr, FOLD: tl.constexpr,
+    GROUPS: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr, FOLD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """As :func:`outputs`, in one launch, reading everything once: every program looks back at those before it.
 
-    A program announces on ``board (B * K, tiles, 2, D)``, zero before, what its tile of ``GROUPS`` times ``STEPS``
-    steps does to a state, and waits for all earlier tiles of its walk. That ends only if programs start in the order
-    of their numbers, as they do on the GPUs of today, though nothing promises it.
+    A program announces on ``board (B * K, tiles + tiles // BLOCK, 2, D)``, zero before, what its tile of ``GROUPS``
+    times ``STEPS`` steps does to a state, and the last of each ``BLOCK`` tiles what these do. It waits for all earlier
+    blocks of its walk, and the earlier tiles of its own block: no announcement waits for more than ``BLOCK`` others.
+    That ends only if programs start in the order of their numbers, as they do on the GPUs of today, though nothing
+    promises it.
     """
     program = tl.program_id(0)
     tile = program % tiles
@@ -323,15 +338,21 @@ def single_pass(
     skip = parameter(D, walk * D_k + lane, tl.float32)
     a = parameter(A, walk * A_k + lane, tl.float32) * LOG2_E
 
+    delta += (batch * delta_b + walk * delta_k) + lanes
+    u += (batch * u_b + walk * u_k) + lanes
+    B += batch * B_b + walk * B_k
+    C += batch * C_b + walk * C_k
+    y += (batch * length * walks + walk) * channels + lanes
+    if source is not None:
+        source += batch * source_b + walk * source_k
     first = (tile * GROUPS + group) * STEPS
     i = indices(order, first, length, STEPS, ALIGNED, False)
     j = i
     if source is not None:
-        source += batch * source_b + walk * source_k
         j = indices(source, first, length, STEPS, ALIGNED, False)
-    raw = rows(delta + (batch * delta_b + walk * delta_k) + lanes, delta_l, j, STEPS)
-    value = rows(u + (batch * u_b + walk * u_k) + lanes, u_l, i, STEPS)
-    b = rows(B + (batch * B_b + walk * B_k), B_l, j, STEPS)
+    raw = rows(delta, delta_l, j, STEPS)
+    value = rows(u, u_l, i, STEPS)
+    b = rows(B, B_l, j, STEPS)
     if gap is not None:
         absent = indices(gap + (batch * gap_b + walk * gap_k), first, length, STEPS, ALIGNED, False)
         pace = parameter(rest, walk * rest_k + lane, tl.float32)
@@ -353,18 +374,30 @@ def single_pass(
         adds = adds + (x,)
 
     keep, add = tl.associative_scan((keep, add), 0, compose)
-    board += place * tiles * 2 * channels
-    slot = board + tile * 2 * channels + channel + 0 * group
+    board += place * (tiles + tiles // BLOCK) * 2 * channels
     mine = (group == GROUPS - 1) & (channel < channels)
-    tl.atomic_xchg(slot, _announced(keep), mask=mine, sem="relaxed")
-    tl.atomic_xchg(slot + channels, _announced(add), mask=mine, sem="relaxed")
-    entry = _state_before_tile(board, tile, channels, channel, GROUPS, FOLD)
+    to = board + channel + 0 * group
+    _announce(to + tile * 2 * channels, channels, keep, add, mine)
+    block = tile // BLOCK
+    end = block + tile % BLOCK
+    if tile % BLOCK == BLOCK - 1:
+        all_tiles: tl.constexpr = (BLOCK + GROUPS - 1) // GROUPS
+        k, x = _wait_for(
+            board, block, end, block, tiles, channels, channel, GROUPS, all_tiles, BLOCK
+        )
+        k, x = compose(k, x, keep, add)
+        _announce(to + (tiles + block) * 2 * channels, channels, k, x, mine)
+    entry = tl.zeros((GROUPS, LANES), tl.float32)
+    last = tl.full((GROUPS, LANES), GROUPS - 1, tl.int32)
+    for item in range(0, end, GROUPS * FOLD):
+        k, x = _wait_for(board, item, end, block, tiles, channels, channel, GROUPS, FOLD, BLOCK)
+        entry = tl.gather(k * entry + x, last, 0)
     h = tl.where(group == 0, entry, tl.gather(keep * entry + add, before, 0))
 
     there = (first % CHUNK == 0) & (first < length) & (channel < channels)
     tl.store(states + (place * chunks + first // CHUNK) * channels + channel, h, there)
-    c = rows(C + (batch * C_b + walk * C_k), C_l, j, STEPS)
-    pointer = bytes_of(y + (batch * length * walks + walk) * channels + lanes)
+    c = rows(C, C_l, j, STEPS)
+    pointer = bytes_of(y)
     for s in tl.static_range(STEPS):
         h = keeps[s] * h + adds[s]
         inside = (first + (0 if ALIGNED else s) < length) & (channel < channels)

@@ -36,12 +36,15 @@ _LONGEST_RUN = 128
 _THREADS_WANTED, _WARPS_WANTED = 36000, 2048
 # Threads of a program of the kernels for one state.
 _THREADS = 256
+# Of the single pass: steps that a thread holds in registers; threads of a program, few enough for two programs to share
+# a multiprocessor, so that one loads while the other works; and tiles that announce together what they do.
+_TILE_STEPS, _TILE_THREADS, _BLOCK = 32, 128, 16
 # States of a channel that a thread holds in registers, at most.
 _MOST_STATES = 16
 # Of the tile of ``gradients``: channels that a thread works on, and channels side by side.
 _GRADIENT_CHANNELS, _GRADIENT_LANES = 2, 4
 # Of the tile of ``hand_over``: spans, in groups of ``_STEPS``, and columns.
-_GROUPS, _COLUMNS = 16, 8
+_GROUPS, _COLUMNS = 32, 8
 # Weights that a program of ``weights_by_step`` and ``weights_by_token`` moves.
 _WEIGHTS = 2048
 
@@ -242,14 +245,15 @@ def _forward_single_pass(pass_: _Preparation) -> _Preparation:
     from .triton_kernels_scalar import single_pass
 
     lanes = min(32, _power_of_2(pass_.channels))
-    steps = 2 * _STEPS
-    groups = min(_THREADS // lanes, _power_of_2(_parts(pass_.length, steps)))
+    steps = _TILE_STEPS
+    groups = min(_TILE_THREADS // lanes, _power_of_2(_parts(pass_.length, steps)))
     tiles = _parts(pass_.length, groups * steps)
     walks = pass_.images * pass_.walks
-    pass_.board = (walks, tiles, 2, pass_.channels)
+    pass_.board = (walks, tiles + tiles // _BLOCK, 2, pass_.channels)
+    fold = max(1, 2 * _BLOCK // groups)
     pass_.launch(
         *(single_pass, (walks * tiles, _parts(pass_.channels, lanes)), groups * lanes, {}),
-        **dict(GROUPS=groups, LANES=lanes, STEPS=steps, FOLD=8, tiles=tiles),
+        **dict(GROUPS=groups, LANES=lanes, STEPS=steps, FOLD=fold, BLOCK=_BLOCK, tiles=tiles),
         **dict(ALIGNED=pass_.length % steps == 0),
         y_l=pass_.walks * pass_.channels * pass_.inputs.u.itemsize,
     )
