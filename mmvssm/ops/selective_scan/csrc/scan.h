@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-// Mirrored by scan_cpu.py, field by field. Anything changed here needs another kInterfaceVersion.
+// Mirrored by cpu.py, field by field. Anything changed here needs another kInterfaceVersion.
 struct Scan {
   // (B, L, K, D) or (B, L, K, N), the last dimension contiguous. Strides count elements.
   struct Tensor {
