@@ -27,6 +27,45 @@ def test_parts_come_in_the_order_in_which_they_are_useful():
     assert gpu_check.TOTAL_SECONDS < 8 * 60
 
 
+def test_every_part_has_its_time_however_long_the_others_take():
+    ends = gpu_check.part_ends(gpu_check.PARTS)
+    assert list(ends) == list(gpu_check.PARTS)
+    before = 0
+    for name, end in ends.items():
+        assert end - before >= gpu_check.PARTS[name].seconds
+        before = end
+    assert before <= gpu_check.TOTAL_SECONDS
+    # Parts that run alone share all of it.
+    assert gpu_check.part_ends(["times"]) == {"times": gpu_check.TOTAL_SECONDS}
+
+
+def test_what_a_part_leaves_of_its_time_goes_to_the_next(tmp_path, monkeypatch):
+    now, limits = 1000.0, {}
+
+    def run_part(name, args, limit):
+        nonlocal now
+        limits[name] = limit
+        now += {"versions": 1, "bandwidth": limit}.get(name, 0)
+        return dict(status="ok", message="", rows=[])
+
+    monkeypatch.setattr(gpu_check, "run_part", run_part)
+    monkeypatch.setattr(gpu_check.time, "monotonic", lambda: now)
+    gpu_check.run_parts(Namespace(only=None))
+    parts = gpu_check.PARTS
+    assert limits["bandwidth"] == parts["versions"].seconds - 1 + parts["bandwidth"].seconds
+    assert limits["primitives"] == parts["primitives"].seconds
+
+
+def test_a_part_that_no_time_is_left_for_is_a_failure(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "TOTAL_SECONDS", 0)
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--out", str(tmp_path), "--device", "cpu"])
+    assert gpu_check.main() == 1
+    results = json.loads((tmp_path / "gpu_check.json").read_text())
+    for result in results.values():
+        assert result["status"] == "failed"
+        assert result["message"] == "not run: no time was left"
+
+
 def test_results_are_written(tmp_path):
     done = run_tool(tmp_path / "new", "--device", "cpu", "--only", "versions", "mamba_ssm")
     assert done.returncode == 0, done.stderr
@@ -83,7 +122,10 @@ FINDS = "import json, pathlib; pathlib.Path({file!r}).write_text(json.dumps({con
     [
         ("", "ok", ""),
         ("import os; os.abort()", "failed", "ended with code -6; see part.log"),
-        ("import time; print('here', flush=True); time.sleep(60)", "timed out", "not done after"),
+        (
+            *("import time; time.sleep(60)", "timed out"),
+            "not done after 5 s, 1 right and 0 wrong until then; see part.log",
+        ),
     ],
 )
 def test_a_part_that_does_not_end_well_keeps_what_it_found(tmp_path, ending, status, message):
@@ -101,6 +143,39 @@ def test_a_part_that_crashes_before_it_begins(tmp_path):
     command = [sys.executable, "-c", "raise SystemExit(3)"]
     result = gpu_check.run_limited(command, tmp_path / "part", limit=5)
     assert result == dict(rows=[], status="failed", message="ended with code 3; see part.log")
+
+
+def test_results_that_cannot_be_read_are_a_failed_part(tmp_path):
+    code = f"import pathlib; pathlib.Path({str(tmp_path / 'part.json')!r}).write_text('{{')"
+    result = gpu_check.run_limited([sys.executable, "-c", code], tmp_path / "part", limit=5)
+    message = "part.json cannot be read; see part.log"
+    assert result == dict(rows=[], status="failed", message=message)
+
+
+def test_results_are_there_or_complete(tmp_path, monkeypatch):
+    report = gpu_check.Report(tmp_path / "part.json")
+    report.add("before")
+
+    def end_here(*paths):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu_check.os, "replace", end_here)
+        with pytest.raises(KeyboardInterrupt):
+            report.add("after")
+    read = json.loads((tmp_path / "part.json").read_text())
+    assert [row["what"] for row in read["rows"]] == ["before"]
+    report.write()
+    assert len(json.loads((tmp_path / "part.json").read_text())["rows"]) == 2
+    assert [file.name for file in tmp_path.iterdir()] == ["part.json"]
+
+
+def test_what_the_user_wants_python_to_find_is_found(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/somewhere/else")
+    paths = gpu_check._environment()["PYTHONPATH"].split(":")
+    assert paths == [str(REPOSITORY), str(TOOL.parent), "/somewhere/else"]
+    monkeypatch.delenv("PYTHONPATH")
+    assert gpu_check._environment()["PYTHONPATH"].split(":") == paths[:2]
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Everything to look at when the operators first meet a GPU, in one command and in less than 8 minutes.
 
-Each part runs in a process of its own with a time limit. One that fails, crashes or hangs is reported, and the next
-one goes on. DIR/gpu_check.json holds all figures, DIR/gpu_check.md is a table of them. Needs torch and triton, neither
+Each part runs in a process of its own with a time limit: its share of the whole time and what the parts before it left
+of theirs. One that fails, crashes or hangs is reported, and the next one goes on. DIR/gpu_check.json holds all figures, DIR/gpu_check.md is a table of them. Needs torch and triton, neither
 mmengine nor mmcv nor a network. What is not there (compute-sanitizer, ncu, mamba-ssm, mmdet) is skipped, and named.
 Nothing is installed, and no setting of the GPU is changed.
 
@@ -29,6 +29,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import itertools
 import json
 import os
 import platform
@@ -38,7 +39,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
@@ -85,19 +86,30 @@ def run_parts(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     Returns:
         For each: ``status`` ok, skipped, failed or timed out, ``seconds``, ``message`` and ``rows``.
     """
-    end = time.monotonic() + TOTAL_SECONDS
+    begin = time.monotonic()
     results = {}
-    for name in args.only or PARTS:
+    for name, end in part_ends(args.only or PARTS).items():
         print(f"{name} ...", end=" ", flush=True)
         start = time.monotonic()
-        limit = min(PARTS[name].seconds, end - start)
+        limit = begin + end - start
         if limit < 1:
-            results[name] = dict(status="skipped", message="no time was left", rows=[])
+            results[name] = dict(status="failed", message="not run: no time was left", rows=[])
         else:
             results[name] = run_part(name, args, limit)
         results[name]["seconds"] = round(time.monotonic() - start, 1)
         print(results[name]["status"], results[name]["message"], flush=True)
     return results
+
+
+def part_ends(names: Iterable[str]) -> dict[str, float]:
+    """Seconds from the start by which each part has to end, in this order.
+
+    Each has its share of the whole time, and what those before it left of theirs.
+    """
+    names = [name for name in PARTS if name in names]
+    share = TOTAL_SECONDS / sum(PARTS[name].seconds for name in names)
+    ends = itertools.accumulate(PARTS[name].seconds * share for name in names)
+    return dict(zip(names, ends))
 
 
 def run_part(name: str, args: argparse.Namespace, limit: float) -> dict[str, Any]:
@@ -137,16 +149,27 @@ def run_limited(command: list[str], place: Path, limit: float) -> dict[str, Any]
             with suppress(subprocess.TimeoutExpired):  # what hangs in the driver cannot be ended
                 process.wait(10)
             code = None
-    result = json.loads(file.read_text()) if file.exists() else dict(rows=[], status="failed")
+    result = dict(rows=[], status="failed")
+    if file.exists():
+        try:
+            result = json.loads(file.read_text())
+        except ValueError:  # the disk is full, say
+            result["message"] = f"{file.name} cannot be read; see {log_name}"
     if code is None:
-        result.update(status="timed out", message=f"not done after {limit:.0f} s; see {log_name}")
+        right = sum(row.get("right") is True for row in result["rows"])
+        wrong = sum(row.get("right") is False for row in result["rows"])
+        found = f"{right} right and {wrong} wrong until then"
+        message = f"not done after {limit:.0f} s, {found}; see {log_name}"
+        result.update(status="timed out", message=message)
     elif (result["status"] == "ok" and code) or "message" not in result:
         result.update(status="failed", message=f"ended with code {code}; see {log_name}")
     return result
 
 
 def _environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(HERE)])}
+    """This process's, in which Python finds this repository first, and then what the user wants it to find."""
+    paths = [str(REPOSITORY), str(HERE), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def write_table(results: dict[str, dict[str, Any]], out: Path) -> str:
@@ -185,8 +208,10 @@ class Report:
         print(what, figures, flush=True)
 
     def write(self) -> None:
-        """Write it to its file."""
-        self.file.write_text(json.dumps(self.content, indent=1) + "\n")
+        """Write it to its file, which is complete whenever this process is ended."""
+        unfinished = self.file.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(self.content, indent=1) + "\n")
+        os.replace(unfinished, self.file)
 
 
 def run_in_child(args: argparse.Namespace) -> int:
@@ -916,24 +941,24 @@ def check_look_back(report: Report, args: argparse.Namespace) -> None:
 
 
 class Part(NamedTuple):
-    """A part, and the seconds that it may take."""
+    """A part, and the seconds that it may take at least: see :func:`part_ends`."""
 
     run: Callable[[Report, argparse.Namespace], None]
     seconds: float
 
 
 PARTS = {
-    "versions": Part(check_versions, 60),
-    "bandwidth": Part(check_bandwidth, 30),
-    "primitives": Part(check_primitives, 45),
-    "tests": Part(check_operators, 100),
-    "sanitizer": Part(check_sanitizer, 60),
-    "times": Part(check_times, 90),
-    "profiler": Part(check_profiler, 75),
-    "capture": Part(check_capture, 60),
-    "mamba_ssm": Part(check_mamba_ssm, 90),
-    "backbones": Part(check_backbones, 60),
-    "look_back": Part(check_look_back, 45),
+    "versions": Part(check_versions, 35),
+    "bandwidth": Part(check_bandwidth, 20),
+    "primitives": Part(check_primitives, 30),
+    "tests": Part(check_operators, 110),
+    "sanitizer": Part(check_sanitizer, 50),
+    "times": Part(check_times, 40),
+    "profiler": Part(check_profiler, 45),
+    "capture": Part(check_capture, 40),
+    "mamba_ssm": Part(check_mamba_ssm, 25),
+    "backbones": Part(check_backbones, 40),
+    "look_back": Part(check_look_back, 25),
 }
 
 
