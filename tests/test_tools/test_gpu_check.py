@@ -223,6 +223,145 @@ def test_wrong_results_are_noticed():
     assert not wrong["right"]
 
 
+class FakeGpu:
+    """Two clocks: the host's, and the GPU's, which is busy until some time. In seconds."""
+
+    def __init__(self, monkeypatch):
+        import torch
+
+        self.host = self.busy = 0.0
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.run(cycles / 1e9))
+        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: FakeEvent(self))
+
+    def run(self, seconds):
+        self.host += 5e-6  # a launch
+        self.busy = max(self.busy, self.host) + seconds
+
+
+class FakeEvent:
+    def __init__(self, gpu):
+        self.gpu = gpu
+
+    def record(self):
+        self.gpu.run(0)
+        self.at = self.gpu.busy
+
+    def query(self):
+        return self.gpu.host >= self.at
+
+    def synchronize(self):
+        self.gpu.host = max(self.gpu.host, self.at)
+
+    def elapsed_time(self, end):
+        return (end.at - self.at) * 1e3
+
+
+@pytest.mark.parametrize("host", [20e-6, 3e-3])
+def test_the_time_of_a_call_is_the_time_of_its_kernels(monkeypatch, host):
+    gpu = FakeGpu(monkeypatch)
+
+    def call():
+        for _ in range(2):
+            gpu.host += host / 2
+            gpu.run(40e-6)
+
+    assert gpu_check._time(call, "meta") == pytest.approx(80e-6)
+
+
+def test_a_call_that_waits_for_the_gpu_has_no_time_of_its_own(monkeypatch):
+    gpu = FakeGpu(monkeypatch)
+
+    def call():
+        gpu.run(40e-6)
+        gpu.host = gpu.busy
+
+    with pytest.raises(RuntimeError, match="a call waits for the GPU"):
+        gpu_check._time(call, "meta")
+
+
+def test_without_triton_no_figures_are_passed_off_as_its(tmp_path, monkeypatch):
+    from mmvssm.ops import backend
+
+    ran = []
+    for name in ("versions", "times"):
+        part = gpu_check.Part(lambda report, args: ran.append(args.part), 1)
+        monkeypatch.setitem(gpu_check.PARTS, name, part)
+
+    def result(name, device="cuda"):
+        gpu_check.run_in_child(Namespace(part=name, out=tmp_path, device=device))
+        return json.loads((tmp_path / f"{name}.json").read_text())
+
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(backend, "triton_available", lambda: True)
+    monkeypatch.setattr(backend, "triton_works", lambda: False)
+    monkeypatch.setattr(backend, "missing_for_triton", lambda: "no C compiler")
+    assert result("times")["status"] == "failed"
+    assert result("times")["message"].endswith("since there is no C compiler")
+    monkeypatch.setattr(backend, "triton_available", lambda: False)
+    assert "Triton cannot be imported" in result("times")["message"]
+    assert ran == []
+    assert result("versions")["status"] == result("times", "cpu")["status"] == "ok"
+    assert ran == ["versions", "times"]
+
+
+@pytest.mark.parametrize("script", [gpu_check.SANITIZED, gpu_check.PROFILED])
+def test_scripts_under_other_tools_use_the_device(script, monkeypatch):
+    class Used(Exception):
+        pass
+
+    def use_device(device):
+        raise Used(device)
+
+    monkeypatch.setattr(gpu_check, "use_device", use_device)
+    with pytest.raises(Used, match=r"^cuda:1$"):
+        exec(script.format(paths=[], device="cuda:1", shape="STAGE_1"), {})
+
+
+def test_parts_use_the_device(tmp_path, monkeypatch):
+    import torch
+
+    used = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    monkeypatch.setattr(gpu_check, "require_triton", lambda: None)
+    monkeypatch.setitem(gpu_check.PARTS, "times", gpu_check.Part(lambda report, args: None, 1))
+    gpu_check.run_in_child(Namespace(part="times", out=tmp_path, device="cuda:1"))
+    assert used == ["cuda:1"]
+
+
+def test_times_and_memory_are_those_of_the_device(monkeypatch):
+    import backbones
+    import common
+    import torch
+
+    asked = []
+    for name in (
+        *("synchronize", "reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"),
+    ):
+        monkeypatch.setattr(torch.cuda, name, lambda device=None: asked.append(device) or 0)
+    common.synchronize("cuda:1")
+    args = Namespace(device="cuda:1", dtype="float32")
+    x = torch.rand(1)
+    backbones.peak_memory_of("", "", torch.nn.Identity(), backbones.evaluate, x, args)
+    assert asked == ["cuda:1"] * 4
+
+
+def test_the_definition_is_computed_on_the_cpu():
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from support.scan_cases import Case, _defined, make_inputs
+
+    inputs = make_inputs(Case(1, 3, 2, 5, 2))
+    with FakeTensorMode():
+        inputs = {
+            name: torch.empty(x.shape, dtype=x.dtype, device="cuda") for name, x in inputs.items()
+        }
+        defined = _defined(inputs, True)
+    assert {x.device.type for x in inputs.values()} == {"cuda"}
+    assert {x.device.type for x in defined.values()} == {"cpu"}
+
+
 def test_counts_of_ncu_are_read():
     text = """==PROF== Connected to process 1
 "ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"

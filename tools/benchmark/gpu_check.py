@@ -1,9 +1,10 @@
 """Everything to look at when the operators first meet a GPU, in one command and in less than 8 minutes.
 
 Each part runs in a process of its own with a time limit: its share of the whole time and what the parts before it left
-of theirs. One that fails, crashes or hangs is reported, and the next one goes on. DIR/gpu_check.json holds all figures, DIR/gpu_check.md is a table of them. Needs torch and triton, neither
-mmengine nor mmcv nor a network. What is not there (compute-sanitizer, ncu, mamba-ssm, mmdet) is skipped, and named.
-Nothing is installed, and no setting of the GPU is changed.
+of theirs. One that fails, crashes or hangs is reported, and the next one goes on. DIR/gpu_check.json holds all figures,
+DIR/gpu_check.md is a table of them. Needs torch and triton, neither mmengine nor mmcv nor a network. What is not there
+(compute-sanitizer, ncu, mamba-ssm, mmdet) is skipped, and named. Nothing is installed, and no setting of the GPU is
+changed.
 
 Parts, in this order:
     versions     what is installed, and a trivial kernel
@@ -35,6 +36,7 @@ import os
 import platform
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -220,6 +222,9 @@ def run_in_child(args: argparse.Namespace) -> int:
     if args.device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
     try:
+        use_device(args.device)
+        if args.device != "cpu" and args.part != "versions":
+            require_triton()
         PARTS[args.part].run(report, args)
         wrong = [row["what"] for row in report.content["rows"] if row.get("right") is False]
         report.content.update(
@@ -234,6 +239,29 @@ def run_in_child(args: argparse.Namespace) -> int:
         report.content.update(status="failed", message=f"{type(error).__name__}: {first_line}")
     report.write()
     return report.content["status"] == "failed"
+
+
+def use_device(device: str) -> None:
+    """Make a device, such as cuda:1, this process's current one."""
+    import torch
+
+    if ":" in device and torch.cuda.is_available():
+        torch.cuda.set_device(device)
+
+
+def require_triton() -> None:
+    """Make sure that operators run in Triton.
+
+    Raises:
+        RuntimeError: If they would run in plain PyTorch, whose figures nobody asked for.
+    """
+    from mmvssm.ops import backend
+
+    if not backend.triton_available():
+        raise RuntimeError('Triton cannot be imported; look at what "import triton" says')
+    if not backend.triton_works():
+        missing = backend.missing_for_triton()
+        raise RuntimeError(f"Triton cannot launch kernels here, since there is {missing}")
 
 
 def attempt(report: Report, what: str, function: Callable[[], dict[str, object]]) -> None:
@@ -428,6 +456,7 @@ import sys
 sys.path[:0] = {paths}
 import gpu_check
 from support.scan_cases import Case, check
+gpu_check.use_device({device!r})
 for states in (1, 2):
     check(Case(1, 130, 2, 13, states), gpu_check._run_scan, device={device!r})
 print("both agree with the definition")
@@ -518,30 +547,48 @@ def _passes(inputs) -> tuple[Callable, Callable]:
     )
 
 
-def _time(call: Callable, device: str, runs: int = 20) -> float:
-    """Seconds on the device, the median of some runs with a cold cache."""
+def _time(call: Callable, device: str) -> float:
+    """Seconds on the device, the median of some runs, on a GPU with a cold cache."""
+    return statistics.median(
+        _times_on_cpu(call) if device == "cpu" else _times_on_gpu(call, device)
+    )
+
+
+def _times_on_cpu(call: Callable, runs: int = 3) -> list[float]:
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def _times_on_gpu(call: Callable, device: str, runs: int = 20) -> list[float]:
+    """Seconds from a call's first kernel to its last, launched while the GPU is kept waiting."""
     import torch
 
-    if device == "cpu":
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - start)
-        return sorted(times)[1]
     cache = torch.empty(64_000_000, device=device)  # more than any GPU's cache holds
     for _ in range(3):
         call()
-    times = []
-    for _ in range(runs):
+    times: list[float] = []
+    wait = 100_000  # cycles of the GPU
+    while len(times) < runs:
         cache.zero_()
+        torch.cuda._sleep(wait)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         call()
         end.record()
+        late = start.query()
         end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return sorted(times)[runs // 2]
+        if not late:
+            times.append(start.elapsed_time(end) / 1e3)
+            continue
+        # Python had not launched everything yet: its time would be measured, not the GPU's.
+        wait *= 2
+        if wait > 1_000_000_000:
+            raise RuntimeError("a call waits for the GPU, whose time cannot be told from Python's")
+    return times
 
 
 def _host_time(call: Callable, device: str, runs: int = 100) -> float:
@@ -562,6 +609,7 @@ PROFILED = """
 import sys
 sys.path[:0] = {paths}
 import torch, gpu_check, scan_inputs
+gpu_check.use_device({device!r})
 inputs = scan_inputs.make_inputs(scan_inputs.{shape}, 1, torch.float32, {device!r})
 passes = gpu_check._passes(inputs)
 for call in passes:
@@ -970,11 +1018,6 @@ def main() -> int:
             f"error: --mamba-source {args.mamba_source} has no csrc/selective_scan; give a checkout of mamba-ssm."
         )
     if args.part:
-        if ":" in args.device:
-            import torch
-
-            if torch.cuda.is_available():
-                torch.cuda.set_device(args.device)
         return run_in_child(args)
     args.out.mkdir(parents=True, exist_ok=True)
     builder = _start_build(args)
