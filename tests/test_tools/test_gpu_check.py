@@ -1,5 +1,6 @@
 """The first look at a GPU, run on the CPU: every part reports, and no part stops the others."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -360,6 +361,45 @@ def test_the_definition_is_computed_on_the_cpu():
         defined = _defined(inputs, True)
     assert {x.device.type for x in inputs.values()} == {"cuda"}
     assert {x.device.type for x in defined.values()} == {"cpu"}
+
+
+def test_primitives_are_tried_in_the_tiles_that_are_launched():
+    pytest.importorskip("triton")
+    import torch
+    from gpu_check_kernels import GRADIENTS_TILE, TILES
+    from scan_inputs import designs, make_inputs
+
+    from mmvssm.ops.selective_scan import triton_launch
+    from mmvssm.ops.triton_launcher import recorded_launches
+
+    scanned, others = set(), set()
+    for shape in gpu_check._shapes("cuda"):
+        for batch, design in itertools.product((1, 16), designs(shape.d_state).values()):
+            inputs = make_inputs(shape, batch, torch.float32, "meta")
+            with design(), recorded_launches() as launches:
+                y, states = triton_launch.forward(inputs)
+                triton_launch.backward(y, inputs, states)
+            for launch in launches:
+                values, warps = launch.arguments, launch.options["num_warps"]
+                if "CHANNELS" in values:
+                    tile = (values["CHANNELS"], values["LANES"], values["GROUPS"], warps)
+                    assert tile == (*GRADIENTS_TILE, 1)
+                elif "GROUPS" in values:
+                    lanes = values["LANES"] if "LANES" in values else values["COLUMNS"]
+                    scanned.add((values["GROUPS"], lanes, warps))
+                else:
+                    others.add(launch.kernel.__name__)
+    assert scanned == set(TILES)
+    assert others == {"sweep", "weights_by_step", "weights_by_token"}  # they scan nothing
+
+
+def test_primitives_agree_with_float64(tmp_path):
+    """In Triton's interpreter, which has to be chosen before triton is imported."""
+    options = ["--part", "primitives", "--out", tmp_path, "--device", "cpu"]
+    subprocess.run([sys.executable, TOOL, *options], check=True)
+    result = json.loads((tmp_path / "primitives.json").read_text())
+    assert result["status"] == "ok"
+    assert [row["right"] for row in result["rows"]] == [True] * 5
 
 
 def test_counts_of_ncu_are_read():

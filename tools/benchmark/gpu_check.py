@@ -345,24 +345,35 @@ def check_primitives(report: Report, args: argparse.Namespace) -> None:
     import gpu_check_kernels as kernels
     import torch
 
+    def inputs(*shape: int):
+        return torch.rand(shape, device=args.device), torch.randn(shape, device=args.device)
+
     for groups, lanes, warps in kernels.TILES if args.device != "cpu" else [(8, 16, 4)]:
         for reverse in (False, True):
-            keep = torch.rand(groups, lanes, device=args.device)
-            add = torch.randn(groups, lanes, device=args.device)
-            out = torch.empty_like(add)
 
-            def scan(
-                keep=keep, add=add, out=out, reverse=reverse, warps=warps
-            ) -> dict[str, object]:
-                kernels.scan[(1,)](
-                    *(keep, add, out),
-                    *(keep.shape[0], keep.shape[1], reverse),
-                    num_warps=warps,
+            def scan(groups=groups, lanes=lanes, warps=warps, reverse=reverse) -> dict[str, object]:
+                keep, add = inputs(groups, lanes)
+                out = add.new_empty(3, groups, lanes)
+                kernels.scan[(1,)](keep, add, out, groups, lanes, reverse, num_warps=warps)
+                total = _recurrence(keep, add, reverse)
+                before = torch.cat([total[:1], total[:-1]])
+                return _compare(
+                    out, torch.stack([total, before, total[-1:].expand_as(total)]), 1e-5
                 )
-                return _compare(out, _recurrence(keep, add, reverse), 1e-5)
 
             direction = "backward" if reverse else "forward"
             attempt(report, f"scan {groups} x {lanes}, {warps} warps, {direction}", scan)
+
+    def scan_both_ways() -> dict[str, object]:
+        keep, add = inputs(*kernels.GRADIENTS_TILE)
+        out = add.new_empty(2, *add.shape)
+        kernels.scan_both_ways[(1,)](keep, add, out, *add.shape, num_warps=1)
+        steps = keep.movedim(2, 0), add.movedim(2, 0)
+        expected = torch.stack([_recurrence(*steps, reverse) for reverse in (False, True)])
+        return _compare(out, expected.movedim(1, -1), 1e-5)
+
+    tile = " x ".join(map(str, kernels.GRADIENTS_TILE))
+    attempt(report, f"scans {tile} along the last axis, 1 warp", scan_both_ways)
 
     x = torch.linspace(-90, 90, 180_001 if args.device != "cpu" else 2048, device=args.device)
     for name, function in kernels.FUNCTIONS.items():
