@@ -9,6 +9,9 @@ from pathlib import Path
 
 import gpu_check
 import pytest
+import torch
+
+from support import scan_cases, sparse_conv_cases
 
 REPOSITORY = Path(__file__).parents[2]
 TOOL = REPOSITORY / "tools/benchmark/gpu_check.py"
@@ -216,8 +219,6 @@ def test_a_part_that_raises_is_reported(run_here):
 
 
 def test_wrong_results_are_noticed():
-    import torch
-
     right = gpu_check._compare(torch.ones(3), torch.ones(3).double(), 1e-5)
     assert right["right"]
     wrong = gpu_check._compare(torch.tensor([1, 1, 1.1]), torch.ones(3).double(), 1e-5)
@@ -228,8 +229,6 @@ class FakeGpu:
     """Two clocks: the host's, and the GPU's, which is busy until some time. In seconds."""
 
     def __init__(self, monkeypatch):
-        import torch
-
         self.host = self.busy = 0.0
         monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.run(cycles / 1e9))
         monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: FakeEvent(self))
@@ -319,8 +318,6 @@ def test_scripts_under_other_tools_use_the_device(script, monkeypatch):
 
 
 def test_parts_use_the_device(tmp_path, monkeypatch):
-    import torch
-
     used = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", used.append)
@@ -333,7 +330,6 @@ def test_parts_use_the_device(tmp_path, monkeypatch):
 def test_times_and_memory_are_those_of_the_device(monkeypatch):
     import backbones
     import common
-    import torch
 
     asked = []
     for name in (
@@ -348,24 +344,20 @@ def test_times_and_memory_are_those_of_the_device(monkeypatch):
 
 
 def test_the_definition_is_computed_on_the_cpu():
-    import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from support.scan_cases import Case, _defined, make_inputs
-
-    inputs = make_inputs(Case(1, 3, 2, 5, 2))
+    inputs = scan_cases.make_inputs(scan_cases.Case(1, 3, 2, 5, 2))
     with FakeTensorMode():
         inputs = {
             name: torch.empty(x.shape, dtype=x.dtype, device="cuda") for name, x in inputs.items()
         }
-        defined = _defined(inputs, True)
+        defined = scan_cases._defined(inputs, True)
     assert {x.device.type for x in inputs.values()} == {"cuda"}
     assert {x.device.type for x in defined.values()} == {"cpu"}
 
 
 def test_primitives_are_tried_in_the_tiles_that_are_launched():
     pytest.importorskip("triton")
-    import torch
     from gpu_check_kernels import GRADIENTS_TILE, TILES
     from scan_inputs import designs, make_inputs
 
@@ -400,6 +392,105 @@ def test_primitives_agree_with_float64(tmp_path):
     result = json.loads((tmp_path / "primitives.json").read_text())
     assert result["status"] == "ok"
     assert [row["right"] for row in result["rows"]] == [True] * 5
+
+
+def test_cases_that_show_something_new_come_first():
+    cases = gpu_check.operator_cases("cuda")
+    assert len(cases) == len(set(cases)) == len(scan_cases.CASES) + len(sparse_conv_cases.CASES)
+    early = cases[:30]
+    assert len(early) < 0.6 * len(cases)
+    for operator, fields in (
+        ("scan", ("walk", "layout", "optional", "softplus", "dtype", "extreme")),
+        ("sparse convolution", ("kernel", "layout", "bias", "dtype")),
+    ):
+        for field in fields:
+            everything, shown = (
+                {getattr(case, field) for name, case in some if name == operator}
+                for some in (cases, early)
+            )
+            assert shown == everything, field
+    one_state = {(case.states == 1, case.dtype) for name, case in early if name == "scan"}
+    assert (True, torch.bfloat16) in one_state
+    assert (False, torch.bfloat16) in one_state
+
+
+def test_every_shape_is_timed_in_float32_before_any_is_in_bfloat16():
+    timed = gpu_check.timed_inputs("cuda")
+    assert len(timed) == len(set(timed)) == 12
+    assert {dtype for _, _, dtype in timed[:6]} == {torch.float32}
+    assert len({(shape, batch) for shape, batch, _ in timed[:6]}) == 6
+
+
+@pytest.fixture
+def launching(monkeypatch):
+    """The scan launches what it would on a GPU, where nothing runs; its results are those of the CPU's kernels."""
+    pytest.importorskip("triton")
+    from mmvssm.ops import backend
+    from mmvssm.ops.selective_scan import pytorch, triton_launch
+    from mmvssm.ops.triton_launcher import recorded_launches
+
+    class Launching:
+        backward = staticmethod(pytorch.backward)
+        error_of_states = 0.0
+
+        def forward(self, inputs):
+            with recorded_launches():
+                triton_launch.forward(inputs)
+            y, states = pytorch.forward(inputs)
+            return y, states * (1 + self.error_of_states * triton_launch.SINGLE_PASS)
+
+    launching = Launching()
+    monkeypatch.setattr(backend, "choose", lambda x, gpu, cpu, anywhere: launching)
+    return launching
+
+
+def test_the_single_pass_is_compared_with_the_default(launching):
+    import scan_inputs
+
+    def inputs(dtype):
+        return scan_inputs.make_inputs(scan_inputs.Shape((7, 10), 5, 1), 1, dtype, "cpu")
+
+    assert gpu_check.compare_designs(inputs(torch.float32))["right"]
+    launching.error_of_states = 1e-3
+    assert not gpu_check.compare_designs(inputs(torch.float32))["right"]
+    with pytest.raises(RuntimeError, match="instead of the single pass"):  # which has no float64
+        gpu_check.compare_designs(inputs(torch.float64))
+
+
+def test_cases_run_in_the_single_pass(launching):
+    case = scan_cases.Case(1, 70, 1, 5, 1)
+    assert gpu_check.run_in_single_pass(case, "cpu")["right"]
+    with pytest.raises(RuntimeError, match="launched sweep instead of the single pass"):
+        gpu_check.run_in_single_pass(case._replace(states=2), "cpu")
+    launching.error_of_states = 1e-2
+    with pytest.raises(AssertionError, match="relative error"):
+        gpu_check.run_in_single_pass(case, "cpu")
+
+
+@pytest.mark.parametrize("case", gpu_check.look_back_cases(), ids=str)
+def test_cases_of_the_look_back_ask_for_all_of_it(case):
+    pytest.importorskip("triton")
+    import scan_inputs
+
+    from mmvssm.ops.selective_scan import triton_launch
+    from mmvssm.ops.selective_scan.inputs import ScanInputs
+    from mmvssm.ops.triton_launcher import recorded_launches
+
+    inputs = scan_cases.make_inputs(case)
+    del inputs["grad_y"]
+    with scan_inputs.designs(1)["single_pass"](), recorded_launches() as launches:
+        triton_launch.forward(ScanInputs(**inputs))
+    (launch,) = launches
+    values = launch.arguments
+    assert launch.kernel.__name__ == "single_pass"
+    assert values["tiles"] > values["BLOCK"]
+    assert case.length % values["STEPS"] and case.channels % values["LANES"]
+    assert not values["ALIGNED"]
+
+
+def test_cases_of_the_look_back_are_within_their_tolerance():
+    """Long walks in half precision: by the CPU's kernels."""
+    scan_cases.check(gpu_check.look_back_cases()[1], gpu_check._run_scan)
 
 
 def test_counts_of_ncu_are_read():

@@ -41,12 +41,13 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
+from unittest import mock
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
@@ -411,18 +412,38 @@ def check_operators(report: Report, args: argparse.Namespace) -> None:
     """The cases of the tests, as many as the time allows."""
     from support import scan_cases, sparse_conv_cases
 
-    small = args.device == "cpu"
-    for case in scan_cases.CASES[:: 6 if small else 1]:
-        run = partial(_checked, scan_cases.check, case, _run_scan, args.device)
-        attempt(report, f"scan {case}", run)
-    for case in sparse_conv_cases.CASES[:: 6 if small else 1]:
-        run = partial(_checked, sparse_conv_cases.check, case, _run_sparse_conv, args.device)
-        attempt(report, f"sparse convolution {case}", run)
+    modules = {
+        "scan": (scan_cases, _run_scan),
+        "sparse convolution": (sparse_conv_cases, _run_sparse_conv),
+    }
+    for operator, case in operator_cases(args.device):
+        module, run = modules[operator]
+
+        def check(module=module, run=run, case=case) -> dict[str, object]:
+            module.check(case, run, device=args.device)
+            return dict(right=True)
+
+        attempt(report, f"{operator} {case}", check)
 
 
-def _checked(check: Callable, case: object, run: Callable, device: str) -> dict[str, object]:
-    check(case, run, device=device)
-    return dict(right=True)
+def operator_cases(device: str) -> list[tuple[str, Any]]:
+    """``scan`` or ``sparse convolution`` and a case of it: first, of both, those that show something new."""
+    from support import scan_cases, sparse_conv_cases
+
+    every = 6 if device == "cpu" else 1
+    cases = [("scan", case) for case in scan_cases.CASES[::every]]
+    cases += [("sparse convolution", case) for case in sparse_conv_cases.CASES[::every]]
+    first, others, seen = [], [], set()
+    for operator, case in cases:
+        fields = case._asdict()
+        for size in ("batch", "length", "grid", "kept", "channels", "walks"):
+            fields.pop(size, None)
+        if operator == "scan":  # one state and several have kernels of their own, for every dtype
+            fields["kernels"] = case.states == 1, case.dtype
+        new = {(operator, *field) for field in fields.items()} - seen
+        (first if new else others).append((operator, case))
+        seen |= new
+    return first + others
 
 
 def _run_scan(inputs: dict, delta_softplus: bool) -> dict:
@@ -515,29 +536,36 @@ def _shapes(device: str) -> list:
 
 def check_times(report: Report, args: argparse.Namespace) -> None:
     """Milliseconds on the GPU, microseconds of Python, and the share of what a copy of the least bytes takes."""
-    import torch
     from scan_inputs import least_bytes, make_inputs
 
     bandwidth = _copy_bandwidth(800 if args.device != "cpu" else 4, args.device)
-    for batch in (1, 16) if args.device != "cpu" else (1, 2):
-        for shape in _shapes(args.device):
-            for dtype in (torch.float32, torch.bfloat16):
-                least = least_bytes(make_inputs(shape, batch, dtype, "meta"))
+    for timed in timed_inputs(args.device):
+        least = least_bytes(make_inputs(*timed, "meta"))
 
-                def measure(
-                    shape=shape, batch=batch, dtype=dtype, least=least
-                ) -> dict[str, object]:
-                    forward, backward = _passes(make_inputs(shape, batch, dtype, args.device))
-                    figures = {}
-                    for name, call in (("forward", forward), ("backward", backward)):
-                        seconds = _time(call, args.device)
-                        copied = least[name] / bandwidth
-                        figures[f"{name}_ms"] = round(seconds * 1e3, 4)
-                        figures[f"{name}_share_of_copy"] = round(copied / seconds, 3)
-                        figures[f"{name}_host_us"] = round(_host_time(call, args.device) * 1e6, 1)
-                    return figures
+        def measure(timed=timed, least=least) -> dict[str, object]:
+            forward, backward = _passes(make_inputs(*timed, args.device))
+            figures = {}
+            for name, call in (("forward", forward), ("backward", backward)):
+                seconds = _time(call, args.device)
+                copied = least[name] / bandwidth
+                figures[f"{name}_ms"] = round(seconds * 1e3, 4)
+                figures[f"{name}_share_of_copy"] = round(copied / seconds, 3)
+                figures[f"{name}_host_us"] = round(_host_time(call, args.device) * 1e6, 1)
+            return figures
 
-                attempt(report, _label(shape, batch, dtype), measure)
+        attempt(report, _label(*timed), measure)
+
+
+def timed_inputs(device: str) -> list[tuple[Any, int, Any]]:
+    """Shape, batch size and dtype: in float32 everything once, then in bfloat16."""
+    import torch
+
+    batches = (1, 16) if device != "cpu" else (1, 2)
+    dtypes = (torch.float32, torch.bfloat16)
+    return [
+        (shape, batch, dtype)
+        for dtype, batch, shape in itertools.product(dtypes, batches, _shapes(device))
+    ]
 
 
 def _label(shape: object, batch: int, dtype: object) -> str:
@@ -699,23 +727,7 @@ def check_capture(report: Report, args: argparse.Namespace) -> None:
     def graph() -> dict[str, object]:
         if args.device == "cpu":
             raise Skipped("needs a GPU")
-        captured = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            for call in passes:
-                call()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(captured):
-            results = [call() for call in passes]
-        right = True
-        for _ in range(3):
-            for tensors in results:
-                for x in tensors:
-                    x.zero_()
-            captured.replay()
-            torch.cuda.synchronize()
-            right &= _same(results, expected)
-        return dict(right=right)
+        return _replayed(passes, expected)
 
     def other_stream() -> dict[str, object]:
         if args.device == "cpu":
@@ -754,6 +766,29 @@ def check_capture(report: Report, args: argparse.Namespace) -> None:
         attempt(report, what, function)
 
 
+def _replayed(passes: Sequence[Callable], expected: list) -> dict[str, object]:
+    """Whether a CUDA graph of some calls gives what they give."""
+    import torch
+
+    captured = torch.cuda.CUDAGraph()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in passes:
+            call()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(captured):
+        results = [call() for call in passes]
+    right = True
+    for _ in range(3):
+        for tensors in results:
+            for x in tensors:
+                x.zero_()
+        captured.replay()
+        torch.cuda.synchronize()
+        right &= _same(results, expected)
+    return dict(right=right)
+
+
 def _same(first: list, second: list) -> bool:
     import torch
 
@@ -772,27 +807,25 @@ def check_mamba_ssm(report: Report, args: argparse.Namespace) -> None:
     from scan_inputs import make_inputs
 
     kernels = _mamba_kernels(args)
-    for batch in (1, 16):
-        for shape in _shapes(args.device):
-            for dtype in (torch.float32, torch.bfloat16):
+    for timed in timed_inputs(args.device):
 
-                def measure(shape=shape, batch=batch, dtype=dtype) -> dict[str, object]:
-                    inputs = make_inputs(shape, batch, dtype, args.device)
-                    ours = [_time(call, args.device) for call in _passes(inputs)]
-                    expected = torch.ops.mmvssm.selective_scan(*inputs)[0].double().cpu()
-                    y, passes = _mamba_passes(kernels, inputs)
-                    theirs = [_time(call, args.device) for call in passes]
-                    return dict(
-                        forward_ms=round(theirs[0] * 1e3, 4),
-                        forward_ours_is_faster_by=round(theirs[0] / ours[0], 2),
-                        arranged_ms=round(theirs[1] * 1e3, 4),
-                        arranged_ours_is_faster_by=round(theirs[1] / ours[0], 2),
-                        backward_ms=round(theirs[2] * 1e3, 4),
-                        backward_ours_is_faster_by=round(theirs[2] / ours[1], 2),
-                        **_compare(y, expected, 1e-4 if dtype == torch.float32 else 2e-2),
-                    )
+        def measure(timed=timed) -> dict[str, object]:
+            inputs = make_inputs(*timed, args.device)
+            ours = [_time(call, args.device) for call in _passes(inputs)]
+            expected = torch.ops.mmvssm.selective_scan(*inputs)[0].double().cpu()
+            y, passes = _mamba_passes(kernels, inputs)
+            theirs = [_time(call, args.device) for call in passes]
+            return dict(
+                forward_ms=round(theirs[0] * 1e3, 4),
+                forward_ours_is_faster_by=round(theirs[0] / ours[0], 2),
+                arranged_ms=round(theirs[1] * 1e3, 4),
+                arranged_ours_is_faster_by=round(theirs[1] / ours[0], 2),
+                backward_ms=round(theirs[2] * 1e3, 4),
+                backward_ours_is_faster_by=round(theirs[2] / ours[1], 2),
+                **_compare(y, expected, 1e-4 if inputs.u.dtype == torch.float32 else 2e-2),
+            )
 
-                attempt(report, _label(shape, batch, dtype), measure)
+        attempt(report, _label(*timed), measure)
 
 
 def _mamba_passes(kernels, inputs) -> tuple[Any, list[Callable]]:
@@ -964,23 +997,27 @@ def check_backbones(report: Report, args: argparse.Namespace) -> None:
 
 
 def check_look_back(report: Report, args: argparse.Namespace) -> None:
-    """Whether the single pass ends, with the same bits, each of many times, alone and beside other work."""
+    """Whether the single pass is right, and ends with the same bits each of many times, alone and beside other work."""
     if args.device == "cpu":
         raise Skipped("needs a GPU")
     import torch
     from scan_inputs import designs, make_inputs
 
     single_pass = designs(1)["single_pass"]
-    shape = _shapes(args.device)[0]
-    inputs = make_inputs(shape, 1, torch.float32, args.device)
-    forward, _ = _passes(inputs)
-    usual = forward()[0]
+    shapes = [shape for shape in _shapes(args.device) if shape.d_state == 1]
+    for shape in shapes:
+        inputs = make_inputs(shape, 1, torch.float32, args.device)
+        attempt(report, f"beside the default, {shape}", partial(compare_designs, inputs))
+    for case in look_back_cases():
+        run = partial(run_in_single_pass, case, args.device)
+        attempt(report, f"scan {case}", run)
+
+    forward, _ = _passes(make_inputs(shapes[0], 1, torch.float32, args.device))
     launches = 10_000
     other = torch.rand(2048, 2048, device=args.device)
     with single_pass():
         expected = forward()
-        error = _compare(expected[0], usual.double().cpu(), 1e-5)
-        report.add("beside the default", **error)
+        attempt(report, "CUDA graph", partial(_replayed, [forward], [expected]))
         for what in ("alone", "beside products of matrices"):
 
             def run(what: str = what) -> dict[str, object]:
@@ -997,6 +1034,66 @@ def check_look_back(report: Report, args: argparse.Namespace) -> None:
 
             attempt(report, f"{launches // 2} launches {what}", run)
         report.add("time", ms=round(_time(forward, args.device) * 1e3, 4))
+
+
+def compare_designs(inputs: Any) -> dict[str, object]:
+    """The outputs of the single pass, and the states that it leaves for the backward pass, beside the default's."""
+    import torch
+    from scan_inputs import designs
+
+    default = torch.ops.mmvssm.selective_scan(*inputs)
+    with designs(1)["single_pass"](), _launched() as kernels:
+        results = torch.ops.mmvssm.selective_scan(*inputs)
+    if kernels != ["single_pass"]:
+        raise RuntimeError(f"launched {kernels} instead of the single pass")
+    y, states = (_compare(x, d.double().cpu(), 1e-5) for x, d in zip(results, default))
+    return dict(
+        relative_error=y["relative_error"],
+        relative_error_of_states=states["relative_error"],
+        right=y["right"] and states["right"],
+    )
+
+
+def run_in_single_pass(case: Any, device: str) -> dict[str, object]:
+    """A case of the tests with the single pass, and the backward pass from what it leaves."""
+    from scan_inputs import designs
+
+    from support import scan_cases
+
+    with designs(1)["single_pass"](), _launched() as kernels:
+        scan_cases.check(case, _run_scan, device=device)
+    if kernels[0] != "single_pass":
+        raise RuntimeError(f"launched {kernels[0]} instead of the single pass")
+    return dict(right=True)
+
+
+def look_back_cases() -> list:
+    """With more than one block of tiles, a last tile that is not full, and a last block of channels that is not."""
+    import torch
+
+    from support.scan_cases import Case
+
+    return [
+        Case(1, 2405, 2, 87, 1),  # a walk of its own, a source and gaps
+        Case(1, 2405, 2, 87, 1, dtype=torch.bfloat16),
+        Case(2, 2405, 1, 87, 1, walk="source"),
+        Case(2, 2405, 1, 87, 1, walk="gap", optional=False, dtype=torch.bfloat16),
+    ]
+
+
+@contextmanager
+def _launched() -> Iterator[list[str]]:
+    """The names of the kernels that the scan launches."""
+    from mmvssm.ops.selective_scan import triton_launch
+
+    launch, names = triton_launch.launch, []
+
+    def noted(kernel: Any, *args: Any, **options: Any) -> None:
+        names.append(kernel.__name__)
+        launch(kernel, *args, **options)
+
+    with mock.patch.object(triton_launch, "launch", noted):
+        yield names
 
 
 class Part(NamedTuple):
