@@ -2,8 +2,11 @@
 
 import itertools
 import json
+import os
+import pickle
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -25,8 +28,8 @@ def run_tool(out, *options):
 
 def test_parts_come_in_the_order_in_which_they_are_useful():
     assert list(gpu_check.PARTS) == [
-        *("versions", "bandwidth", "primitives", "tests", "sanitizer", "times", "profiler"),
-        *("capture", "mamba_ssm", "backbones", "look_back"),
+        *("versions", "bandwidth", "primitives", "compile", "tests", "sanitizer", "times"),
+        *("profiler", "capture", "mamba_ssm", "backbones", "look_back"),
     ]
     assert gpu_check.TOTAL_SECONDS < 8 * 60
 
@@ -92,7 +95,7 @@ def test_every_part_at_small_sizes(tmp_path):
     statuses = {name: result["status"] for name, result in results.items()}
     assert list(statuses) == list(gpu_check.PARTS)
     assert set(statuses.values()) <= {"ok", "skipped"}, done.stdout
-    for name in ("bandwidth", "tests", "sanitizer", "times", "capture"):
+    for name in ("bandwidth", "compile", "tests", "sanitizer", "times", "capture"):
         assert statuses[name] == "ok"
         assert results[name]["rows"]
     for row in results["times"]["rows"]:
@@ -128,7 +131,7 @@ FINDS = "import json, pathlib; pathlib.Path({file!r}).write_text(json.dumps({con
         ("import os; os.abort()", "failed", "ended with code -6; see part.log"),
         (
             *("import time; time.sleep(60)", "timed out"),
-            "not done after 5 s, 1 right and 0 wrong until then; see part.log",
+            "not done after 5 s, 1 passed and 0 failed until then; see part.log",
         ),
     ],
 )
@@ -491,6 +494,72 @@ def test_cases_of_the_look_back_ask_for_all_of_it(case):
 def test_cases_of_the_look_back_are_within_their_tolerance():
     """Long walks in half precision: by the CPU's kernels."""
     scan_cases.check(gpu_check.look_back_cases()[1], gpu_check._run_scan)
+
+
+def test_whatever_is_launched_later_is_compiled_before():
+    jobs = {job.what for job in gpu_check.compile_jobs("cuda")}
+    timed = {f"scan {gpu_check._label(*timed)}" for timed in gpu_check.timed_inputs("cuda")}
+    cases = {f"{operator} {case}" for operator, case in gpu_check.operator_cases("cuda")}
+    cases |= {f"scan {case}" for case in gpu_check.sanitized_cases()}
+    look_back = {
+        f"{how} {case}" for how in ("scan", "single pass") for case in gpu_check.look_back_cases()
+    }
+    shapes = {
+        f"single pass {gpu_check._label(shape, 1, torch.float32)}"
+        for shape in gpu_check.single_pass_shapes("cuda")
+    }
+    assert len(shapes) == 2
+    assert timed | cases | look_back | shapes <= jobs
+    others = jobs - timed - cases - look_back - shapes
+    if gpu_check._missing_for_backbones():
+        assert not others
+    else:
+        assert len(others) == 4
+        assert all(what.startswith("GroupMamba-T, ") for what in others)
+    pickle.dumps(gpu_check.compile_jobs("cuda"))  # for other processes
+
+
+def test_jobs_run_in_processes_of_their_own(tmp_path):
+    report = gpu_check.Report(tmp_path / "part.json")
+    jobs = [
+        gpu_check.Job("first", time.sleep, (0,)),
+        gpu_check.Job("second", int, ("x",)),
+        gpu_check.Job("ends the first process", os._exit, (3,)),
+        gpu_check.Job("fourth", time.sleep, (0,)),
+        gpu_check.Job("would be the first process's", time.sleep, (0,)),
+    ]
+    gpu_check.run_jobs(jobs, 2, report, "cpu")
+    rows = {row.pop("what"): row for row in report.content["rows"]}
+    assert rows.keys() == {job.what for job in jobs}
+    assert rows["first"].keys() == rows["fourth"].keys() == {"seconds"}
+    assert rows["second"]["right"] is False
+    assert rows["second"]["error"].startswith("ValueError: invalid literal")
+    for job in (jobs[2], jobs[4]):
+        assert rows[job.what] == dict(right=False, error="its process ended with code 3")
+
+
+def test_too_little_memory_beside_other_processes_is_no_failure():
+    def run():
+        raise torch.cuda.OutOfMemoryError("2 GiB")
+
+    sent = []
+    gpu_check._do_jobs([gpu_check.Job("large", run, ())], "cpu", Namespace(send=sent.append))
+    assert sent == [dict(skipped="the other processes left too little memory")]
+
+
+@pytest.mark.parametrize("bfloat16", [True, False])
+def test_the_single_pass_is_compiled_and_not_run(monkeypatch, bfloat16):
+    pytest.importorskip("triton")
+    from mmvssm.ops.selective_scan.triton_kernels_scalar import single_pass
+
+    compiled = []
+    monkeypatch.setattr(single_pass, "warmup", lambda **given: compiled.append(given))
+    monkeypatch.setattr(single_pass, "run", None)
+    case = gpu_check.look_back_cases()[1]
+    gpu_check._compile_single_pass(case if bfloat16 else gpu_check._shapes("cpu")[0], "cpu")
+    (given,) = compiled
+    assert given.keys() == {"grid", *single_pass.arg_names, "num_warps", "enable_fp_fusion"}
+    assert given["u"].dtype == (torch.bfloat16 if bfloat16 else torch.float32)
 
 
 def test_counts_of_ncu_are_read():

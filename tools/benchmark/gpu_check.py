@@ -10,6 +10,7 @@ Parts, in this order:
     versions     what is installed, and a trivial kernel
     bandwidth    copies of 50 and 800 MB
     primitives   Triton's scans along axis 0, forwards and backwards, and exp2 and softplus over [-90, 90]
+    compile      whatever the other parts launch, in as many processes as there are cores
     tests        the operators against their definition, forward and backward
     sanitizer    compute-sanitizer's memcheck and racecheck on small scans
     times        on the GPU and in Python, three shapes, 1 and 16 images, float32 and bfloat16
@@ -32,6 +33,7 @@ import csv
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import platform
 import shutil
@@ -45,6 +47,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.util import find_spec
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 from unittest import mock
@@ -159,9 +162,9 @@ def run_limited(command: list[str], place: Path, limit: float) -> dict[str, Any]
         except ValueError:  # the disk is full, say
             result["message"] = f"{file.name} cannot be read; see {log_name}"
     if code is None:
-        right = sum(row.get("right") is True for row in result["rows"])
         wrong = sum(row.get("right") is False for row in result["rows"])
-        found = f"{right} right and {wrong} wrong until then"
+        passed = sum("skipped" not in row for row in result["rows"]) - wrong
+        found = f"{passed} passed and {wrong} failed until then"
         message = f"not done after {limit:.0f} s, {found}; see {log_name}"
         result.update(status="timed out", message=message)
     elif (result["status"] == "ok" and code) or "message" not in result:
@@ -267,15 +270,19 @@ def require_triton() -> None:
 
 def attempt(report: Report, what: str, function: Callable[[], dict[str, object]]) -> None:
     """Note what a function finds, or that it failed, and go on."""
+    report.add(what, **outcome(function))
+
+
+def outcome(function: Callable[[], dict[str, object]]) -> dict[str, object]:
+    """What a function finds, or why it failed."""
     try:
-        figures = function()
+        return function()
     except Skipped as reason:
-        figures = dict(skipped=str(reason))
+        return dict(skipped=str(reason))
     except Exception as error:
         traceback.print_exc()
         message = (str(error).strip() or "no message").splitlines()[0][:200]
-        figures = dict(right=False, error=f"{type(error).__name__}: {message}")
-    report.add(what, **figures)
+        return dict(right=False, error=f"{type(error).__name__}: {message}")
 
 
 # ----------------------------------------------------------------------------------------------- the parts
@@ -408,6 +415,151 @@ def _compare(actual, expected, tolerance: float) -> dict[str, object]:
     return dict(relative_error=f"{error:.1e}", right=error < tolerance)
 
 
+class Job(NamedTuple):
+    """Something to be done in a process of its own: ``function(*arguments)``."""
+
+    what: str
+    function: Callable[..., None]
+    arguments: tuple
+
+
+def check_compile(report: Report, args: argparse.Namespace) -> None:
+    """Run what the other parts run, once, so that they find every kernel in Triton's cache on disk."""
+    jobs = compile_jobs(args.device)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    run_jobs(jobs, min(cores, 16) if args.device != "cpu" else 2, report, args.device)
+
+
+def compile_jobs(device: str) -> list[Job]:
+    """One for each set of kernels, those that take longest first."""
+    import torch
+
+    jobs = [
+        Job(f"scan {_label(*timed)}", _run_passes, (*timed, device))
+        for timed in timed_inputs(device)
+    ]
+    if not _missing_for_backbones():
+        dtypes = ("float32", "bfloat16")
+        for shape, dtype in itertools.product(_backbone_shapes(device), dtypes):
+            what = f"GroupMamba-T, {'x'.join(map(str, shape))} {dtype}"
+            jobs.append(Job(what, _run_backbone, (shape, dtype, device)))
+    cases = operator_cases(device)
+    if device != "cpu":
+        cases += [("scan", case) for case in (*look_back_cases(), *sanitized_cases())]
+        # These are not run: before its own part, the last one, nothing is to wait for a program that may hang.
+        for case in look_back_cases():
+            jobs.append(Job(f"single pass {case}", _compile_single_pass, (case, device)))
+        for shape in single_pass_shapes(device):
+            what = f"single pass {_label(shape, 1, torch.float32)}"
+            jobs.append(Job(what, _compile_single_pass, (shape, device)))
+    jobs += [
+        Job(f"{operator} {case}", _run_case, (operator, case, device)) for operator, case in cases
+    ]
+    return jobs
+
+
+def run_jobs(jobs: Sequence[Job], processes: int, report: Report, device: str) -> None:
+    """Do jobs in some processes, and note how long each took. A process that dies takes only its own jobs with it."""
+    context = multiprocessing.get_context("spawn")
+    working = {}
+    for k in range(min(processes, len(jobs))):
+        share = jobs[k::processes]
+        results, to_parent = context.Pipe(duplex=False)
+        process = context.Process(target=_do_jobs, args=(share, device, to_parent))
+        process.start()
+        to_parent.close()
+        working[results] = process, [job.what for job in share]
+    while working:
+        for results in wait(list(working)):
+            process, left = working[results]
+            try:
+                figures = results.recv()
+            except EOFError:
+                process.join()
+                del working[results]
+                for what in left:
+                    error = f"its process ended with code {process.exitcode}"
+                    report.add(what, right=False, error=error)
+                continue
+            report.add(left.pop(0), **figures)
+
+
+def _do_jobs(jobs: Sequence[Job], device: str, results: Connection) -> None:
+    """Do jobs in this process, and send what becomes of each."""
+    import torch
+
+    torch.set_num_threads(1)
+    use_device(device)
+    for job in jobs:
+
+        def do(job: Job = job) -> dict[str, object]:
+            start = time.perf_counter()
+            try:
+                job.function(*job.arguments)
+                if device != "cpu":
+                    torch.cuda.synchronize()
+            except torch.cuda.OutOfMemoryError as error:
+                raise Skipped("the other processes left too little memory") from error
+            return dict(seconds=round(time.perf_counter() - start, 1))
+
+        results.send(outcome(do))
+        if device != "cpu":
+            with suppress(RuntimeError):  # after an error on the GPU, which was noted
+                torch.cuda.empty_cache()
+
+
+def _run_passes(shape: Any, batch: int, dtype: Any, device: str) -> None:
+    from scan_inputs import make_inputs
+
+    for call in _passes(make_inputs(shape, batch, dtype, device)):
+        call()
+
+
+def _run_backbone(shape: tuple[int, ...], dtype: str, device: str) -> None:
+    import backbones
+    import torch
+
+    model = backbones.GROUPS["groupmamba"]["models"]["GroupMamba-T"]().to(device)
+    batch, *size = shape
+    x = torch.rand(batch, 3, *size, device=device)
+    for step in (backbones.evaluate, backbones.train):
+        backbones.run(
+            model.train(step is backbones.train), step, x, argparse.Namespace(dtype=dtype)
+        )
+
+
+def _run_case(operator: str, case: Any, device: str) -> None:
+    from support import scan_cases, sparse_conv_cases
+
+    if operator == "scan":
+        _run_scan(scan_cases.make_inputs(case, device), case.softplus)
+    else:
+        inputs = sparse_conv_cases.make_inputs(case)
+        _run_sparse_conv({name: x if x is None else x.to(device) for name, x in inputs.items()})
+
+
+def _compile_single_pass(case: Any, device: str) -> None:
+    """``case``: of the tests, or a shape."""
+    import torch
+    from scan_inputs import Shape, designs, make_inputs
+
+    from mmvssm.ops.selective_scan import triton_launch
+    from mmvssm.ops.selective_scan.inputs import ScanInputs
+    from mmvssm.ops.triton_launcher import recorded_launches
+    from support import scan_cases
+
+    if isinstance(case, Shape):
+        inputs = make_inputs(case, 1, torch.float32, device)
+    else:
+        tensors = scan_cases.make_inputs(case, device)
+        del tensors["grad_y"]
+        inputs = ScanInputs(**tensors, delta_softplus=case.softplus)
+    with designs(1)["single_pass"](), recorded_launches() as launches:
+        triton_launch.forward(inputs)
+    for launch in launches:
+        launch.kernel.warmup(grid=launch.grid, **launch.arguments, **launch.options)
+
+
 def check_operators(report: Report, args: argparse.Namespace) -> None:
     """The cases of the tests, as many as the time allows."""
     from support import scan_cases, sparse_conv_cases
@@ -483,14 +635,21 @@ def _run_sparse_conv(inputs: dict) -> dict:
     return dict(y=y.detach(), **dict(zip(leaves, gradients)))
 
 
+def sanitized_cases() -> list:
+    """Small, and with kernels of both kinds."""
+    from support.scan_cases import Case
+
+    return [Case(1, 130, 2, 13, states) for states in (1, 2)]
+
+
 SANITIZED = """
 import sys
 sys.path[:0] = {paths}
 import gpu_check
-from support.scan_cases import Case, check
+from support.scan_cases import check
 gpu_check.use_device({device!r})
-for states in (1, 2):
-    check(Case(1, 130, 2, 13, states), gpu_check._run_scan, device={device!r})
+for case in gpu_check.sanitized_cases():
+    check(case, gpu_check._run_scan, device={device!r})
 print("both agree with the definition")
 """
 
@@ -975,17 +1134,18 @@ def mamba_commands(
 
 def check_backbones(report: Report, args: argparse.Namespace) -> None:
     """GroupMamba-T beside Swin-T and ResNet-50, by backbones.py."""
-    missing = [name for name in ("mmengine", "mmcv", "mmdet") if not find_spec(name)]
+    missing = _missing_for_backbones()
     if missing:
         raise Skipped(f"{' and '.join(missing)} is not installed")
     out = args.out / "backbones_runs.json"
     command = [sys.executable, str(HERE / "backbones.py"), "--group", "groupmamba", "--no-memory"]
     command += ["--device", args.device, "--out", str(out)]
+    for shape in _backbone_shapes(args.device):
+        command += ["--shape", *map(str, shape)]
     if args.device == "cpu":
-        runs = [["--shape", "1", "64", "64", "--runs", "1", "--no-training"]]
+        runs = [["--runs", "1", "--no-training"]]
     else:
-        shapes = ["--shape", "1", "800", "1280", "--shape", "16", "224", "224"]
-        runs = [[*shapes, "--runs", "10", "--dtype", dtype] for dtype in ("float32", "bfloat16")]
+        runs = [["--runs", "10", "--dtype", dtype] for dtype in ("float32", "bfloat16")]
     for options in runs:
         subprocess.run([*command, *options], check=True, env=_environment())
         for record in json.loads(out.read_text())["records"]:
@@ -996,6 +1156,15 @@ def check_backbones(report: Report, args: argparse.Namespace) -> None:
             report.add(what, **figures, ratio_to_swin_t=ratio)
 
 
+def _missing_for_backbones() -> list[str]:
+    return [name for name in ("mmengine", "mmcv", "mmdet") if not find_spec(name)]
+
+
+def _backbone_shapes(device: str) -> list[tuple[int, int, int]]:
+    """Batch, height and width."""
+    return [(1, 800, 1280), (16, 224, 224)] if device != "cpu" else [(1, 64, 64)]
+
+
 def check_look_back(report: Report, args: argparse.Namespace) -> None:
     """Whether the single pass is right, and ends with the same bits each of many times, alone and beside other work."""
     if args.device == "cpu":
@@ -1004,7 +1173,7 @@ def check_look_back(report: Report, args: argparse.Namespace) -> None:
     from scan_inputs import designs, make_inputs
 
     single_pass = designs(1)["single_pass"]
-    shapes = [shape for shape in _shapes(args.device) if shape.d_state == 1]
+    shapes = single_pass_shapes(args.device)
     for shape in shapes:
         inputs = make_inputs(shape, 1, torch.float32, args.device)
         attempt(report, f"beside the default, {shape}", partial(compare_designs, inputs))
@@ -1034,6 +1203,11 @@ def check_look_back(report: Report, args: argparse.Namespace) -> None:
 
             attempt(report, f"{launches // 2} launches {what}", run)
         report.add("time", ms=round(_time(forward, args.device) * 1e3, 4))
+
+
+def single_pass_shapes(device: str) -> list:
+    """Those with one state for each channel."""
+    return [shape for shape in _shapes(device) if shape.d_state == 1]
 
 
 def compare_designs(inputs: Any) -> dict[str, object]:
@@ -1107,7 +1281,8 @@ PARTS = {
     "versions": Part(check_versions, 35),
     "bandwidth": Part(check_bandwidth, 20),
     "primitives": Part(check_primitives, 30),
-    "tests": Part(check_operators, 110),
+    "compile": Part(check_compile, 70),
+    "tests": Part(check_operators, 40),
     "sanitizer": Part(check_sanitizer, 50),
     "times": Part(check_times, 40),
     "profiler": Part(check_profiler, 45),
