@@ -105,11 +105,13 @@ def test_every_part_at_small_sizes(tmp_path):
 
 def test_a_missing_gpu_is_said(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    done = run_tool(tmp_path, "--only", "versions")
+    done = run_tool(tmp_path, "--only", "versions", "tests")
     assert done.returncode == 1
-    result = json.loads((tmp_path / "gpu_check.json").read_text())["versions"]
-    assert result["status"] == "failed"
-    assert "torch sees no CUDA GPU here" in result["message"]
+    results = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert list(results) == ["versions", "tests"]
+    for result in results.values():
+        assert result["status"] == "failed"
+        assert "torch sees no CUDA GPU here" in result["message"]
 
 
 def test_a_folder_that_is_no_mamba_is_refused(tmp_path):
@@ -210,6 +212,14 @@ def test_a_failure_inside_a_part_does_not_end_it(run_here):
     assert result["rows"][0]["error"] == "ZeroDivisionError: division by zero"
 
 
+def test_many_failures_are_not_all_named_in_a_message(run_here):
+    def part(report, args):
+        for k in range(9):
+            report.add(f"case {k}", right=k == 0)
+
+    assert run_here(part)["message"] == "wrong: case 1, case 2, case 3 and 5 more"
+
+
 def test_a_part_that_raises_is_reported(run_here):
     def part(report, args):
         report.add("before", right=True)
@@ -295,6 +305,7 @@ def test_without_triton_no_figures_are_passed_off_as_its(tmp_path, monkeypatch):
         return json.loads((tmp_path / f"{name}.json").read_text())
 
     monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(backend, "triton_available", lambda: True)
     monkeypatch.setattr(backend, "triton_works", lambda: False)
     monkeypatch.setattr(backend, "missing_for_triton", lambda: "no C compiler")

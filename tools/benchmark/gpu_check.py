@@ -233,7 +233,7 @@ def run_in_child(args: argparse.Namespace) -> int:
         wrong = [row["what"] for row in report.content["rows"] if row.get("right") is False]
         report.content.update(
             status="failed" if wrong else "ok",
-            message=f"wrong: {', '.join(wrong)}" if wrong else "",
+            message=f"wrong: {_listed(wrong)}" if wrong else "",
         )
     except Skipped as reason:
         report.content.update(status="skipped", message=str(reason))
@@ -245,11 +245,24 @@ def run_in_child(args: argparse.Namespace) -> int:
     return report.content["status"] == "failed"
 
 
+def _listed(names: Sequence[str], most: int = 3) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 def use_device(device: str) -> None:
-    """Make a device, such as cuda:1, this process's current one."""
+    """Make a device, such as cuda:1, this process's current one.
+
+    Raises:
+        RuntimeError: If it is not there.
+    """
     import torch
 
-    if ":" in device and torch.cuda.is_available():
+    if device == "cpu":
+        return
+    if not torch.cuda.is_available():
+        raise RuntimeError("torch sees no CUDA GPU here; the same flow runs with --device cpu")
+    if ":" in device:
         torch.cuda.set_device(device)
 
 
@@ -295,8 +308,6 @@ def check_versions(report: Report, args: argparse.Namespace) -> None:
     from mmvssm.version import __version__
 
     on_gpu = args.device != "cpu"
-    if on_gpu and not torch.cuda.is_available():
-        raise RuntimeError("torch sees no CUDA GPU here; the same flow runs with --device cpu")
     figures = dict(device=torch.cuda.get_device_name(args.device) if on_gpu else platform.machine())
     if on_gpu:
         device = torch.cuda.get_device_properties(args.device)
