@@ -236,6 +236,10 @@ def test_wrong_results_are_noticed():
     assert right["right"]
     wrong = gpu_check._compare(torch.tensor([1, 1, 1.1]), torch.ones(3).double(), 1e-5)
     assert not wrong["right"]
+    zero = torch.zeros(3)
+    assert gpu_check._compare(zero, zero.double(), 1e-5)["right"]
+    assert not gpu_check._compare(zero / 0, zero.double(), 1e-5)["right"]
+    assert not gpu_check._compare(zero / 0, torch.ones(3).double(), 1e-5)["right"]
 
 
 class FakeGpu:
