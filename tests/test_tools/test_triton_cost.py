@@ -312,3 +312,13 @@ def test_predicted_share_of_copy_bandwidth(rows):
         if (row["d_state"], row["direction"], row["design"]) == (1, "forward", "default")
     ]
     assert shares and min(shares) >= 0.6
+
+
+def test_without_the_disassembler_it_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(triton_cost.triton, "__file__", str(tmp_path / "__init__.py"))
+    with pytest.raises(RuntimeError, match=r"without cuobjdump; install triton from PyPI\.$"):
+        triton_cost.disassemble(b"")
+    monkeypatch.setattr(triton_cost, "rows_of", lambda args: [triton_cost.disassemble(b"")])
+    monkeypatch.setattr(sys, "argv", ["triton_cost.py"])
+    with pytest.raises(SystemExit, match=r"^error: this triton came without cuobjdump; .*\.$"):
+        triton_cost.main()

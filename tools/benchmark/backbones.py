@@ -118,10 +118,10 @@ def peak_memory_of(
     if not args.device.startswith("cuda"):
         return peak_memory(prepare, group, name, step, tuple(x.shape), args)
     run(model, step, x, args)  # what stays allocated after a first run is no peak
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats(args.device)
+    before = torch.cuda.memory_allocated(args.device)
     run(model, step, x, args)
-    return torch.cuda.max_memory_allocated() - before
+    return torch.cuda.max_memory_allocated(args.device) - before
 
 
 def prepare(

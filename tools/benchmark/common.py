@@ -82,7 +82,7 @@ def time_side_by_side(
 def synchronize(device: str) -> None:
     """Wait until the device is done."""
     if device.startswith("cuda"):
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
 
 
 def peak_memory(prepare: Callable[..., Callable[[], object]], *args: object) -> Optional[int]:

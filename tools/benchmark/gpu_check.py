@@ -1,14 +1,16 @@
 """Everything to look at when the operators first meet a GPU, in one command and in less than 8 minutes.
 
-Each part runs in a process of its own with a time limit. One that fails, crashes or hangs is reported, and the next
-one goes on. DIR/gpu_check.json holds all figures, DIR/gpu_check.md is a table of them. Needs torch and triton, neither
-mmengine nor mmcv nor a network. What is not there (compute-sanitizer, ncu, mamba-ssm, mmdet) is skipped, and named.
-Nothing is installed, and no setting of the GPU is changed.
+Each part runs in a process of its own with a time limit: its share of the whole time and what the parts before it left
+of theirs. One that fails, crashes or hangs is reported, and the next one goes on. DIR/gpu_check.json holds all figures,
+DIR/gpu_check.md is a table of them. Needs torch and triton, neither mmengine nor mmcv nor a network. What is not there
+(compute-sanitizer, ncu, mamba-ssm, mmdet) is skipped, and named. Nothing is installed, and no setting of the GPU is
+changed.
 
 Parts, in this order:
     versions     what is installed, and a trivial kernel
     bandwidth    copies of 50 and 800 MB
     primitives   Triton's scans along axis 0, forwards and backwards, and exp2 and softplus over [-90, 90]
+    compile      whatever the other parts launch, in as many processes as there are cores
     tests        the operators against their definition, forward and backward
     sanitizer    compute-sanitizer's memcheck and racecheck on small scans
     times        on the GPU and in Python, three shapes, 1 and 16 images, float32 and bfloat16
@@ -29,21 +31,26 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import itertools
 import json
+import multiprocessing
 import os
 import platform
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.util import find_spec
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
+from unittest import mock
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
@@ -85,19 +92,30 @@ def run_parts(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     Returns:
         For each: ``status`` ok, skipped, failed or timed out, ``seconds``, ``message`` and ``rows``.
     """
-    end = time.monotonic() + TOTAL_SECONDS
+    begin = time.monotonic()
     results = {}
-    for name in args.only or PARTS:
+    for name, end in part_ends(args.only or PARTS).items():
         print(f"{name} ...", end=" ", flush=True)
         start = time.monotonic()
-        limit = min(PARTS[name].seconds, end - start)
+        limit = begin + end - start
         if limit < 1:
-            results[name] = dict(status="skipped", message="no time was left", rows=[])
+            results[name] = dict(status="failed", message="not run: no time was left", rows=[])
         else:
             results[name] = run_part(name, args, limit)
         results[name]["seconds"] = round(time.monotonic() - start, 1)
         print(results[name]["status"], results[name]["message"], flush=True)
     return results
+
+
+def part_ends(names: Iterable[str]) -> dict[str, float]:
+    """Seconds from the start by which each part has to end, in this order.
+
+    Each has its share of the whole time, and what those before it left of theirs.
+    """
+    names = [name for name in PARTS if name in names]
+    share = TOTAL_SECONDS / sum(PARTS[name].seconds for name in names)
+    ends = itertools.accumulate(PARTS[name].seconds * share for name in names)
+    return dict(zip(names, ends))
 
 
 def run_part(name: str, args: argparse.Namespace, limit: float) -> dict[str, Any]:
@@ -137,16 +155,27 @@ def run_limited(command: list[str], place: Path, limit: float) -> dict[str, Any]
             with suppress(subprocess.TimeoutExpired):  # what hangs in the driver cannot be ended
                 process.wait(10)
             code = None
-    result = json.loads(file.read_text()) if file.exists() else dict(rows=[], status="failed")
+    result = dict(rows=[], status="failed")
+    if file.exists():
+        try:
+            result = json.loads(file.read_text())
+        except ValueError:  # the disk is full, say
+            result["message"] = f"{file.name} cannot be read; see {log_name}"
     if code is None:
-        result.update(status="timed out", message=f"not done after {limit:.0f} s; see {log_name}")
+        wrong = sum(row.get("right") is False for row in result["rows"])
+        passed = sum("skipped" not in row for row in result["rows"]) - wrong
+        found = f"{passed} passed and {wrong} failed until then"
+        message = f"not done after {limit:.0f} s, {found}; see {log_name}"
+        result.update(status="timed out", message=message)
     elif (result["status"] == "ok" and code) or "message" not in result:
         result.update(status="failed", message=f"ended with code {code}; see {log_name}")
     return result
 
 
 def _environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(HERE)])}
+    """This process's, in which Python finds this repository first, and then what the user wants it to find."""
+    paths = [str(REPOSITORY), str(HERE), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def write_table(results: dict[str, dict[str, Any]], out: Path) -> str:
@@ -185,8 +214,10 @@ class Report:
         print(what, figures, flush=True)
 
     def write(self) -> None:
-        """Write it to its file."""
-        self.file.write_text(json.dumps(self.content, indent=1) + "\n")
+        """Write it to its file, which is complete whenever this process is ended."""
+        unfinished = self.file.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(self.content, indent=1) + "\n")
+        os.replace(unfinished, self.file)
 
 
 def run_in_child(args: argparse.Namespace) -> int:
@@ -195,11 +226,14 @@ def run_in_child(args: argparse.Namespace) -> int:
     if args.device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
     try:
+        use_device(args.device)
+        if args.device != "cpu" and args.part != "versions":
+            require_triton()
         PARTS[args.part].run(report, args)
         wrong = [row["what"] for row in report.content["rows"] if row.get("right") is False]
         report.content.update(
             status="failed" if wrong else "ok",
-            message=f"wrong: {', '.join(wrong)}" if wrong else "",
+            message=f"wrong: {_listed(wrong)}" if wrong else "",
         )
     except Skipped as reason:
         report.content.update(status="skipped", message=str(reason))
@@ -211,17 +245,57 @@ def run_in_child(args: argparse.Namespace) -> int:
     return report.content["status"] == "failed"
 
 
+def _listed(names: Sequence[str], most: int = 3) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def use_device(device: str) -> None:
+    """Make a device, such as cuda:1, this process's current one.
+
+    Raises:
+        RuntimeError: If it is not there.
+    """
+    import torch
+
+    if device == "cpu":
+        return
+    if not torch.cuda.is_available():
+        raise RuntimeError("torch sees no CUDA GPU here; the same flow runs with --device cpu")
+    if ":" in device:
+        torch.cuda.set_device(device)
+
+
+def require_triton() -> None:
+    """Make sure that operators run in Triton.
+
+    Raises:
+        RuntimeError: If they would run in plain PyTorch, whose figures nobody asked for.
+    """
+    from mmvssm.ops import backend
+
+    if not backend.triton_available():
+        raise RuntimeError('Triton cannot be imported; look at what "import triton" says')
+    if not backend.triton_works():
+        missing = backend.missing_for_triton()
+        raise RuntimeError(f"Triton cannot launch kernels here, since there is {missing}")
+
+
 def attempt(report: Report, what: str, function: Callable[[], dict[str, object]]) -> None:
     """Note what a function finds, or that it failed, and go on."""
+    report.add(what, **outcome(function))
+
+
+def outcome(function: Callable[[], dict[str, object]]) -> dict[str, object]:
+    """What a function finds, or why it failed."""
     try:
-        figures = function()
+        return function()
     except Skipped as reason:
-        figures = dict(skipped=str(reason))
+        return dict(skipped=str(reason))
     except Exception as error:
         traceback.print_exc()
         message = (str(error).strip() or "no message").splitlines()[0][:200]
-        figures = dict(right=False, error=f"{type(error).__name__}: {message}")
-    report.add(what, **figures)
+        return dict(right=False, error=f"{type(error).__name__}: {message}")
 
 
 # ----------------------------------------------------------------------------------------------- the parts
@@ -234,8 +308,6 @@ def check_versions(report: Report, args: argparse.Namespace) -> None:
     from mmvssm.version import __version__
 
     on_gpu = args.device != "cpu"
-    if on_gpu and not torch.cuda.is_available():
-        raise RuntimeError("torch sees no CUDA GPU here; the same flow runs with --device cpu")
     figures = dict(device=torch.cuda.get_device_name(args.device) if on_gpu else platform.machine())
     if on_gpu:
         device = torch.cuda.get_device_properties(args.device)
@@ -292,24 +364,35 @@ def check_primitives(report: Report, args: argparse.Namespace) -> None:
     import gpu_check_kernels as kernels
     import torch
 
+    def inputs(*shape: int):
+        return torch.rand(shape, device=args.device), torch.randn(shape, device=args.device)
+
     for groups, lanes, warps in kernels.TILES if args.device != "cpu" else [(8, 16, 4)]:
         for reverse in (False, True):
-            keep = torch.rand(groups, lanes, device=args.device)
-            add = torch.randn(groups, lanes, device=args.device)
-            out = torch.empty_like(add)
 
-            def scan(
-                keep=keep, add=add, out=out, reverse=reverse, warps=warps
-            ) -> dict[str, object]:
-                kernels.scan[(1,)](
-                    *(keep, add, out),
-                    *(keep.shape[0], keep.shape[1], reverse),
-                    num_warps=warps,
+            def scan(groups=groups, lanes=lanes, warps=warps, reverse=reverse) -> dict[str, object]:
+                keep, add = inputs(groups, lanes)
+                out = add.new_empty(3, groups, lanes)
+                kernels.scan[(1,)](keep, add, out, groups, lanes, reverse, num_warps=warps)
+                total = _recurrence(keep, add, reverse)
+                before = torch.cat([total[:1], total[:-1]])
+                return _compare(
+                    out, torch.stack([total, before, total[-1:].expand_as(total)]), 1e-5
                 )
-                return _compare(out, _recurrence(keep, add, reverse), 1e-5)
 
             direction = "backward" if reverse else "forward"
             attempt(report, f"scan {groups} x {lanes}, {warps} warps, {direction}", scan)
+
+    def scan_both_ways() -> dict[str, object]:
+        keep, add = inputs(*kernels.GRADIENTS_TILE)
+        out = add.new_empty(2, *add.shape)
+        kernels.scan_both_ways[(1,)](keep, add, out, *add.shape, num_warps=1)
+        steps = keep.movedim(2, 0), add.movedim(2, 0)
+        expected = torch.stack([_recurrence(*steps, reverse) for reverse in (False, True)])
+        return _compare(out, expected.movedim(1, -1), 1e-5)
+
+    tile = " x ".join(map(str, kernels.GRADIENTS_TILE))
+    attempt(report, f"scans {tile} along the last axis, 1 warp", scan_both_ways)
 
     x = torch.linspace(-90, 90, 180_001 if args.device != "cpu" else 2048, device=args.device)
     for name, function in kernels.FUNCTIONS.items():
@@ -339,26 +422,192 @@ def _recurrence(keep, add, reverse: bool):
 
 
 def _compare(actual, expected, tolerance: float) -> dict[str, object]:
-    error = ((actual.double().cpu() - expected).abs().max() / expected.abs().max()).item()
+    scale = expected.abs().max().clamp_min(1e-30)  # all of it may be zero
+    error = ((actual.double().cpu() - expected).abs().max() / scale).item()
     return dict(relative_error=f"{error:.1e}", right=error < tolerance)
+
+
+class Job(NamedTuple):
+    """Something to be done in a process of its own: ``function(*arguments)``."""
+
+    what: str
+    function: Callable[..., None]
+    arguments: tuple
+
+
+def check_compile(report: Report, args: argparse.Namespace) -> None:
+    """Run what the other parts run, once, so that they find every kernel in Triton's cache on disk."""
+    jobs = compile_jobs(args.device)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    run_jobs(jobs, min(cores, 16) if args.device != "cpu" else 2, report, args.device)
+
+
+def compile_jobs(device: str) -> list[Job]:
+    """One for each set of kernels, those that take longest first."""
+    import torch
+
+    jobs = [
+        Job(f"scan {_label(*timed)}", _run_passes, (*timed, device))
+        for timed in timed_inputs(device)
+    ]
+    if not _missing_for_backbones():
+        dtypes = ("float32", "bfloat16")
+        for shape, dtype in itertools.product(_backbone_shapes(device), dtypes):
+            what = f"GroupMamba-T, {'x'.join(map(str, shape))} {dtype}"
+            jobs.append(Job(what, _run_backbone, (shape, dtype, device)))
+    cases = operator_cases(device)
+    if device != "cpu":
+        cases += [("scan", case) for case in (*look_back_cases(), *sanitized_cases())]
+        # These are not run: before its own part, the last one, nothing is to wait for a program that may hang.
+        for case in look_back_cases():
+            jobs.append(Job(f"single pass {case}", _compile_single_pass, (case, device)))
+        for shape in single_pass_shapes(device):
+            what = f"single pass {_label(shape, 1, torch.float32)}"
+            jobs.append(Job(what, _compile_single_pass, (shape, device)))
+    jobs += [
+        Job(f"{operator} {case}", _run_case, (operator, case, device)) for operator, case in cases
+    ]
+    return jobs
+
+
+def run_jobs(jobs: Sequence[Job], processes: int, report: Report, device: str) -> None:
+    """Do jobs in some processes, and note how long each took. A process that dies takes only its own jobs with it."""
+    context = multiprocessing.get_context("spawn")
+    working = {}
+    for k in range(min(processes, len(jobs))):
+        share = jobs[k::processes]
+        results, to_parent = context.Pipe(duplex=False)
+        process = context.Process(target=_do_jobs, args=(share, device, to_parent))
+        process.start()
+        to_parent.close()
+        working[results] = process, [job.what for job in share]
+    while working:
+        for results in wait(list(working)):
+            process, left = working[results]
+            try:
+                figures = results.recv()
+            except EOFError:
+                process.join()
+                del working[results]
+                for what in left:
+                    error = f"its process ended with code {process.exitcode}"
+                    report.add(what, right=False, error=error)
+                continue
+            report.add(left.pop(0), **figures)
+
+
+def _do_jobs(jobs: Sequence[Job], device: str, results: Connection) -> None:
+    """Do jobs in this process, and send what becomes of each."""
+    import torch
+
+    torch.set_num_threads(1)
+    use_device(device)
+    for job in jobs:
+
+        def do(job: Job = job) -> dict[str, object]:
+            start = time.perf_counter()
+            try:
+                job.function(*job.arguments)
+                if device != "cpu":
+                    torch.cuda.synchronize()
+            except torch.cuda.OutOfMemoryError as error:
+                raise Skipped("the other processes left too little memory") from error
+            return dict(seconds=round(time.perf_counter() - start, 1))
+
+        results.send(outcome(do))
+        if device != "cpu":
+            with suppress(RuntimeError):  # after an error on the GPU, which was noted
+                torch.cuda.empty_cache()
+
+
+def _run_passes(shape: Any, batch: int, dtype: Any, device: str) -> None:
+    from scan_inputs import make_inputs
+
+    for call in _passes(make_inputs(shape, batch, dtype, device)):
+        call()
+
+
+def _run_backbone(shape: tuple[int, ...], dtype: str, device: str) -> None:
+    import backbones
+    import torch
+
+    model = backbones.GROUPS["groupmamba"]["models"]["GroupMamba-T"]().to(device)
+    batch, *size = shape
+    x = torch.rand(batch, 3, *size, device=device)
+    for step in (backbones.evaluate, backbones.train):
+        backbones.run(
+            model.train(step is backbones.train), step, x, argparse.Namespace(dtype=dtype)
+        )
+
+
+def _run_case(operator: str, case: Any, device: str) -> None:
+    from support import scan_cases, sparse_conv_cases
+
+    if operator == "scan":
+        _run_scan(scan_cases.make_inputs(case, device), case.softplus)
+    else:
+        inputs = sparse_conv_cases.make_inputs(case)
+        _run_sparse_conv({name: x if x is None else x.to(device) for name, x in inputs.items()})
+
+
+def _compile_single_pass(case: Any, device: str) -> None:
+    """``case``: of the tests, or a shape."""
+    import torch
+    from scan_inputs import Shape, designs, make_inputs
+
+    from mmvssm.ops.selective_scan import triton_launch
+    from mmvssm.ops.selective_scan.inputs import ScanInputs
+    from mmvssm.ops.triton_launcher import recorded_launches
+    from support import scan_cases
+
+    if isinstance(case, Shape):
+        inputs = make_inputs(case, 1, torch.float32, device)
+    else:
+        tensors = scan_cases.make_inputs(case, device)
+        del tensors["grad_y"]
+        inputs = ScanInputs(**tensors, delta_softplus=case.softplus)
+    with designs(1)["single_pass"](), recorded_launches() as launches:
+        triton_launch.forward(inputs)
+    for launch in launches:
+        launch.kernel.warmup(grid=launch.grid, **launch.arguments, **launch.options)
 
 
 def check_operators(report: Report, args: argparse.Namespace) -> None:
     """The cases of the tests, as many as the time allows."""
     from support import scan_cases, sparse_conv_cases
 
-    small = args.device == "cpu"
-    for case in scan_cases.CASES[:: 6 if small else 1]:
-        run = partial(_checked, scan_cases.check, case, _run_scan, args.device)
-        attempt(report, f"scan {case}", run)
-    for case in sparse_conv_cases.CASES[:: 6 if small else 1]:
-        run = partial(_checked, sparse_conv_cases.check, case, _run_sparse_conv, args.device)
-        attempt(report, f"sparse convolution {case}", run)
+    modules = {
+        "scan": (scan_cases, _run_scan),
+        "sparse convolution": (sparse_conv_cases, _run_sparse_conv),
+    }
+    for operator, case in operator_cases(args.device):
+        module, run = modules[operator]
+
+        def check(module=module, run=run, case=case) -> dict[str, object]:
+            module.check(case, run, device=args.device)
+            return dict(right=True)
+
+        attempt(report, f"{operator} {case}", check)
 
 
-def _checked(check: Callable, case: object, run: Callable, device: str) -> dict[str, object]:
-    check(case, run, device=device)
-    return dict(right=True)
+def operator_cases(device: str) -> list[tuple[str, Any]]:
+    """``scan`` or ``sparse convolution`` and a case of it: first, of both, those that show something new."""
+    from support import scan_cases, sparse_conv_cases
+
+    every = 6 if device == "cpu" else 1
+    cases = [("scan", case) for case in scan_cases.CASES[::every]]
+    cases += [("sparse convolution", case) for case in sparse_conv_cases.CASES[::every]]
+    first, others, seen = [], [], set()
+    for operator, case in cases:
+        fields = case._asdict()
+        for size in ("batch", "length", "grid", "kept", "channels", "walks"):
+            fields.pop(size, None)
+        if operator == "scan":  # one state and several have kernels of their own, for every dtype
+            fields["kernels"] = case.states == 1, case.dtype
+        new = {(operator, *field) for field in fields.items()} - seen
+        (first if new else others).append((operator, case))
+        seen |= new
+    return first + others
 
 
 def _run_scan(inputs: dict, delta_softplus: bool) -> dict:
@@ -398,13 +647,21 @@ def _run_sparse_conv(inputs: dict) -> dict:
     return dict(y=y.detach(), **dict(zip(leaves, gradients)))
 
 
+def sanitized_cases() -> list:
+    """Small, and with kernels of both kinds."""
+    from support.scan_cases import Case
+
+    return [Case(1, 130, 2, 13, states) for states in (1, 2)]
+
+
 SANITIZED = """
 import sys
 sys.path[:0] = {paths}
 import gpu_check
-from support.scan_cases import Case, check
-for states in (1, 2):
-    check(Case(1, 130, 2, 13, states), gpu_check._run_scan, device={device!r})
+from support.scan_cases import check
+gpu_check.use_device({device!r})
+for case in gpu_check.sanitized_cases():
+    check(case, gpu_check._run_scan, device={device!r})
 print("both agree with the definition")
 """
 
@@ -450,29 +707,36 @@ def _shapes(device: str) -> list:
 
 def check_times(report: Report, args: argparse.Namespace) -> None:
     """Milliseconds on the GPU, microseconds of Python, and the share of what a copy of the least bytes takes."""
-    import torch
     from scan_inputs import least_bytes, make_inputs
 
     bandwidth = _copy_bandwidth(800 if args.device != "cpu" else 4, args.device)
-    for batch in (1, 16) if args.device != "cpu" else (1, 2):
-        for shape in _shapes(args.device):
-            for dtype in (torch.float32, torch.bfloat16):
-                least = least_bytes(make_inputs(shape, batch, dtype, "meta"))
+    for timed in timed_inputs(args.device):
+        least = least_bytes(make_inputs(*timed, "meta"))
 
-                def measure(
-                    shape=shape, batch=batch, dtype=dtype, least=least
-                ) -> dict[str, object]:
-                    forward, backward = _passes(make_inputs(shape, batch, dtype, args.device))
-                    figures = {}
-                    for name, call in (("forward", forward), ("backward", backward)):
-                        seconds = _time(call, args.device)
-                        copied = least[name] / bandwidth
-                        figures[f"{name}_ms"] = round(seconds * 1e3, 4)
-                        figures[f"{name}_share_of_copy"] = round(copied / seconds, 3)
-                        figures[f"{name}_host_us"] = round(_host_time(call, args.device) * 1e6, 1)
-                    return figures
+        def measure(timed=timed, least=least) -> dict[str, object]:
+            forward, backward = _passes(make_inputs(*timed, args.device))
+            figures = {}
+            for name, call in (("forward", forward), ("backward", backward)):
+                seconds = _time(call, args.device)
+                copied = least[name] / bandwidth
+                figures[f"{name}_ms"] = round(seconds * 1e3, 4)
+                figures[f"{name}_share_of_copy"] = round(copied / seconds, 3)
+                figures[f"{name}_host_us"] = round(_host_time(call, args.device) * 1e6, 1)
+            return figures
 
-                attempt(report, _label(shape, batch, dtype), measure)
+        attempt(report, _label(*timed), measure)
+
+
+def timed_inputs(device: str) -> list[tuple[Any, int, Any]]:
+    """Shape, batch size and dtype: in float32 everything once, then in bfloat16."""
+    import torch
+
+    batches = (1, 16) if device != "cpu" else (1, 2)
+    dtypes = (torch.float32, torch.bfloat16)
+    return [
+        (shape, batch, dtype)
+        for dtype, batch, shape in itertools.product(dtypes, batches, _shapes(device))
+    ]
 
 
 def _label(shape: object, batch: int, dtype: object) -> str:
@@ -493,30 +757,48 @@ def _passes(inputs) -> tuple[Callable, Callable]:
     )
 
 
-def _time(call: Callable, device: str, runs: int = 20) -> float:
-    """Seconds on the device, the median of some runs with a cold cache."""
+def _time(call: Callable, device: str) -> float:
+    """Seconds on the device, the median of some runs, on a GPU with a cold cache."""
+    return statistics.median(
+        _times_on_cpu(call) if device == "cpu" else _times_on_gpu(call, device)
+    )
+
+
+def _times_on_cpu(call: Callable, runs: int = 3) -> list[float]:
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def _times_on_gpu(call: Callable, device: str, runs: int = 20) -> list[float]:
+    """Seconds from a call's first kernel to its last, launched while the GPU is kept waiting."""
     import torch
 
-    if device == "cpu":
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - start)
-        return sorted(times)[1]
     cache = torch.empty(64_000_000, device=device)  # more than any GPU's cache holds
     for _ in range(3):
         call()
-    times = []
-    for _ in range(runs):
+    times: list[float] = []
+    wait = 100_000  # cycles of the GPU
+    while len(times) < runs:
         cache.zero_()
+        torch.cuda._sleep(wait)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         call()
         end.record()
+        late = start.query()
         end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return sorted(times)[runs // 2]
+        if not late:
+            times.append(start.elapsed_time(end) / 1e3)
+            continue
+        # Python had not launched everything yet: its time would be measured, not the GPU's.
+        wait *= 2
+        if wait > 1_000_000_000:
+            raise RuntimeError("a call waits for the GPU, whose time cannot be told from Python's")
+    return times
 
 
 def _host_time(call: Callable, device: str, runs: int = 100) -> float:
@@ -537,6 +819,7 @@ PROFILED = """
 import sys
 sys.path[:0] = {paths}
 import torch, gpu_check, scan_inputs
+gpu_check.use_device({device!r})
 inputs = scan_inputs.make_inputs(scan_inputs.{shape}, 1, torch.float32, {device!r})
 passes = gpu_check._passes(inputs)
 for call in passes:
@@ -615,23 +898,7 @@ def check_capture(report: Report, args: argparse.Namespace) -> None:
     def graph() -> dict[str, object]:
         if args.device == "cpu":
             raise Skipped("needs a GPU")
-        captured = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            for call in passes:
-                call()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(captured):
-            results = [call() for call in passes]
-        right = True
-        for _ in range(3):
-            for tensors in results:
-                for x in tensors:
-                    x.zero_()
-            captured.replay()
-            torch.cuda.synchronize()
-            right &= _same(results, expected)
-        return dict(right=right)
+        return _replayed(passes, expected)
 
     def other_stream() -> dict[str, object]:
         if args.device == "cpu":
@@ -670,6 +937,29 @@ def check_capture(report: Report, args: argparse.Namespace) -> None:
         attempt(report, what, function)
 
 
+def _replayed(passes: Sequence[Callable], expected: list) -> dict[str, object]:
+    """Whether a CUDA graph of some calls gives what they give."""
+    import torch
+
+    captured = torch.cuda.CUDAGraph()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in passes:
+            call()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(captured):
+        results = [call() for call in passes]
+    right = True
+    for _ in range(3):
+        for tensors in results:
+            for x in tensors:
+                x.zero_()
+        captured.replay()
+        torch.cuda.synchronize()
+        right &= _same(results, expected)
+    return dict(right=right)
+
+
 def _same(first: list, second: list) -> bool:
     import torch
 
@@ -688,27 +978,25 @@ def check_mamba_ssm(report: Report, args: argparse.Namespace) -> None:
     from scan_inputs import make_inputs
 
     kernels = _mamba_kernels(args)
-    for batch in (1, 16):
-        for shape in _shapes(args.device):
-            for dtype in (torch.float32, torch.bfloat16):
+    for timed in timed_inputs(args.device):
 
-                def measure(shape=shape, batch=batch, dtype=dtype) -> dict[str, object]:
-                    inputs = make_inputs(shape, batch, dtype, args.device)
-                    ours = [_time(call, args.device) for call in _passes(inputs)]
-                    expected = torch.ops.mmvssm.selective_scan(*inputs)[0].double().cpu()
-                    y, passes = _mamba_passes(kernels, inputs)
-                    theirs = [_time(call, args.device) for call in passes]
-                    return dict(
-                        forward_ms=round(theirs[0] * 1e3, 4),
-                        forward_ours_is_faster_by=round(theirs[0] / ours[0], 2),
-                        arranged_ms=round(theirs[1] * 1e3, 4),
-                        arranged_ours_is_faster_by=round(theirs[1] / ours[0], 2),
-                        backward_ms=round(theirs[2] * 1e3, 4),
-                        backward_ours_is_faster_by=round(theirs[2] / ours[1], 2),
-                        **_compare(y, expected, 1e-4 if dtype == torch.float32 else 2e-2),
-                    )
+        def measure(timed=timed) -> dict[str, object]:
+            inputs = make_inputs(*timed, args.device)
+            ours = [_time(call, args.device) for call in _passes(inputs)]
+            expected = torch.ops.mmvssm.selective_scan(*inputs)[0].double().cpu()
+            y, passes = _mamba_passes(kernels, inputs)
+            theirs = [_time(call, args.device) for call in passes]
+            return dict(
+                forward_ms=round(theirs[0] * 1e3, 4),
+                forward_ours_is_faster_by=round(theirs[0] / ours[0], 2),
+                arranged_ms=round(theirs[1] * 1e3, 4),
+                arranged_ours_is_faster_by=round(theirs[1] / ours[0], 2),
+                backward_ms=round(theirs[2] * 1e3, 4),
+                backward_ours_is_faster_by=round(theirs[2] / ours[1], 2),
+                **_compare(y, expected, 1e-4 if inputs.u.dtype == torch.float32 else 2e-2),
+            )
 
-                attempt(report, _label(shape, batch, dtype), measure)
+        attempt(report, _label(*timed), measure)
 
 
 def _mamba_passes(kernels, inputs) -> tuple[Any, list[Callable]]:
@@ -858,17 +1146,18 @@ def mamba_commands(
 
 def check_backbones(report: Report, args: argparse.Namespace) -> None:
     """GroupMamba-T beside Swin-T and ResNet-50, by backbones.py."""
-    missing = [name for name in ("mmengine", "mmcv", "mmdet") if not find_spec(name)]
+    missing = _missing_for_backbones()
     if missing:
         raise Skipped(f"{' and '.join(missing)} is not installed")
     out = args.out / "backbones_runs.json"
     command = [sys.executable, str(HERE / "backbones.py"), "--group", "groupmamba", "--no-memory"]
     command += ["--device", args.device, "--out", str(out)]
+    for shape in _backbone_shapes(args.device):
+        command += ["--shape", *map(str, shape)]
     if args.device == "cpu":
-        runs = [["--shape", "1", "64", "64", "--runs", "1", "--no-training"]]
+        runs = [["--runs", "1", "--no-training"]]
     else:
-        shapes = ["--shape", "1", "800", "1280", "--shape", "16", "224", "224"]
-        runs = [[*shapes, "--runs", "10", "--dtype", dtype] for dtype in ("float32", "bfloat16")]
+        runs = [["--runs", "10", "--dtype", dtype] for dtype in ("float32", "bfloat16")]
     for options in runs:
         subprocess.run([*command, *options], check=True, env=_environment())
         for record in json.loads(out.read_text())["records"]:
@@ -879,24 +1168,37 @@ def check_backbones(report: Report, args: argparse.Namespace) -> None:
             report.add(what, **figures, ratio_to_swin_t=ratio)
 
 
+def _missing_for_backbones() -> list[str]:
+    return [name for name in ("mmengine", "mmcv", "mmdet") if not find_spec(name)]
+
+
+def _backbone_shapes(device: str) -> list[tuple[int, int, int]]:
+    """Batch, height and width."""
+    return [(1, 800, 1280), (16, 224, 224)] if device != "cpu" else [(1, 64, 64)]
+
+
 def check_look_back(report: Report, args: argparse.Namespace) -> None:
-    """Whether the single pass ends, with the same bits, each of many times, alone and beside other work."""
+    """Whether the single pass is right, and ends with the same bits each of many times, alone and beside other work."""
     if args.device == "cpu":
         raise Skipped("needs a GPU")
     import torch
     from scan_inputs import designs, make_inputs
 
     single_pass = designs(1)["single_pass"]
-    shape = _shapes(args.device)[0]
-    inputs = make_inputs(shape, 1, torch.float32, args.device)
-    forward, _ = _passes(inputs)
-    usual = forward()[0]
+    shapes = single_pass_shapes(args.device)
+    for shape in shapes:
+        inputs = make_inputs(shape, 1, torch.float32, args.device)
+        attempt(report, f"beside the default, {shape}", partial(compare_designs, inputs))
+    for case in look_back_cases():
+        run = partial(run_in_single_pass, case, args.device)
+        attempt(report, f"scan {case}", run)
+
+    forward, _ = _passes(make_inputs(shapes[0], 1, torch.float32, args.device))
     launches = 10_000
     other = torch.rand(2048, 2048, device=args.device)
     with single_pass():
         expected = forward()
-        error = _compare(expected[0], usual.double().cpu(), 1e-5)
-        report.add("beside the default", **error)
+        attempt(report, "CUDA graph", partial(_replayed, [forward], [expected]))
         for what in ("alone", "beside products of matrices"):
 
             def run(what: str = what) -> dict[str, object]:
@@ -915,25 +1217,91 @@ def check_look_back(report: Report, args: argparse.Namespace) -> None:
         report.add("time", ms=round(_time(forward, args.device) * 1e3, 4))
 
 
+def single_pass_shapes(device: str) -> list:
+    """Those with one state for each channel."""
+    return [shape for shape in _shapes(device) if shape.d_state == 1]
+
+
+def compare_designs(inputs: Any) -> dict[str, object]:
+    """The outputs of the single pass, and the states that it leaves for the backward pass, beside the default's."""
+    import torch
+    from scan_inputs import designs
+
+    default = torch.ops.mmvssm.selective_scan(*inputs)
+    with designs(1)["single_pass"](), _launched() as kernels:
+        results = torch.ops.mmvssm.selective_scan(*inputs)
+    if kernels != ["single_pass"]:
+        raise RuntimeError(f"launched {kernels} instead of the single pass")
+    y, states = (_compare(x, d.double().cpu(), 1e-5) for x, d in zip(results, default))
+    return dict(
+        relative_error=y["relative_error"],
+        relative_error_of_states=states["relative_error"],
+        right=y["right"] and states["right"],
+    )
+
+
+def run_in_single_pass(case: Any, device: str) -> dict[str, object]:
+    """A case of the tests with the single pass, and the backward pass from what it leaves."""
+    from scan_inputs import designs
+
+    from support import scan_cases
+
+    with designs(1)["single_pass"](), _launched() as kernels:
+        scan_cases.check(case, _run_scan, device=device)
+    if kernels[0] != "single_pass":
+        raise RuntimeError(f"launched {kernels[0]} instead of the single pass")
+    return dict(right=True)
+
+
+def look_back_cases() -> list:
+    """With more than one block of tiles, a last tile that is not full, and a last block of channels that is not."""
+    import torch
+
+    from support.scan_cases import Case
+
+    return [
+        Case(1, 2405, 2, 87, 1),  # a walk of its own, a source and gaps
+        Case(1, 2405, 2, 87, 1, dtype=torch.bfloat16),
+        Case(2, 2405, 1, 87, 1, walk="source"),
+        Case(2, 2405, 1, 87, 1, walk="gap", optional=False, dtype=torch.bfloat16),
+    ]
+
+
+@contextmanager
+def _launched() -> Iterator[list[str]]:
+    """The names of the kernels that the scan launches."""
+    from mmvssm.ops.selective_scan import triton_launch
+
+    launch, names = triton_launch.launch, []
+
+    def noted(kernel: Any, *args: Any, **options: Any) -> None:
+        names.append(kernel.__name__)
+        launch(kernel, *args, **options)
+
+    with mock.patch.object(triton_launch, "launch", noted):
+        yield names
+
+
 class Part(NamedTuple):
-    """A part, and the seconds that it may take."""
+    """A part, and the seconds that it may take at least: see :func:`part_ends`."""
 
     run: Callable[[Report, argparse.Namespace], None]
     seconds: float
 
 
 PARTS = {
-    "versions": Part(check_versions, 60),
-    "bandwidth": Part(check_bandwidth, 30),
-    "primitives": Part(check_primitives, 45),
-    "tests": Part(check_operators, 100),
-    "sanitizer": Part(check_sanitizer, 60),
-    "times": Part(check_times, 90),
-    "profiler": Part(check_profiler, 75),
-    "capture": Part(check_capture, 60),
-    "mamba_ssm": Part(check_mamba_ssm, 90),
-    "backbones": Part(check_backbones, 60),
-    "look_back": Part(check_look_back, 45),
+    "versions": Part(check_versions, 35),
+    "bandwidth": Part(check_bandwidth, 20),
+    "primitives": Part(check_primitives, 30),
+    "compile": Part(check_compile, 70),
+    "tests": Part(check_operators, 40),
+    "sanitizer": Part(check_sanitizer, 50),
+    "times": Part(check_times, 40),
+    "profiler": Part(check_profiler, 45),
+    "capture": Part(check_capture, 40),
+    "mamba_ssm": Part(check_mamba_ssm, 25),
+    "backbones": Part(check_backbones, 40),
+    "look_back": Part(check_look_back, 25),
 }
 
 
@@ -945,11 +1313,6 @@ def main() -> int:
             f"error: --mamba-source {args.mamba_source} has no csrc/selective_scan; give a checkout of mamba-ssm."
         )
     if args.part:
-        if ":" in args.device:
-            import torch
-
-            if torch.cuda.is_available():
-                torch.cuda.set_device(args.device)
         return run_in_child(args)
     args.out.mkdir(parents=True, exist_ok=True)
     builder = _start_build(args)

@@ -157,11 +157,19 @@ def measure(launch: Launch, capability: int) -> Kernel:
     )
 
 
+class MissingTool(RuntimeError):
+    """What is needed to count is not there; the message says what to do."""
+
+
 def disassemble(cubin: bytes) -> tuple[str, str]:
-    """The resources that a kernel uses, and its instructions."""
+    """The resources that a kernel uses, and its instructions.
+
+    Raises:
+        MissingTool: Without ``cuobjdump``.
+    """
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     if not tool.exists():
-        sys.exit("error: this triton came without cuobjdump; install triton from PyPI.")
+        raise MissingTool("this triton came without cuobjdump; install triton from PyPI.")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)
@@ -548,9 +556,12 @@ def main() -> None:
     """Run the tool."""
     args = parse_args()
     rows = []
-    for row in rows_of(args):
-        rows.append(row)
-        print(".", end="", flush=True, file=sys.stderr)
+    try:
+        for row in rows_of(args):
+            rows.append(row)
+            print(".", end="", flush=True, file=sys.stderr)
+    except MissingTool as error:
+        sys.exit(f"error: {error}")
     print(file=sys.stderr)
     print(f"Triton {triton.__version__}; counted in machine code, nothing ran on a GPU\n")
     print(markdown(list(COLUMNS), ([row[key] for key in COLUMNS.values()] for row in rows)))
