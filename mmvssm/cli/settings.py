@@ -9,13 +9,16 @@ import argparse
 import difflib
 import inspect
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Optional
 
 import mmengine.registry
 from mmengine.config import Config, DictAction
+from mmengine.optim import AmpOptimWrapper
 from mmengine.registry import DefaultScope, Registry, init_default_scope
 from mmengine.runner import Runner, set_random_seed
 from torch.utils.data import DataLoader
@@ -30,7 +33,7 @@ _PLACES_SHOWN = 3
 _TOP_LEVEL = {
     *("runner_type", "model_wrapper_cfg", "sync_bn", "find_unused_parameters", "compile"),
     *("activation_checkpointing", "efficient_conv_bn_eval", "custom_imports", "work_dir"),
-    *("prepare_data", "tta_model", "tta_pipeline"),
+    *("prepare_data", "check_data", "tta_model", "tta_pipeline", "strategy"),
 }
 _DATALOADER = {"dataset", "num_batch_per_epoch"}
 # The classes of parts whose ``type`` may be left out.
@@ -54,8 +57,23 @@ _FIXED = {
 }
 _FREE = ("paramwise_cfg.custom_keys", "env_cfg.dist_cfg", "backend_args")
 _OPTIM_WRAPPER = {"type", "constructor", "paramwise_cfg", "optimizer", "clip_grad"}
-# Their entries' ``type`` is a function or operator of mmcv's, or nothing that is registered.
-_UNREGISTERED = {"nms", "roi_layer"}
+# The parts of a config that a registry builds, whatever class reads them. What a ``type`` elsewhere
+# stands for, such as in a model's test_cfg or in clip_grad, only the class knows that is given it.
+_BUILT = re.compile(
+    "|".join(
+        (
+            r"(tta_)?model(\.module)?(\.(backbone|neck|data_preprocessor))?",
+            r"(train|val|test)_dataloader\.(sampler|batch_sampler|collate_fn|worker_init_fn)",
+            r"(train|val|test)_dataloader(\.dataset|\.datasets\.\d+)+(PIPELINE)?",
+            r"tta_(PIPELINE)",
+            r"(train|val|test)_cfg|strategy|log_processor|prepare_data",
+            r"(val|test)_evaluator(\.\d+)?(\.metrics\.\d+)?",
+            r"optim_wrapper(\.optimizer)?|param_scheduler(\.\d+)?",
+            r"(default|custom)_hooks\.\w+|visualizer(\.vis_backends\.\d+)?",
+        )
+    ).replace("PIPELINE", r"\.?pipeline\.\d+(\.transforms(\.\d+)*)*")
+)
+_LACKING = re.compile(r"(\S+) is not in the \S+ registry")  # mmengine's words
 _AT_LEAST = {"batch_size": 1, "num_workers": 0, "max_epochs": 1, "max_iters": 1, "val_interval": 1}
 
 
@@ -100,12 +118,13 @@ def check_config_file(path: str) -> None:
     )
 
 
-def check_options(cfg: Config, options: dict[str, Any]) -> list[str]:
+def check_options(cfg: Config, options: dict[str, Any], amp: bool = False) -> list[str]:
     """Check that something reads every key of ``--cfg-options``.
 
     Args:
         cfg: The config before they are applied.
         options: Values by dotted key.
+        amp: Whether mixed precision is turned on later, whose settings are then read, too.
 
     Returns:
         Keys that are taken although nothing says what reads them.
@@ -115,6 +134,8 @@ def check_options(cfg: Config, options: dict[str, Any]) -> list[str]:
     """
     init_default_scope(cfg.get("default_scope", "mmengine"))
     unsure = []
+    of_amp = _arguments(AmpOptimWrapper)[0] if amp else ()
+    taken = {f"optim_wrapper.{name}" for name in of_amp}
     for key, value in options.items():
         parts = key.split(".")
         node: Any = cfg._cfg_dict
@@ -135,7 +156,9 @@ def check_options(cfg: Config, options: dict[str, Any]) -> list[str]:
                 if depth == 0:
                     _check_read(part, cfg)
                 node = node[part]
-            elif f"{path}.{_DELETE}" in options or path.endswith(_FREE):
+            elif (
+                f"{path}.{_DELETE}" in options or path.endswith(_FREE) or f"{path}.{part}" in taken
+            ):
                 break
             else:
                 if not _accepts(node, part, path, parts, cfg, options):
@@ -148,6 +171,8 @@ def check_options(cfg: Config, options: dict[str, Any]) -> list[str]:
 
 def _item(node: Sequence, part: str, path: str) -> Any:
     """The element of a list that a key names by its number."""
+    if not len(node):
+        raise UserError(f"--cfg-options {path}.{part}: {path} is an empty list; give all of it")
     if not part.isdigit() or int(part) >= len(node):
         raise UserError(
             f"--cfg-options {path}.{part}: {path} is a list of {len(node)}, whose elements are called "
@@ -293,26 +318,50 @@ def check_values(cfg: Config) -> None:
         node = cfg.get(part) or {}
         for name, least in _AT_LEAST.items():
             value = node.get(name, least)
-            if type(value) is not int or value < least:
+            # Of loops, mmengine takes whole numbers that are a quotient's, too.
+            is_whole = type(value) is int or (
+                part == "train_cfg" and isinstance(value, float) and value.is_integer()
+            )
+            if not is_whole or value < least:
                 raise UserError(
                     f"{part}.{name} is {value!r}; it has to be a whole number from {least} on"
                 )
 
 
 def check_types(cfg: Config) -> None:
-    """Check that every ``type`` in a config is registered.
+    """Check that the parts of a config that registries build are of a registered ``type``.
 
     Raises:
         UserError: On the first that is not, with the nearest registered name.
     """
     for path, kind in _types({name: cfg[name] for name in cfg if name in _top_level()}):
-        if find_type(kind) is None:
-            near = _nearest_type(kind)
-            hint = f"; the nearest is {near!r}" if near else ""
-            raise UserError(
-                f"{path}={kind!r} is not registered{hint}; a class of your own has to be imported by "
-                "custom_imports in the config"
-            )
+        if _BUILT.fullmatch(path) and find_type(kind) is None:
+            raise UserError(f"{path}.type={_unregistered(kind)}")
+
+
+@contextmanager
+def naming_the_nearest() -> Iterator[None]:
+    """While something is built: a name that a registry lacks is told with the nearest that there is.
+
+    Raises:
+        KeyError: In place of mmengine's.
+    """
+    try:
+        yield
+    except KeyError as error:
+        lacking = _LACKING.search(str(error.args[0] if error.args else ""))
+        if not lacking:
+            raise
+        raise KeyError(f"type={_unregistered(lacking[1])}") from error
+
+
+def _unregistered(kind: str) -> str:
+    near = _nearest_type(kind)
+    hint = f"; the nearest is {near!r}" if near else ""
+    return (
+        f"{kind!r} is not registered{hint}; a class of your own has to be imported by "
+        "custom_imports in the config"
+    )
 
 
 def _nearest_type(kind: str) -> Optional[str]:
@@ -329,16 +378,23 @@ def _nearest_type(kind: str) -> Optional[str]:
 
 
 def _types(node: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Every ``type`` that is a name, with the key it is under."""
+    """Every ``type`` that is a name, with the part of the config that it is the type of."""
     if isinstance(node, dict):
+        kind = node.get("type")
+        if isinstance(kind, str):
+            yield path, kind
         for key, value in node.items():
-            if key == "type" and isinstance(value, str):
-                yield f"{path}type", value
-            elif key not in _UNREGISTERED:
-                yield from _types(value, f"{path}{key}.")
+            # Albumentations' transforms, and what other classes call so, are none of mmcv's.
+            if key != "transforms" or _takes_transforms(kind):
+                yield from _types(value, f"{path}.{key}" if path else key)
     elif isinstance(node, (list, tuple)):
         for index, value in enumerate(node):
-            yield from _types(value, f"{path}{index}.")
+            yield from _types(value, f"{path}.{index}")
+
+
+def _takes_transforms(kind: Any) -> bool:
+    """Whether the ``transforms`` of a class are registered ones, as those of mmcv's wrappers are."""
+    return str(getattr(find_type(kind), "__module__", "")).startswith("mmcv.transforms.")
 
 
 def _registries() -> list[Registry]:
