@@ -706,6 +706,21 @@ def test_a_configs_own_paths_are_checked_alike(tmp_path):
     assert check_data(cfg, TRAIN) == []
 
 
+@pytest.mark.parametrize(
+    "elsewhere",
+    [
+        lambda leaf: leaf.pipeline[0].update(backend_args=dict(backend="lmdb", db_path="x")),
+        lambda leaf: leaf.update(data_root=None, ann_file="s3://bucket/a.json"),
+        lambda leaf: leaf.update(data_prefix=dict(img="https://example.org/train2017/")),
+    ],
+)
+def test_files_that_are_not_on_a_disk_are_not_looked_for(tmp_path, elsewhere):
+    cfg, _ = own_instances(tmp_path, image(b""))
+    assert "0.png is empty" in refusal(check_data, cfg, TRAIN)
+    elsewhere(cfg.train_dataloader.dataset)
+    assert check_data(cfg, TRAIN) == []
+
+
 def own_instances(tmp_path, spoil=lambda data: None, **leaf):
     """A config with paths and classes of its own for the data set, and the data set."""
     data = instances(tmp_path, spoil)

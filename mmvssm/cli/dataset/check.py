@@ -52,7 +52,7 @@ def check_data(cfg: Config, loaders: Sequence[str]) -> list[str]:
         for loader in loaders:
             if cfg.get(loader):
                 for leaf in leaf_datasets(cfg[loader].dataset):
-                    if _is_local(leaf):
+                    if all(map(_is_local, [leaf, *(leaf.get("pipeline") or [])])):
                         warnings += _check_leaf(cfg, leaf, loader, memory)
     finally:
         # COCO's takes gigabytes, which a run should not carry along.
@@ -81,7 +81,7 @@ def _evaluators(cfg: Config, loaders: Sequence[str]) -> Iterator[tuple[str, Conf
 
 
 def _is_local(part: ConfigDict) -> bool:
-    """Whether the files that a data set or an evaluator names are on a disk of this machine."""
+    """Whether the files that a data set, transform or evaluator reads are on a disk of this machine."""
     places = [str(part.get(key)) for key in ("data_root", "ann_file", "data_prefix")]
     backend = (part.get("backend_args") or {}).get("backend", "local")
     return backend == "local" and not any("://" in place for place in places)
@@ -116,7 +116,7 @@ def _require(exists: bool, path: str, leaf: ConfigDict, layout: str) -> None:
 
 def _remedy(leaf: ConfigDict, layout: str) -> str:
     """How to get the data set that a config names."""
-    kind = str(leaf.get("type")).rsplit(".", 1)[-1]
+    kind = getattr(leaf.get("type"), "__name__", str(leaf.get("type"))).rsplit(".", 1)[-1]
     root = leaf.get("data_root")
     if kind == "ADE20KDataset":
         return (
