@@ -43,19 +43,25 @@ _IMPLIED = {
     "test_cfg": ("TestLoop",),
     "optim_wrapper": ("OptimWrapper",),
 }
+_PARAMWISE = "optim_wrapper.paramwise_cfg"
 _FIXED = {
     "randomness": set(inspect.signature(set_random_seed).parameters)
     | {"seed", "diff_rank_seed", "deterministic"},
     "auto_scale_lr": {"enable", "base_batch_size"},
     "env_cfg": {"cudnn_benchmark", "mp_cfg", "dist_cfg", "resource_limit"},
     "env_cfg.mp_cfg": {"mp_start_method", "opencv_num_threads"},
-    "optim_wrapper.paramwise_cfg": {
+    _PARAMWISE: {
         *("lr_mult", "decay_mult", "bias_lr_mult", "bias_decay_mult", "norm_decay_mult"),
         *("flat_decay_mult", "dwconv_decay_mult", "dcn_offset_lr_mult", "bypass_duplicate"),
         *("custom_keys", "num_layers", "decay_rate", "decay_type"),
     },
 }
 _FREE = ("paramwise_cfg.custom_keys", "env_cfg.dist_cfg", "backend_args")
+# What mmengine takes out of a part's settings before it builds the class of its ``type``.
+_TAKEN_OUT = {
+    re.compile(r"(default|custom)_hooks\.\w+"): {"priority"},
+    re.compile(r"param_scheduler\.\d+"): {"convert_to_iter_based"},
+}
 _OPTIM_WRAPPER = {"type", "constructor", "paramwise_cfg", "optimizer", "clip_grad"}
 # The parts of a config that a registry builds, whatever class reads them. What a ``type`` elsewhere
 # stands for, such as in a model's test_cfg or in clip_grad, only the class knows that is given it.
@@ -226,8 +232,10 @@ def _accepts(
         return True
     candidates = {*known, *node} - {"self", "runner", "dataloader"} if path else known
     near = difflib.get_close_matches(part, sorted(candidates), n=1, cutoff=0.6)
-    if open_ended and not difflib.get_close_matches(part, sorted(candidates), n=1, cutoff=0.8):
-        return False
+    if open_ended:
+        near = [name for name in sorted(candidates) if _is_slip(part, name)]
+        if not near:
+            return False
     where = f"{path}." if path else ""
     elsewhere = [place for place in _places(cfg._cfg_dict, part) if place.endswith(f".{part}")]
     right = f"{where}{near[0]}" if near else ""
@@ -235,6 +243,23 @@ def _accepts(
         right = ".".join([elsewhere[0], *parts[len(where.split(".")) :]])
     hint = f"; the nearest is {right}" if right else f"; there are {_listed(candidates, where)}"
     raise UserError(f"--cfg-options {where}{part}: nothing reads a setting of that name{hint}")
+
+
+def _is_slip(written: str, meant: str) -> bool:
+    """Whether two names differ by a slip of the finger: a letter left out, doubled, added or exchanged.
+
+    Names that belong side by side, such as stage1 and stage2 or img_path and img_path2, do not.
+    """
+    if len(written) == len(meant):
+        apart = [i for i, pair in enumerate(zip(written, meant)) if pair[0] != pair[1]]
+        exchanged = len(apart) == 2 and apart[1] == apart[0] + 1
+        return (
+            exchanged and written[apart[0]] + written[apart[1]] == meant[apart[1]] + meant[apart[0]]
+        )
+    short, long = sorted((written, meant), key=len)
+    return len(long) == len(short) + 1 and any(
+        long[:i] + long[i + 1 :] == short and not letter.isdigit() for i, letter in enumerate(long)
+    )
 
 
 def _listed(names: Iterable[str], where: str) -> str:
@@ -250,7 +275,9 @@ def _known_settings(
     if not path:
         return _top_level(), False
     if path in _FIXED:
-        return _FIXED[path], False
+        # A constructor of the user's or the library's own may read more of paramwise_cfg.
+        is_own = path == _PARAMWISE and "constructor" in (cfg.get("optim_wrapper") or {})
+        return _FIXED[path], is_own or "optim_wrapper.constructor" in options
     if path.endswith("_dataloader") and "." not in path:
         return set(inspect.signature(DataLoader.__init__).parameters) - {
             "self"
@@ -258,13 +285,17 @@ def _known_settings(
     known: set[str] = {"type"}
     if path == "optim_wrapper":
         known |= _OPTIM_WRAPPER
+    for place, names in _TAKEN_OUT.items():
+        if place.fullmatch(path):
+            known |= names
     kind = options.get(f"{path}.type", node.get("type"))
     kinds = [kind] if kind is not None else list(_IMPLIED.get(path, ()))
     if path == "train_cfg" and kind is None:
         known |= {"by_epoch"}
     if not kinds:
         return set(node), True
-    open_ended = False
+    # Elsewhere the class around it may take out what is its own, as mmcv's norm_cfg.requires_grad.
+    open_ended = not _BUILT.fullmatch(path)
     for kind in kinds:
         cls = find_type(kind)
         if cls is None:

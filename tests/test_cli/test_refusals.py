@@ -80,6 +80,13 @@ OPTIONS = [
     ("default_scope=mmfoo", "is not a config for mmdet or mmseg"),
 ]  # fmt: skip
 
+EXTRA = """
+custom_hooks = [dict(type="EMAHook")]
+model = dict(
+    decode_head=dict(norm_cfg=dict(type="BN")),
+    extra=dict(stage1=dict(num_blocks=4)),
+)
+"""
 # Those that the tools take, though the config does not have them.
 TAKEN = [
     "model.backbone.init_cfg.type=Constant model.backbone.init_cfg.val=0 model.backbone.init_cfg.layer=Conv9d",
@@ -95,6 +102,14 @@ TAKEN = [
     "env_cfg.dist_cfg.timeout=60",
     "model.test_cfg.crop_size=(8,8)",
     "find_unused_parameters=True",
+    "custom_hooks.0.priority=VERY_LOW",
+    "param_scheduler.0.convert_to_iter_based=True",
+    "model.decode_head.norm_cfg.requires_grad=False",
+    "model.decode_head.loss_decode.bg_cls_weight=0.1",  # which DETR's head takes out
+    "model.extra.stage2.num_blocks=4",
+    "train_dataloader.dataset.data_prefix.img_path2=b",
+    "optim_wrapper.constructor=LearningRateDecayOptimizerConstructor "
+    "optim_wrapper.paramwise_cfg.layer_decay_rate=0.9",
     "check_data=False",
     "train_cfg.val_interval=9.0",
     "runner_type=FlexibleRunner strategy.type=SingleDeviceStrategy",
@@ -142,7 +157,7 @@ def test_option_that_something_reads(tiny, monkeypatch, options):
 
     monkeypatch.setattr("mmvssm.cli.run.init_processes", stop)
     with pytest.raises(StoppedError):
-        call("train.py", tiny(), "--cfg-options", *options.split())
+        call("train.py", tiny(EXTRA), "--cfg-options", *options.split())
 
 
 @pytest.mark.parametrize("option", ["loss_scale=512", "dtype=bfloat16"])
