@@ -81,9 +81,9 @@ OPTIONS = [
 ]  # fmt: skip
 
 EXTRA = """
-custom_hooks = [dict(type="EMAHook")]
+custom_hooks = [dict(type="SyncBuffersHook")]
 model = dict(
-    decode_head=dict(norm_cfg=dict(type="BN")),
+    decode_head=dict(norm_cfg=dict(_delete_=True, type="BN")),
     extra=dict(stage1=dict(num_blocks=4)),
 )
 """
