@@ -102,7 +102,7 @@ def _by_recency(work_dir: Path) -> Iterator[Path]:
     named = None
     marker = work_dir / "last_checkpoint"
     if marker.is_file():
-        named = Path(marker.read_text().strip() or ".")
+        named = Path(marker.read_text(errors="replace").strip() or ".")
         # Of a work dir that was moved or copied, its own file of that name.
         here = work_dir / named.name
         named = here if here.is_file() else named

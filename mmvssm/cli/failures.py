@@ -159,7 +159,7 @@ def _how_to_resume(work_dir: Optional[str]) -> str:
     if work_dir is None:
         return ""
     marker = Path(work_dir) / "last_checkpoint"
-    saved = Path(marker.read_text().strip()) if marker.is_file() else None
+    saved = Path(marker.read_text(errors="replace").strip()) if marker.is_file() else None
     if saved is None or not saved.is_file():
         return "; no checkpoint had been saved yet"
     return f"; --resume with the same --work-dir goes on from {saved}"

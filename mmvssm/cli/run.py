@@ -21,7 +21,13 @@ from .dataset.check import check_data
 from .dataset.root import SPLIT_OF_LOADER, apply_data_root
 from .distributed import adapt_to_machine, init_processes, on_first_process
 from .errors import UserError, user_mistakes
-from .settings import check_config_file, check_options, check_types, check_values
+from .settings import (
+    check_config_file,
+    check_options,
+    check_types,
+    check_values,
+    naming_the_nearest,
+)
 
 _SCOPES = ("mmdet", "mmseg")
 
@@ -36,7 +42,7 @@ def open_config(args: argparse.Namespace) -> Config:
     with user_mistakes(f"cannot read the config {args.config}"):
         cfg = Config.fromfile(args.config)
     options = args.cfg_options or {}
-    unsure = check_options(cfg, options)
+    unsure = check_options(cfg, options, getattr(args, "amp", False))
     with user_mistakes("cannot apply --cfg-options"):
         cfg.merge_from_dict(options)
     cfg.launcher = args.launcher
@@ -89,13 +95,13 @@ def prepare_data(
 
 def build_model(cfg: Config) -> nn.Module:
     """Build the model to see that its config is right, before a work dir exists."""
-    with user_mistakes("cannot build the model"):
+    with user_mistakes("cannot build the model"), naming_the_nearest():
         return MODELS.build(cfg.model.copy())
 
 
 def build_runner(cfg: Config) -> Runner:
     """Build the runner that the config asks for, which makes the work dir."""
-    with user_mistakes("cannot set up the run"):
+    with user_mistakes("cannot set up the run"), naming_the_nearest():
         return RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
 
 

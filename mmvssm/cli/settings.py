@@ -9,13 +9,16 @@ import argparse
 import difflib
 import inspect
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Optional
 
 import mmengine.registry
 from mmengine.config import Config, DictAction
+from mmengine.optim import AmpOptimWrapper
 from mmengine.registry import DefaultScope, Registry, init_default_scope
 from mmengine.runner import Runner, set_random_seed
 from torch.utils.data import DataLoader
@@ -30,7 +33,7 @@ _PLACES_SHOWN = 3
 _TOP_LEVEL = {
     *("runner_type", "model_wrapper_cfg", "sync_bn", "find_unused_parameters", "compile"),
     *("activation_checkpointing", "efficient_conv_bn_eval", "custom_imports", "work_dir"),
-    *("prepare_data", "tta_model", "tta_pipeline"),
+    *("prepare_data", "check_data", "tta_model", "tta_pipeline", "strategy"),
 }
 _DATALOADER = {"dataset", "num_batch_per_epoch"}
 # The classes of parts whose ``type`` may be left out.
@@ -40,22 +43,43 @@ _IMPLIED = {
     "test_cfg": ("TestLoop",),
     "optim_wrapper": ("OptimWrapper",),
 }
+_PARAMWISE = "optim_wrapper.paramwise_cfg"
 _FIXED = {
     "randomness": set(inspect.signature(set_random_seed).parameters)
     | {"seed", "diff_rank_seed", "deterministic"},
     "auto_scale_lr": {"enable", "base_batch_size"},
     "env_cfg": {"cudnn_benchmark", "mp_cfg", "dist_cfg", "resource_limit"},
     "env_cfg.mp_cfg": {"mp_start_method", "opencv_num_threads"},
-    "optim_wrapper.paramwise_cfg": {
+    _PARAMWISE: {
         *("lr_mult", "decay_mult", "bias_lr_mult", "bias_decay_mult", "norm_decay_mult"),
         *("flat_decay_mult", "dwconv_decay_mult", "dcn_offset_lr_mult", "bypass_duplicate"),
         *("custom_keys", "num_layers", "decay_rate", "decay_type"),
     },
 }
 _FREE = ("paramwise_cfg.custom_keys", "env_cfg.dist_cfg", "backend_args")
+# What mmengine takes out of a part's settings before it builds the class of its ``type``.
+_TAKEN_OUT = {
+    re.compile(r"(default|custom)_hooks\.\w+"): {"priority"},
+    re.compile(r"param_scheduler\.\d+"): {"convert_to_iter_based"},
+}
 _OPTIM_WRAPPER = {"type", "constructor", "paramwise_cfg", "optimizer", "clip_grad"}
-# Their entries' ``type`` is a function or operator of mmcv's, or nothing that is registered.
-_UNREGISTERED = {"nms", "roi_layer"}
+# The parts of a config that a registry builds, whatever class reads them. What a ``type`` elsewhere
+# stands for, such as in a model's test_cfg or in clip_grad, only the class knows that is given it.
+_BUILT = re.compile(
+    "|".join(
+        (
+            r"(tta_)?model(\.module)?(\.(backbone|neck|data_preprocessor))?",
+            r"(train|val|test)_dataloader\.(sampler|batch_sampler|collate_fn|worker_init_fn)",
+            r"(train|val|test)_dataloader(\.dataset|\.datasets\.\d+)+(PIPELINE)?",
+            r"tta_(PIPELINE)",
+            r"(train|val|test)_cfg|strategy|log_processor|prepare_data",
+            r"(val|test)_evaluator(\.\d+)?(\.metrics\.\d+)?",
+            r"optim_wrapper(\.optimizer)?|param_scheduler(\.\d+)?",
+            r"(default|custom)_hooks\.\w+|visualizer(\.vis_backends\.\d+)?",
+        )
+    ).replace("PIPELINE", r"\.?pipeline\.\d+(\.transforms(\.\d+)*)*")
+)
+_LACKING = re.compile(r"(\S+) is not in the \S+ registry")  # mmengine's words
 _AT_LEAST = {"batch_size": 1, "num_workers": 0, "max_epochs": 1, "max_iters": 1, "val_interval": 1}
 
 
@@ -100,12 +124,13 @@ def check_config_file(path: str) -> None:
     )
 
 
-def check_options(cfg: Config, options: dict[str, Any]) -> list[str]:
+def check_options(cfg: Config, options: dict[str, Any], amp: bool = False) -> list[str]:
     """Check that something reads every key of ``--cfg-options``.
 
     Args:
         cfg: The config before they are applied.
         options: Values by dotted key.
+        amp: Whether mixed precision is turned on later, whose settings are then read, too.
 
     Returns:
         Keys that are taken although nothing says what reads them.
@@ -115,6 +140,8 @@ def check_options(cfg: Config, options: dict[str, Any]) -> list[str]:
     """
     init_default_scope(cfg.get("default_scope", "mmengine"))
     unsure = []
+    of_amp = _arguments(AmpOptimWrapper)[0] if amp else ()
+    taken = {f"optim_wrapper.{name}" for name in of_amp}
     for key, value in options.items():
         parts = key.split(".")
         node: Any = cfg._cfg_dict
@@ -135,7 +162,9 @@ def check_options(cfg: Config, options: dict[str, Any]) -> list[str]:
                 if depth == 0:
                     _check_read(part, cfg)
                 node = node[part]
-            elif f"{path}.{_DELETE}" in options or path.endswith(_FREE):
+            elif (
+                f"{path}.{_DELETE}" in options or path.endswith(_FREE) or f"{path}.{part}" in taken
+            ):
                 break
             else:
                 if not _accepts(node, part, path, parts, cfg, options):
@@ -148,6 +177,8 @@ def check_options(cfg: Config, options: dict[str, Any]) -> list[str]:
 
 def _item(node: Sequence, part: str, path: str) -> Any:
     """The element of a list that a key names by its number."""
+    if not len(node):
+        raise UserError(f"--cfg-options {path}.{part}: {path} is an empty list; give all of it")
     if not part.isdigit() or int(part) >= len(node):
         raise UserError(
             f"--cfg-options {path}.{part}: {path} is a list of {len(node)}, whose elements are called "
@@ -201,8 +232,10 @@ def _accepts(
         return True
     candidates = {*known, *node} - {"self", "runner", "dataloader"} if path else known
     near = difflib.get_close_matches(part, sorted(candidates), n=1, cutoff=0.6)
-    if open_ended and not difflib.get_close_matches(part, sorted(candidates), n=1, cutoff=0.8):
-        return False
+    if open_ended:
+        near = [name for name in sorted(candidates) if _is_slip(part, name)]
+        if not near:
+            return False
     where = f"{path}." if path else ""
     elsewhere = [place for place in _places(cfg._cfg_dict, part) if place.endswith(f".{part}")]
     right = f"{where}{near[0]}" if near else ""
@@ -210,6 +243,23 @@ def _accepts(
         right = ".".join([elsewhere[0], *parts[len(where.split(".")) :]])
     hint = f"; the nearest is {right}" if right else f"; there are {_listed(candidates, where)}"
     raise UserError(f"--cfg-options {where}{part}: nothing reads a setting of that name{hint}")
+
+
+def _is_slip(written: str, meant: str) -> bool:
+    """Whether two names differ by a slip of the finger: a letter left out, doubled, added or exchanged.
+
+    Names that belong side by side, such as stage1 and stage2 or img_path and img_path2, do not.
+    """
+    if len(written) == len(meant):
+        apart = [i for i, pair in enumerate(zip(written, meant)) if pair[0] != pair[1]]
+        exchanged = len(apart) == 2 and apart[1] == apart[0] + 1
+        return (
+            exchanged and written[apart[0]] + written[apart[1]] == meant[apart[1]] + meant[apart[0]]
+        )
+    short, long = sorted((written, meant), key=len)
+    return len(long) == len(short) + 1 and any(
+        long[:i] + long[i + 1 :] == short and not letter.isdigit() for i, letter in enumerate(long)
+    )
 
 
 def _listed(names: Iterable[str], where: str) -> str:
@@ -225,7 +275,9 @@ def _known_settings(
     if not path:
         return _top_level(), False
     if path in _FIXED:
-        return _FIXED[path], False
+        # A constructor of the user's or the library's own may read more of paramwise_cfg.
+        is_own = path == _PARAMWISE and "constructor" in (cfg.get("optim_wrapper") or {})
+        return _FIXED[path], is_own or "optim_wrapper.constructor" in options
     if path.endswith("_dataloader") and "." not in path:
         return set(inspect.signature(DataLoader.__init__).parameters) - {
             "self"
@@ -233,13 +285,17 @@ def _known_settings(
     known: set[str] = {"type"}
     if path == "optim_wrapper":
         known |= _OPTIM_WRAPPER
+    for place, names in _TAKEN_OUT.items():
+        if place.fullmatch(path):
+            known |= names
     kind = options.get(f"{path}.type", node.get("type"))
     kinds = [kind] if kind is not None else list(_IMPLIED.get(path, ()))
     if path == "train_cfg" and kind is None:
         known |= {"by_epoch"}
     if not kinds:
         return set(node), True
-    open_ended = False
+    # Elsewhere the class around it may take out what is its own, as mmcv's norm_cfg.requires_grad.
+    open_ended = not _BUILT.fullmatch(path)
     for kind in kinds:
         cls = find_type(kind)
         if cls is None:
@@ -293,26 +349,50 @@ def check_values(cfg: Config) -> None:
         node = cfg.get(part) or {}
         for name, least in _AT_LEAST.items():
             value = node.get(name, least)
-            if type(value) is not int or value < least:
+            # Of loops, mmengine takes whole numbers that are a quotient's, too.
+            is_whole = type(value) is int or (
+                part == "train_cfg" and isinstance(value, float) and value.is_integer()
+            )
+            if not is_whole or value < least:
                 raise UserError(
                     f"{part}.{name} is {value!r}; it has to be a whole number from {least} on"
                 )
 
 
 def check_types(cfg: Config) -> None:
-    """Check that every ``type`` in a config is registered.
+    """Check that the parts of a config that registries build are of a registered ``type``.
 
     Raises:
         UserError: On the first that is not, with the nearest registered name.
     """
     for path, kind in _types({name: cfg[name] for name in cfg if name in _top_level()}):
-        if find_type(kind) is None:
-            near = _nearest_type(kind)
-            hint = f"; the nearest is {near!r}" if near else ""
-            raise UserError(
-                f"{path}={kind!r} is not registered{hint}; a class of your own has to be imported by "
-                "custom_imports in the config"
-            )
+        if _BUILT.fullmatch(path) and find_type(kind) is None:
+            raise UserError(f"{path}.type={_unregistered(kind)}")
+
+
+@contextmanager
+def naming_the_nearest() -> Iterator[None]:
+    """While something is built: a name that a registry lacks is told with the nearest that there is.
+
+    Raises:
+        KeyError: In place of mmengine's.
+    """
+    try:
+        yield
+    except KeyError as error:
+        lacking = _LACKING.search(str(error.args[0] if error.args else ""))
+        if not lacking:
+            raise
+        raise KeyError(f"type={_unregistered(lacking[1])}") from error
+
+
+def _unregistered(kind: str) -> str:
+    near = _nearest_type(kind)
+    hint = f"; the nearest is {near!r}" if near else ""
+    return (
+        f"{kind!r} is not registered{hint}; a class of your own has to be imported by "
+        "custom_imports in the config"
+    )
 
 
 def _nearest_type(kind: str) -> Optional[str]:
@@ -329,16 +409,23 @@ def _nearest_type(kind: str) -> Optional[str]:
 
 
 def _types(node: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Every ``type`` that is a name, with the key it is under."""
+    """Every ``type`` that is a name, with the part of the config that it is the type of."""
     if isinstance(node, dict):
+        kind = node.get("type")
+        if isinstance(kind, str):
+            yield path, kind
         for key, value in node.items():
-            if key == "type" and isinstance(value, str):
-                yield f"{path}type", value
-            elif key not in _UNREGISTERED:
-                yield from _types(value, f"{path}{key}.")
+            # Albumentations' transforms, and what other classes call so, are none of mmcv's.
+            if key != "transforms" or _takes_transforms(kind):
+                yield from _types(value, f"{path}.{key}" if path else key)
     elif isinstance(node, (list, tuple)):
         for index, value in enumerate(node):
-            yield from _types(value, f"{path}{index}.")
+            yield from _types(value, f"{path}.{index}")
+
+
+def _takes_transforms(kind: Any) -> bool:
+    """Whether the ``transforms`` of a class are registered ones, as those of mmcv's wrappers are."""
+    return str(getattr(find_type(kind), "__module__", "")).startswith("mmcv.transforms.")
 
 
 def _registries() -> list[Registry]:

@@ -29,6 +29,8 @@ def test_resumes_from_the_newest_that_loads(tmp_path):
     assert find_resumable(str(tmp_path)).skipped == [str(tmp_path / "iter_9.pth")]
     (tmp_path / "last_checkpoint").write_text("")  # killed between opening and writing it
     assert find_resumable(str(tmp_path)).path.endswith("iter_10.pth")
+    (tmp_path / "last_checkpoint").write_bytes(b"\xff\xfe\x00")  # damaged
+    assert find_resumable(str(tmp_path)).path.endswith("iter_10.pth")
     (tmp_path / "last_checkpoint").write_text("/elsewhere/iter_2.pth")  # the work dir was moved
     assert find_resumable(str(tmp_path)).path.endswith("iter_2.pth")
 

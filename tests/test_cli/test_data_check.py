@@ -12,7 +12,10 @@ import os
 import numpy as np
 import pytest
 import torch
+from mmcv.transforms import LoadImageFromFile
+from mmdet.datasets import BaseDetDataset, CocoDataset
 from mmengine.config import Config
+from mmengine.dataset import BaseDataset
 from mmengine.registry import init_default_scope
 from PIL import Image
 
@@ -234,6 +237,10 @@ REFUSED_INSTANCES = {
         content(images=["0.png"]),
         'number 0 of its images (counted from 0) is "0.png"',
     ),
+    "no key of annotations": (
+        lambda data: data.train.pop("annotations"),
+        "has no annotations to train on",
+    ),
     "no images": (content(images=[], annotations=[]), "names no images"),
     "no annotations": (content(annotations=[]), "has no annotations to train on"),
     # categories
@@ -307,6 +314,8 @@ REFUSED_INSTANCES = {
     ),
     "annotation id null": (ann(id=None), "has no id"),
     "annotation ids twice": (ann(id=2), "an id that another annotation has"),
+    "annotation id beyond all floats": (ann(id=10**400), "an id that is no number (first:"),
+    "image width beyond all floats": (record("images", width=10**400), "no number of pixels"),
     "annotation id a list": (ann(id=[1]), "an id that is no number (first:"),
     "annotation id text, for validation": (
         ann("val", id="a"),
@@ -406,6 +415,10 @@ REFUSED_INSTANCES = {
         "other values than finite numbers",
     ),
     "polygon NaN": (ann(segmentation=[[NAN, 3, 10, 3, 10, 9]]), "other values than finite numbers"),
+    "polygon beyond all floats": (
+        ann(segmentation=[[2.5, 3, 10**400, 3, 10, 9]]),
+        "other values than finite numbers",
+    ),
     "polygon infinite": (
         ann(segmentation=[[INF, 3, 10, 3, 10, 9]]),
         "other values than finite numbers",
@@ -685,8 +698,126 @@ def test_a_configs_own_paths_are_checked_alike(tmp_path):
         )
     (warning,) = check_data(cfg, TRAIN)
     assert "1 of 4 annotations" in warning and "no width or height" in warning
+    cfg.train_dataloader.dataset.backend_args = dict(backend="local")
+    assert check_data(cfg, TRAIN) == [warning]
+    cfg.train_dataloader.dataset.type = CocoDataset
+    assert check_data(cfg, TRAIN) == [warning]
     cfg.train_dataloader.dataset.backend_args = dict(backend="petrel")  # on another machine
     assert check_data(cfg, TRAIN) == []
+
+
+@pytest.mark.parametrize(
+    "elsewhere",
+    [
+        lambda leaf: leaf.pipeline[0].update(backend_args=dict(backend="lmdb", db_path="x")),
+        lambda leaf: leaf.update(data_root=None, ann_file="s3://bucket/a.json"),
+        lambda leaf: leaf.update(data_prefix=dict(img="https://example.org/train2017/")),
+    ],
+)
+def test_files_that_are_not_on_a_disk_are_not_looked_for(tmp_path, elsewhere):
+    cfg, _ = own_instances(tmp_path, image(b""))
+    assert "0.png is empty" in refusal(check_data, cfg, TRAIN)
+    elsewhere(cfg.train_dataloader.dataset)
+    assert check_data(cfg, TRAIN) == []
+
+
+def own_instances(tmp_path, spoil=lambda data: None, **leaf):
+    """A config with paths and classes of its own for the data set, and the data set."""
+    data = instances(tmp_path, spoil)
+    cfg = detector()
+    for loader, split in zip((*TRAIN, *TEST), ("train", "val", "val")):
+        cfg[loader].dataset.update(
+            data_root=str(data.root),
+            ann_file=f"annotations/instances_{split}2017.json",
+            data_prefix=dict(img=f"{split}2017/"),
+            metainfo=dict(classes=("cat", "dog")),
+        )
+        cfg[loader].dataset.update(leaf)
+    return cfg, data
+
+
+def test_images_to_predict_on_need_no_annotations(tmp_path):
+    """As those of COCO's test-dev, which names images and categories only."""
+    cfg, data = own_instances(tmp_path, lambda data: data.val.pop("annotations"))
+    path = str(data.root / "annotations/instances_val2017.json")
+    cfg.test_evaluator = dict(type="CocoMetric", metric=["bbox", "segm"], ann_file=path)
+    (warning,) = check_data(cfg, TEST)
+    assert "every metric will be -1" in warning
+    cfg.test_evaluator.format_only = True
+    assert check_data(cfg, TEST) == []
+    leaf = {**cfg.test_dataloader.dataset, "pipeline": []}
+    leaf.pop("type")
+    assert len(CocoDataset(**leaf)) == 4  # so mmdet can do with it
+
+
+def test_files_of_evaluators_are_those_of_the_run(tmp_path):
+    cfg, _ = own_instances(tmp_path)
+    cfg.test_evaluator = [dict(type="CocoMetric", ann_file="test.json")]
+    assert check_data(cfg, TRAIN) == []
+    assert "test_evaluator needs test.json" in refusal(check_data, cfg, TEST)
+    cfg.test_evaluator[0].backend_args = dict(backend="petrel", path_mapping={"./": "s3://"})
+    assert check_data(cfg, TEST) == []
+    cfg.val_evaluator = dict(type="CocoMetric", ann_file="val.json")
+    assert check_data(cfg, TEST) == []
+    assert "val_evaluator needs val.json" in refusal(check_data, cfg, TRAIN)
+
+
+def test_absolute_file_names_need_no_folder(tmp_path):
+    cfg, data = own_instances(tmp_path, data_root=None, data_prefix=dict(img=""))
+    for loader, split in zip(TRAIN, ("train", "val")):
+        path = data.root / f"annotations/instances_{split}2017.json"
+        content = json.loads(path.read_text())
+        for picture in content["images"]:
+            picture["file_name"] = str(data.root / f"{split}2017" / picture["file_name"])
+        path.write_text(json.dumps(content))
+        cfg[loader].dataset.ann_file = str(path)
+    assert check_data(cfg, TRAIN) == []
+    (data.root / "val2017/0.png").write_bytes(b"")
+    assert "0.png is empty" in refusal(check_data, cfg, TRAIN)
+
+
+@pytest.mark.parametrize("base", ["BaseDataset", "BaseDetDataset", "CocoDataset"])
+def test_instances_in_a_format_of_their_own(tmp_path, base):
+    bases = {
+        "BaseDataset": BaseDataset,
+        "BaseDetDataset": BaseDetDataset,
+        "CocoDataset": CocoDataset,
+    }
+
+    class MyCocoDataset(bases[base]):
+        def load_data_list(self):
+            return []
+
+    cfg, data = own_instances(tmp_path, text("a format of its own"), type=MyCocoDataset)
+    assert check_data(cfg, TRAIN) == []
+    cfg.train_dataloader.dataset.pop("ann_file")
+    assert check_data(cfg, TRAIN) == []
+    cfg.train_dataloader.dataset.ann_file = "none.txt"
+    assert "needs" in refusal(check_data, cfg, TRAIN)
+    cfg.train_dataloader.dataset.data_root = str(data.root / "none")
+    assert "the folder" in refusal(check_data, cfg, TRAIN)
+
+
+@pytest.mark.parametrize("kind", ["LoadMultiChannelImageFromFiles", "NumpyLoader"])
+def test_images_that_another_loader_reads_stay_closed(tmp_path, kind):
+    cfg, _ = own_instances(tmp_path, both(image(b"an array"), image(b"", "val2017/1.png")))
+    for loader in TRAIN:
+        cfg[loader].dataset.pipeline[0].type = kind
+    assert check_data(cfg, TRAIN) == []
+    cfg.val_dataloader.dataset.pipeline[0].type = LoadImageFromFile
+    sentence = refusal(check_data, cfg, TRAIN)
+    assert "1.png is empty" in sentence and "--no-data-check" in sentence
+
+
+def test_classes_that_a_file_lists(tmp_path):
+    cfg, _ = own_instances(tmp_path)
+    names = tmp_path / "classes.txt"
+    names.write_text("cat\ndog\n")
+    for loader in TRAIN:
+        cfg[loader].dataset.metainfo = dict(classes=str(names))
+    assert check_data(cfg, TRAIN) == []
+    names.write_text("cat\ncow\n")
+    assert "has no category 'cow'" in refusal(check_data, cfg, TRAIN)
 
 
 @pytest.mark.parametrize(
@@ -1000,6 +1131,48 @@ def test_images_without_maps_to_predict_on(tmp_path):
     assert "1.png is empty" in refusal(check_data, cfg, TEST)
 
 
+def own_maps(tmp_path, spoil=lambda data: None):
+    """A config for the data set, and the data set."""
+    data = maps(tmp_path, spoil)
+    cfg = segmenter()
+    apply_data_root(cfg, str(data.root), (*TRAIN, *TEST), **ABC)
+    init_default_scope("mmseg")
+    return cfg, data
+
+
+def test_blank_maps_of_images_to_predict_on(tmp_path):
+    """As those of Cityscapes' test set."""
+    blank = {f"validation/{i}.png": encoded(labels(255)) for i in range(4)}
+    cfg, _ = own_maps(tmp_path, lambda data: data.maps.update(blank))
+    for test_mode in (True, False):
+        cfg.test_dataloader.dataset.test_mode = test_mode
+        (warning,) = check_data(cfg, TEST)
+        assert "4 of 4 label maps hold nothing but pixels to ignore" in warning
+    cfg.train_dataloader.dataset.data_prefix = cfg.test_dataloader.dataset.data_prefix
+    assert "nothing is left to train on" in refusal(check_data, cfg, TRAIN)
+
+
+def test_maps_that_no_pipeline_reads_are_not_asked_for(tmp_path):
+    cfg, data = own_maps(tmp_path, label_map(b"", "validation/1.png"))
+    assert "1.png is empty" in refusal(check_data, cfg, TEST)
+    cfg.test_dataloader.dataset.pipeline.pop()
+    assert check_data(cfg, TEST) == []
+    for path in (data.root / "annotations/validation").iterdir():
+        path.unlink()
+    assert check_data(cfg, TEST) == []
+    (data.root / "annotations/validation").rmdir()
+    assert check_data(cfg, TEST) == []
+
+
+def test_maps_are_read_where_images_are_in_no_picture_format(tmp_path):
+    cfg, data = own_maps(tmp_path, picture(b"an array", "validation/1.png"))
+    assert "is damaged, or no picture" in refusal(check_data, cfg, TEST)
+    cfg.test_dataloader.dataset.pipeline[0].type = "LoadSingleRSImageFromFile"
+    assert check_data(cfg, TEST) == []
+    (data.root / "annotations/validation/1.png").write_bytes(encoded(labels(9)))
+    assert "holds label 9" in refusal(check_data, cfg, TEST)
+
+
 @pytest.mark.parametrize("wrapped", [True, False])
 def test_wrapped_label_maps(tmp_path, wrapped):
     data = maps(tmp_path, label_map(encoded(labels(0, 9))))
@@ -1068,6 +1241,8 @@ def test_what_was_read_is_remembered_beside_the_work_dir(tmp_path, monkeypatch, 
     assert os.listdir(tmp_path / "work_dirs") == [".data_check.json"]
     assert run("b") == [] and reads.take() == []
 
+    assert run("a/test") == [] and reads.take() == []  # in the work dir of a training
+
     later = os.stat(data.root / "val2017/1.png").st_mtime + 5
     os.utime(data.root / "val2017/1.png", (later, later))
     assert run("a") == [] and reads.take() == ["val2017/1.png"]
@@ -1131,6 +1306,7 @@ def test_annotations_are_checked_once_for_each_use(tmp_path, monkeypatch, rememb
         '{"version": 1}',
         '{"version": 1, "folders": 3}',
         '{"version": 1, "folders": {"image-cv2:FOLDER": 3}}',
+        '{"version": 1, "folders": {"FOLDER": {"0.png": [1, 2]}}}',
         '{"version": 1, "folders": {"image-cv2:FOLDER": {"0.png": 3}}}',
         '{"version": 1, "folders": {"image-cv2:FOLDER": {"0.png": [SIZE, TIME]}}}',
         '{"version": 1, "folders": {"image-cv2:FOLDER": {"0.png": [SIZE, TIME, "PNG", "16", 16, "L", 1, "", []]}}}',

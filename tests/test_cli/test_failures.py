@@ -126,6 +126,8 @@ def test_interrupted(tmp_path):
     assert interrupt(str(tmp_path)) == "interrupted; no checkpoint had been saved yet"
     file.touch()
     assert interrupt(str(tmp_path)).endswith(f"with the same --work-dir goes on from {file}")
+    (tmp_path / "last_checkpoint").write_bytes(b"\xff\xfe\x00")  # damaged
+    assert interrupt(str(tmp_path)).endswith("no checkpoint had been saved yet")
 
 
 def test_pruning_mistakes_are_the_users():

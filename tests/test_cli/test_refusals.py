@@ -23,6 +23,7 @@ from mmengine.registry import init_default_scope
 
 from mmvssm.cli import work_dir as work_dirs
 from mmvssm.cli.errors import UserError
+from mmvssm.cli.run import build_model
 from mmvssm.cli.settings import check_types, check_values
 from mmvssm.cli.work_dir import LOCK
 from support import tiny_configs
@@ -49,10 +50,12 @@ OPTIONS = [
     ("test_evaluator.iou_metric=mIoU", "the nearest is test_evaluator.iou_metrics"),
     ("param_scheduler.0.ned=4", "the nearest is param_scheduler.0.end"),
     ("param_scheduler.9.end=4", "param_scheduler is a list of 2, whose elements are called"),
+    ("custom_hooks.0.priority=4", "custom_hooks is an empty list; give all of it"),
     ("param_scheduler.first.end=4", "param_scheduler is a list of 2, whose elements are called"),
     ("train_dataloader.dataset.pipeline.4.prop=1", "the nearest is train_dataloader.dataset.pipeline.4.prob"),
     ("train_dataloader.batch_size.x=1", "train_dataloader.batch_size is 2 in the config, which has no settings"),
     ("lr=0.1", "the nearest is optim_wrapper.optimizer.lr"),
+    ("optim_wrapper.loss_scale=512", "optim_wrapper.loss_scale: nothing reads a setting of that name"),
     ("batch_size=2", "the nearest is train_dataloader.batch_size"),
     ("max_iters=3", "max_iters has no effect: it is a variable of the config file"),
     ("image_size=32", "image_size has no effect: it is a variable of the config file"),
@@ -61,6 +64,7 @@ OPTIONS = [
     ("train_dataloader.batch_size=2.5", "train_dataloader.batch_size is 2.5"),
     ("train_dataloader.batch_size=2,3", "train_dataloader.batch_size is [2, 3]"),
     ("train_cfg.max_iters=-1", "train_cfg.max_iters is -1"),
+    ("train_cfg.val_interval=2.5", "train_cfg.val_interval is 2.5; it has to be a whole number"),
     ("train_dataloader.persistent_workers=maybe", "this is False in the config; give True or False"),
     ("model.backbone.out_indices=(0,1", "the value cannot be read"),
     ("model.backbone.drop_path_rate", "options are KEY=VALUE, without spaces"),
@@ -76,6 +80,13 @@ OPTIONS = [
     ("default_scope=mmfoo", "is not a config for mmdet or mmseg"),
 ]  # fmt: skip
 
+EXTRA = """
+custom_hooks = [dict(type="SyncBuffersHook")]
+model = dict(
+    decode_head=dict(norm_cfg=dict(_delete_=True, type="BN")),
+    extra=dict(stage1=dict(num_blocks=4)),
+)
+"""
 # Those that the tools take, though the config does not have them.
 TAKEN = [
     "model.backbone.init_cfg.type=Constant model.backbone.init_cfg.val=0 model.backbone.init_cfg.layer=Conv9d",
@@ -91,6 +102,18 @@ TAKEN = [
     "env_cfg.dist_cfg.timeout=60",
     "model.test_cfg.crop_size=(8,8)",
     "find_unused_parameters=True",
+    "custom_hooks.0.priority=VERY_LOW",
+    "param_scheduler.0.convert_to_iter_based=True",
+    "model.decode_head.norm_cfg.requires_grad=False",
+    "model.decode_head.loss_decode.bg_cls_weight=0.1",  # which DETR's head takes out
+    "model.extra.stage2.num_blocks=4",
+    "train_dataloader.dataset.data_prefix.img_path2=b",
+    "optim_wrapper.constructor=LearningRateDecayOptimizerConstructor "
+    "optim_wrapper.paramwise_cfg.layer_decay_rate=0.9",
+    "check_data=False",
+    "train_cfg.val_interval=9.0",
+    "runner_type=FlexibleRunner strategy.type=SingleDeviceStrategy",
+    "optim_wrapper.type=AmpOptimWrapper optim_wrapper.loss_scale=512",
     "param_scheduler.0.end=2",
     "model.neck._delete_=True model.neck.type=Feature2Pyramid model.neck.embed_dim=16",
 ]
@@ -119,7 +142,7 @@ def refused(capsys):
 
 @pytest.mark.parametrize(("option", "said"), OPTIONS, ids=[option for option, _ in OPTIONS])
 def test_option_that_has_no_effect(tiny, refused, option, said):
-    tiny("model = dict(test_cfg=dict(mode='whole'))\n")
+    tiny("model = dict(test_cfg=dict(mode='whole'))\ncustom_hooks = []\n")
     assert said in refused("train.py", "tiny.py", "--cfg-options", option)
 
 
@@ -134,7 +157,22 @@ def test_option_that_something_reads(tiny, monkeypatch, options):
 
     monkeypatch.setattr("mmvssm.cli.run.init_processes", stop)
     with pytest.raises(StoppedError):
-        call("train.py", tiny(), "--cfg-options", *options.split())
+        call("train.py", tiny(EXTRA), "--cfg-options", *options.split())
+
+
+@pytest.mark.parametrize("option", ["loss_scale=512", "dtype=bfloat16"])
+def test_amp_makes_its_own_settings_known(tiny, monkeypatch, option):
+    def stop(*_):
+        raise StoppedError
+
+    monkeypatch.setattr("mmvssm.cli.run.init_processes", stop)
+    with pytest.raises(StoppedError):
+        call("train.py", tiny(), "--amp", "--cfg-options", f"optim_wrapper.{option}")
+
+
+def test_amp_knows_no_more_than_its_settings(tiny, refused):
+    option = "optim_wrapper.loss_scal=512"
+    assert "nothing reads" in refused("train.py", tiny(), "--amp", "--cfg-options", option)
 
 
 def test_new_setting_of_a_part_without_a_class_is_said(tiny, capsys, monkeypatch):
@@ -150,6 +188,82 @@ def test_configs_that_come_along_are_not_refused(in_folder, path):
     init_default_scope(cfg.default_scope)
     check_types(cfg)
     check_values(cfg)
+
+
+def transforms(*pipeline):
+    return dict(
+        train_dataloader=dict(dataset=dict(type="RepeatDataset", dataset=dict(pipeline=pipeline)))
+    )
+
+
+BLUR = dict(type="OneOf", transforms=[dict(type="Blur", blur_limit=3)])
+# Each has a ``type`` that no registry knows, as configs of mmdet, mmseg and mmengine have it.
+OTHERS_TYPES = {
+    "albumentations": transforms(
+        dict(type="Albu", transforms=[BLUR], bbox_params=dict(type="BboxParams", format="coco"))
+    ),
+    "albumentations within mmcv's choice": transforms(
+        dict(type="RandomChoice", transforms=[[dict(type="Albu", transforms=[BLUR])]])
+    ),
+    "dqs_cfg of DDQ": dict(model=dict(type="DDQDETR", dqs_cfg=dict(type="nms", iou_threshold=0.8))),
+    "test_cfg of a detector": dict(model=dict(test_cfg=dict(rcnn=dict(nms=dict(type="soft_nms"))))),
+    "roi_layer of a head": dict(
+        model=dict(roi_head=dict(bbox_roi_extractor=dict(roi_layer=dict(type="RoIAlign"))))
+    ),
+    "adapt_cfg of Cascade RPN": dict(
+        model=dict(rpn_head=dict(stages=[dict(adapt_cfg=dict(type="dilation", dilation=3))]))
+    ),
+    "same_up_trans of FPG": dict(
+        model=dict(neck=[dict(type="FPG", same_up_trans=dict(type="conv", kernel_size=3))])
+    ),
+    "clip_grad": dict(optim_wrapper=dict(clip_grad=dict(type="value", clip_value=1))),
+    "a profiler's trace": dict(
+        custom_hooks=[dict(type="ProfilerHook", on_trace_ready=dict(type="tb_trace"))]
+    ),
+}
+
+
+@pytest.mark.parametrize("settings", OTHERS_TYPES.values(), ids=OTHERS_TYPES)
+def test_types_that_only_their_reader_knows_are_left_to_it(in_folder, settings):
+    init_default_scope("mmdet")
+    check_types(Config(settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "where"),
+    [
+        (
+            transforms(dict(type="RandomChoice", transforms=[[dict(type="Resise")]])),
+            "train_dataloader.dataset.dataset.pipeline.0.transforms.0.0",
+        ),
+        (dict(tta_pipeline=[dict(type="Resise")]), "tta_pipeline.0"),
+        (dict(custom_hooks=[dict(type="Resise")]), "custom_hooks.0"),
+        (dict(val_evaluator=[dict(type="Resise")]), "val_evaluator.0"),
+        (dict(visualizer=dict(vis_backends=[dict(type="Resise")])), "visualizer.vis_backends.0"),
+        (
+            dict(train_dataloader=dict(dataset=dict(datasets=[dict(type="Resise")]))),
+            "train_dataloader.dataset.datasets.0",
+        ),
+    ],
+)
+def test_types_that_registries_build_are_checked_wherever_they_are(in_folder, settings, where):
+    init_default_scope("mmdet")
+    with pytest.raises(UserError) as caught:
+        check_types(Config(settings))
+    assert str(caught.value).startswith(f"{where}.type='Resise' is not registered; the nearest is")
+
+
+def test_a_type_deep_in_a_model_is_told_when_it_is_built(tiny):
+    cfg = Config.fromfile(
+        tiny("model = dict(decode_head=dict(loss_decode=dict(type='DiceLos')))\n")
+    )
+    init_default_scope(cfg.default_scope)
+    check_types(cfg)
+    with pytest.raises(UserError) as caught:
+        build_model(cfg)
+    sentence = str(caught.value)
+    assert sentence.startswith("cannot build the model: type='DiceLos' is not registered")
+    assert "the nearest is 'DiceLoss'" in sentence and "https" not in sentence
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,8 @@ def read_coco(ann_file: str) -> dict[str, Any]:
         if os.path.isfile(ann_file) and not os.path.getsize(ann_file):
             raise UserError(f"{ann_file} is empty") from error
         raise UserError(f"{ann_file} is not a readable JSON file ({error})") from error
+    if isinstance(content, dict):
+        content.setdefault("annotations", [])  # COCO's own files of images to predict on have none
     if not isinstance(content, dict) or any(not isinstance(content.get(k), list) for k in _LISTS):
         raise UserError(f"{ann_file} is not in COCO's format: it needs lists {', '.join(_LISTS)}")
     for key in _LISTS:
@@ -500,7 +502,8 @@ class _AnnotationCheck:
         if not self.annotations:
             if use.trains:
                 raise UserError(f"{self.ann_file} has no annotations to train on")
-            self.notes.append(f"{self.ann_file} has no annotations: every metric will be -1")
+            if use.evaluates:
+                self.notes.append(f"{self.ann_file} has no annotations: every metric will be -1")
         if not use.trains:
             return
         if not self.usable:
@@ -585,11 +588,14 @@ def _pixels_of(counts: Any) -> Optional[int]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return _are_numbers([value])
 
 
 def _are_numbers(values: list) -> bool:
-    return set(map(type, values)) <= {int, float} and math.isfinite(sum(values))
+    try:
+        return set(map(type, values)) <= {int, float} and math.isfinite(sum(values))
+    except OverflowError:  # an integer beyond all floats
+        return False
 
 
 def _is_size(value: Any) -> bool:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Optional
 
+import mmcv.transforms
 from mmengine.config import Config, ConfigDict
-from mmengine.registry import DATASETS
+from mmengine.dataset import BaseDataset
+from mmengine.registry import DATASETS, TRANSFORMS, Registry
 from mmengine.utils import is_list_of
 
 from ..errors import UserError, user_mistakes
@@ -15,12 +18,12 @@ from .annotations import Use, category_names, check_annotations, read_coco
 from .images import check_images
 from .label_maps import check_label_maps
 from .memory import Memory
+from .pictures import Loading
 from .root import ADE20K, COCO, COCO_MAPS, leaf_datasets
 
 _NAMES_SHOWN = 3
 _ANNOTATIONS_PER_IMAGE = 16  # that are checked while one image's header is read
 _OWN_DATA = "point --data-root at a data set of your own in"
-_EVALUATORS = ("val_evaluator", "test_evaluator")
 
 
 def check_data(cfg: Config, loaders: Sequence[str]) -> list[str]:
@@ -28,7 +31,9 @@ def check_data(cfg: Config, loaders: Sequence[str]) -> list[str]:
 
     Annotation files, headers of all images and all label maps are read, and what was found is
     remembered beside the work dir if that took some time. Images and maps stay closed if the config
-    says ``check_data=False``. Files that are not on a local disk are not looked for.
+    says ``check_data=False``, or if its pipeline loads them by other means than mmcv's
+    ``LoadImageFromFile`` and mmseg's ``LoadAnnotations``. Files that are not on a local disk are not
+    looked for, nor what is in them if a class reads them in a way of its own.
 
     Args:
         cfg: A detection or segmentation config.
@@ -47,7 +52,7 @@ def check_data(cfg: Config, loaders: Sequence[str]) -> list[str]:
         for loader in loaders:
             if cfg.get(loader):
                 for leaf in leaf_datasets(cfg[loader].dataset):
-                    if _is_local(leaf):
+                    if all(map(_is_local, [leaf, *(leaf.get("pipeline") or [])])):
                         warnings += _check_leaf(cfg, leaf, loader, memory)
     finally:
         # COCO's takes gigabytes, which a run should not carry along.
@@ -60,17 +65,26 @@ def check_data(cfg: Config, loaders: Sequence[str]) -> list[str]:
             "images and label maps are not opened beforehand (--no-data-check, or check_data=False "
             "in the config); broken ones will stop the run, or be trained on, when their turn comes"
         )
-    if "test_dataloader" in loaders or "val_dataloader" in loaders:
-        for name in _EVALUATORS:
-            for evaluator in _as_list(cfg.get(name)):
-                ann_file = evaluator.get("ann_file")
-                if ann_file and "://" not in ann_file and not os.path.isfile(ann_file):
-                    raise UserError(f"{name} needs {ann_file}, which does not exist")
+    for name, evaluator in _evaluators(cfg, loaders):
+        ann_file = evaluator.get("ann_file")
+        if ann_file and _is_local(evaluator) and not os.path.isfile(ann_file):
+            raise UserError(f"{name} needs {ann_file}, which does not exist")
     return list(dict.fromkeys(warnings))
 
 
-def _is_local(leaf: ConfigDict) -> bool:
-    return leaf.get("backend_args") is None and "://" not in str(leaf.get("data_root"))
+def _evaluators(cfg: Config, loaders: Sequence[str]) -> Iterator[tuple[str, ConfigDict]]:
+    """Those that judge what is predicted for the given loaders' data, each with its name."""
+    for loader in loaders:
+        name = loader.replace("dataloader", "evaluator")
+        for evaluator in _as_list(cfg.get(name)):
+            yield name, evaluator
+
+
+def _is_local(part: ConfigDict) -> bool:
+    """Whether the files that a data set, transform or evaluator reads are on a disk of this machine."""
+    places = [str(part.get(key)) for key in ("data_root", "ann_file", "data_prefix")]
+    backend = (part.get("backend_args") or {}).get("backend", "local")
+    return backend == "local" and not any("://" in place for place in places)
 
 
 def _opens_files(cfg: Config) -> bool:
@@ -80,7 +94,7 @@ def _opens_files(cfg: Config) -> bool:
 def _check_leaf(cfg: Config, leaf: ConfigDict, loader: str, memory: Memory) -> list[str]:
     if cfg.default_scope == "mmdet":
         return _check_instances(cfg, leaf, loader, memory)
-    return _check_label_maps(cfg, leaf, memory)
+    return _check_label_maps(cfg, leaf, loader, memory)
 
 
 def _as_list(value: Any) -> list:
@@ -89,7 +103,7 @@ def _as_list(value: Any) -> list:
 
 def _under(leaf: ConfigDict, path: Optional[str]) -> str:
     """``path`` as the data set will find it."""
-    return os.path.join(leaf.get("data_root") or "", path or "")
+    return os.path.join(leaf.get("data_root") or "", path or "") or os.curdir
 
 
 def _require(exists: bool, path: str, leaf: ConfigDict, layout: str) -> None:
@@ -102,7 +116,7 @@ def _require(exists: bool, path: str, leaf: ConfigDict, layout: str) -> None:
 
 def _remedy(leaf: ConfigDict, layout: str) -> str:
     """How to get the data set that a config names."""
-    kind = str(leaf.get("type")).rsplit(".", 1)[-1]
+    kind = getattr(leaf.get("type"), "__name__", str(leaf.get("type"))).rsplit(".", 1)[-1]
     root = leaf.get("data_root")
     if kind == "ADE20KDataset":
         return (
@@ -118,23 +132,69 @@ def _remedy(leaf: ConfigDict, layout: str) -> str:
     return f"restore it, or {_OWN_DATA} {layout}"
 
 
-def _dataset_class(cfg: Config, leaf: ConfigDict) -> Optional[type]:
-    with DATASETS.switch_scope_and_registry(cfg.default_scope) as registry:
-        return registry.get(leaf.type) if isinstance(leaf.type, str) else leaf.type
+def _class_of(cfg: Config, part: ConfigDict, registry: Registry = DATASETS) -> Any:
+    """The class that a part's ``type`` stands for; None if it is not registered."""
+    kind = part.get("type")
+    with registry.switch_scope_and_registry(cfg.default_scope) as scoped:
+        return scoped.get(kind) if isinstance(kind, str) else kind
+
+
+def _is_a(kind: Any, base: type) -> bool:
+    return inspect.isclass(kind) and issubclass(kind, base)
+
+
+def _build(cfg: Config, leaf: ConfigDict) -> Any:
+    """The data set without its samples."""
+    with (
+        user_mistakes("cannot set up the data set"),
+        DATASETS.switch_scope_and_registry(cfg.default_scope) as registry,
+    ):
+        return registry.build(dict(leaf, pipeline=[], lazy_init=True))
+
+
+def _transform(cfg: Config, leaf: ConfigDict, kind: type) -> Optional[ConfigDict]:
+    """The config of a data set's transform of just this class, whose ways are known."""
+    for transform in leaf.get("pipeline") or []:
+        if _class_of(cfg, transform, TRANSFORMS) is kind:
+            return transform
+    return None
+
+
+def _loading(cfg: Config, leaf: ConfigDict) -> Optional[Loading]:
+    """How the images of a data set are decoded, where they may be opened and it is known."""
+    transform = _transform(cfg, leaf, mmcv.transforms.LoadImageFromFile)
+    return Loading.of(transform) if transform is not None and _opens_files(cfg) else None
+
+
+def _check_unknown_format(leaf: ConfigDict, kind: Any, layout: str) -> None:
+    """What can be said of files that a class reads in a way of its own: they are there."""
+    if not _is_a(kind, BaseDataset):
+        return  # and its settings may mean anything
+    if leaf.get("data_root"):
+        _require(os.path.isdir(leaf.data_root), leaf.data_root, leaf, layout)
+    if leaf.get("ann_file"):
+        ann_file = _under(leaf, leaf.ann_file)
+        _require(os.path.exists(ann_file), ann_file, leaf, layout)
 
 
 # ------------------------------------------------------------------------------------ detection
 
 
 def _check_instances(cfg: Config, leaf: ConfigDict, loader: str, memory: Memory) -> list[str]:
+    from mmdet.datasets import CocoDataset  # here, as segmentation needs no mmdet
+
     layout = str(COCO)
+    kind = _class_of(cfg, leaf)
+    is_coco = _is_a(kind, CocoDataset) and kind.load_data_list is CocoDataset.load_data_list
+    # What mmdet derives from it has other names, and classes that its annotation files need not have.
+    if not is_coco or not kind.__name__.endswith("CocoDataset"):
+        _check_unknown_format(leaf, kind, layout)
+        return []
     ann_file = _under(leaf, leaf.get("ann_file"))
     prefix = leaf.get("data_prefix") or {}
     images = _under(leaf, prefix.get("img", ""))
     _require(os.path.isfile(ann_file), ann_file, leaf, layout)
     _require(os.path.isdir(images), images, leaf, layout)
-    if not str(leaf.get("type")).endswith("CocoDataset"):
-        return []  # of a format of its own
     use = _use(cfg, leaf, loader)
     noted = _remembered(memory.recall("annotations", ann_file), use)
     if noted is None:
@@ -148,10 +208,11 @@ def _check_instances(cfg: Config, leaf: ConfigDict, loader: str, memory: Memory)
         found, records = noted
     names, sizes = [name for name, _, _ in records], [(w, h) for _, w, h in records]
     _check_named_images(ann_file, names, images)
-    if not _opens_files(cfg):
+    loading = _loading(cfg, leaf)
+    if loading is None:
         return found
     paths = [os.path.join(images, name) for name in names]
-    return found + check_images(leaf, paths, sizes, memory)[1]
+    return found + check_images(loading, paths, sizes, memory)[1]
 
 
 def _remembered(facts: Optional[list], use: Use) -> Optional[tuple[list[str], list]]:
@@ -170,15 +231,14 @@ def _remembered(facts: Optional[list], use: Use) -> Optional[tuple[list[str], li
 def _use(cfg: Config, leaf: ConfigDict, loader: str) -> Use:
     """What the run does with a data set's annotations."""
     pipeline = [dict(transform) for transform in leaf.get("pipeline") or []]
-    evaluator = cfg.get(loader.replace("dataloader", "evaluator"))
-    metrics = [
-        metric for part in _as_list(evaluator) for metric in _as_list(part.get("metric", "bbox"))
-    ]
+    evaluators = [evaluator for _, evaluator in _evaluators(cfg, [loader])]
+    comparing = [evaluator for evaluator in evaluators if not evaluator.get("format_only")]
+    metrics = [metric for part in comparing for metric in _as_list(part.get("metric", "bbox"))]
     trains = loader == "train_dataloader"
     return Use(
         classes=tuple(_classes_of(cfg, leaf)),
         trains=trains,
-        evaluates=not trains,
+        evaluates=not trains and (bool(comparing) or not evaluators),
         with_masks=any(transform.get("with_mask") for transform in pipeline)
         or (trains and _predicts_masks(cfg.model))
         or (not trains and "segm" in metrics),
@@ -205,10 +265,8 @@ def _check_named_images(ann_file: str, names: Sequence[str], folder: str) -> Non
 
 def _classes_of(cfg: Config, leaf: ConfigDict) -> Sequence[str]:
     """Class names that a data set config stands for."""
-    classes = (leaf.get("metainfo") or {}).get("classes")
-    if classes:
-        return (classes,) if isinstance(classes, str) else tuple(classes)
-    return tuple(getattr(_dataset_class(cfg, leaf), "METAINFO", {}).get("classes", ()))
+    classes = _build(cfg, leaf).metainfo.get("classes") or ()
+    return (classes,) if isinstance(classes, str) else tuple(classes)
 
 
 def _check_categories(ann_file: str, classes: Sequence[str]) -> None:
@@ -239,31 +297,40 @@ def _predicts_masks(node: Any) -> bool:
 # --------------------------------------------------------------------------------- segmentation
 
 
-def _check_label_maps(cfg: Config, leaf: ConfigDict, memory: Memory) -> list[str]:
-    from mmseg.datasets import BaseSegDataset  # here, as detection needs no mmseg
+def _check_label_maps(cfg: Config, leaf: ConfigDict, loader: str, memory: Memory) -> list[str]:
+    # Here, as detection needs no mmseg.
+    from mmseg.datasets import BaseSegDataset
+    from mmseg.datasets.transforms import LoadAnnotations
 
     layout = f"{COCO_MAPS} or {ADE20K}"
+    kind = _class_of(cfg, leaf)
+    if not _is_a(kind, BaseSegDataset):
+        _check_unknown_format(leaf, kind, layout)
+        return []
+    load_map = _transform(cfg, leaf, LoadAnnotations)
     prefix = leaf.get("data_prefix") or {}
     images, maps = (_under(leaf, prefix.get(key)) for key in ("img_path", "seg_map_path"))
     _require(os.path.isdir(images), images, leaf, layout)
-    _require(os.path.isdir(maps), maps, leaf, layout)
-    if not issubclass(_dataset_class(cfg, leaf) or object, BaseSegDataset):
-        return []  # with rules of its own for finding its files
+    if load_map is not None:
+        _require(os.path.isdir(maps), maps, leaf, layout)
+    dataset = _build(cfg, leaf)
     with user_mistakes(f"cannot list the images in {images}"):
-        with DATASETS.switch_scope_and_registry(cfg.default_scope) as registry:
-            dataset = registry.build(dict(leaf, pipeline=[], lazy_init=True))
         records = dataset.load_data_list()
     if not records:
         raise UserError(f"there are no {dataset.img_suffix} pictures in {images}")
-    has_maps = "seg_map_path" in records[0]  # or images alone, to be predicted
+    # Or images alone, to be predicted.
+    has_maps = load_map is not None and "seg_map_path" in records[0]
     if has_maps:
         _check_maps_are_there(records, images, maps)
-    if not _opens_files(cfg):
-        return []
-    sizes, warnings = check_images(leaf, [r["img_path"] for r in records], None, memory)
-    if not has_maps:
-        return warnings
-    return warnings + check_label_maps(leaf, dataset, records, sizes, memory)
+    sizes, warnings = None, []
+    loading = _loading(cfg, leaf)
+    if loading is not None:
+        sizes, warnings = check_images(loading, [r["img_path"] for r in records], None, memory)
+    if has_maps and _opens_files(cfg):
+        backend = load_map.get("imdecode_backend")
+        trains = loader == "train_dataloader" and not dataset.test_mode
+        warnings += check_label_maps(backend, dataset, records, sizes, trains, memory)
+    return warnings
 
 
 def _check_maps_are_there(records: Sequence[dict], images: str, maps: str) -> None:

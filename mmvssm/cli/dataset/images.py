@@ -6,7 +6,6 @@ import os
 from collections.abc import Sequence
 from typing import Optional
 
-from mmengine.config import ConfigDict
 from PIL import Image
 
 from ..errors import UserError
@@ -17,12 +16,12 @@ Size = tuple[int, int]
 
 
 def check_images(
-    leaf: ConfigDict, paths: Sequence[str], annotated: Optional[Sequence[Size]], memory: Memory
+    loading: Loading, paths: Sequence[str], annotated: Optional[Sequence[Size]], memory: Memory
 ) -> tuple[list[Size], list[str]]:
     """Read the headers of a data set's images.
 
     Args:
-        leaf: The data set's config, whose pipeline says how images are decoded.
+        loading: How the data set's pipeline decodes them.
         paths: The images.
         annotated: ``(width, height)`` of each, as the annotations have it; None if they do not say.
         memory: Of what earlier runs read.
@@ -33,7 +32,6 @@ def check_images(
     Raises:
         UserError: If an image cannot be read, or is not of the size that the annotations say.
     """
-    loading = Loading.of(leaf)
     pictures = read_images(paths, loading.backend, memory)
     refuse_unreadable(paths, pictures, "images")
     sizes = [_loaded_size(picture, loading) for picture in pictures]
@@ -73,7 +71,10 @@ def refuse_unreadable(paths: Sequence[str], pictures: Sequence[Picture], kind: s
     if bad:
         path, problem = bad[0]
         others = f", and {len(bad) - 1} more of {len(paths)} {kind} cannot be read" * (len(bad) > 1)
-        raise UserError(f"{path} {problem}{others}; restore or remove what is broken")
+        raise UserError(
+            f"{path} {problem}{others}; restore or remove what is broken (--no-data-check goes on "
+            f"without opening {kind})"
+        )
 
 
 def _loaded_size(picture: Picture, loading: Loading) -> Size:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
-from mmengine.config import ConfigDict
+from typing import Any, Optional
 
 from ..errors import UserError
 from .images import Size, refuse_unreadable
@@ -29,15 +27,21 @@ def labels_in(paths: Sequence[str], memory: Memory) -> set[int]:
 
 
 def check_label_maps(
-    leaf: ConfigDict, dataset: Any, records: Sequence[dict], sizes: Sequence[Size], memory: Memory
+    backend: Optional[str],
+    dataset: Any,
+    records: Sequence[dict],
+    sizes: Optional[Sequence[Size]],
+    trains: bool,
+    memory: Memory,
 ) -> list[str]:
     """Read all label maps of a data set.
 
     Args:
-        leaf: Its config.
+        backend: mmcv's decoder that its pipeline names; None if it names none.
         dataset: mmseg's ``BaseSegDataset`` built from it.
         records: Its ``load_data_list()``.
-        sizes: ``(width, height)`` of each image.
+        sizes: ``(width, height)`` of each image; None if they are not known.
+        trains: Whether a model is trained on it. Of one to predict on, the maps may well be blank.
         memory: Of what earlier runs read.
 
     Returns:
@@ -45,17 +49,21 @@ def check_label_maps(
 
     Raises:
         UserError: If a map is none, or not of its image's size, or has a label that is no class's,
-            or if no map has anything to learn from.
+            or if no map has anything to learn from that should.
     """
     paths = [record["seg_map_path"] for record in records]
     pictures = _read(paths, memory)
-    _refuse_expanded_palettes(leaf, paths, pictures)
-    _refuse_other_sizes(paths, pictures, sizes)
+    if backend == "cv2":
+        _refuse_expanded_palettes(paths, pictures)
+    if sizes is not None:
+        _refuse_other_sizes(paths, pictures, sizes)
     classes = list(dataset.metainfo.get("classes") or ())
     first, last = _range_of_labels(dataset, len(classes))
     ignored = {IGNORED_LABEL, dataset.ignore_index} | ({0} if first else set())
     if classes:
         _refuse_unknown_labels(paths, pictures, last, ignored, len(classes))
+    if not trains:
+        return _warn_of_blank_maps(paths, pictures, ignored)
     return _judge_what_is_left(paths, pictures, ignored, classes, first, dataset)
 
 
@@ -74,17 +82,10 @@ def _read(paths: Sequence[str], memory: Memory) -> list[Picture]:
     return pictures
 
 
-def _refuse_expanded_palettes(
-    leaf: ConfigDict, paths: Sequence[str], pictures: Sequence[Picture]
-) -> None:
+def _refuse_expanded_palettes(paths: Sequence[str], pictures: Sequence[Picture]) -> None:
     """Pillow gives the numbers in a map that has a palette; OpenCV gives the palette's colours."""
-    backends = {
-        transform.get("imdecode_backend")
-        for transform in leaf.get("pipeline") or []
-        if str(transform.get("type")).endswith("LoadAnnotations")
-    }
     for path, picture in zip(paths, pictures):
-        if picture.mode == "P" and "cv2" in backends:
+        if picture.mode == "P":
             raise UserError(
                 f"{path} has a palette, of which imdecode_backend='cv2' of this config's "
                 "LoadAnnotations reads the colours instead of the labels; use 'pillow'"
@@ -160,14 +161,8 @@ def _judge_what_is_left(
             f"all {len(paths)} label maps beside {paths[0]} hold nothing but 0 and 255, and 255 "
             f"means pixels to ignore, not {classes[1]!r}; write 1 in its place"
         )
-    warnings = []
-    blank = [path for path, picture in zip(paths, pictures) if not set(picture.labels) - ignored]
-    if blank:
-        warnings.append(
-            f"{len(blank)} of {len(paths)} label maps hold nothing but pixels to ignore (first: "
-            f"{blank[0]})"
-        )
-    if not dataset.test_mode and not dataset.label_map:
+    warnings = _warn_of_blank_maps(paths, pictures, ignored)
+    if not dataset.label_map:
         absent = [name for i, name in enumerate(classes) if i + first not in labels]
         if absent:
             shown = ", ".join(absent[:_NAMES_SHOWN]) + ", ..." * (len(absent) > _NAMES_SHOWN)
@@ -176,3 +171,15 @@ def _judge_what_is_left(
                 f"maps to train on ({shown}; first map: {paths[0]})"
             )
     return warnings
+
+
+def _warn_of_blank_maps(
+    paths: Sequence[str], pictures: Sequence[Picture], ignored: set[int]
+) -> list[str]:
+    blank = [path for path, picture in zip(paths, pictures) if not set(picture.labels) - ignored]
+    if not blank:
+        return []
+    return [
+        f"{len(blank)} of {len(paths)} label maps hold nothing but pixels to ignore (first: "
+        f"{blank[0]})"
+    ]

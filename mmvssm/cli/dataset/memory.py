@@ -32,14 +32,18 @@ class Memory:
         try:
             content = json.loads(path.read_text(encoding="utf-8")) if path else {}
             if content.get("version") == _VERSION:
-                self._folders = {k: dict(v) for k, v in content["folders"].items()}
+                self._folders = {k: dict(v) for k, v in content["folders"].items() if ":" in k}
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             self._folders = {}
 
     @classmethod
     def beside(cls, work_dir: Optional[str]) -> Memory:
-        """The memory that all runs share whose work dirs lie side by side."""
-        return cls(Path(work_dir).absolute().parent / _NAME if work_dir else None)
+        """The memory that all runs share whose work dirs lie side by side, or in one of those."""
+        if not work_dir:
+            return cls()
+        folder = Path(work_dir).absolute().parent
+        around = [folder / _NAME, folder.parent / _NAME]
+        return cls(next((path for path in around if os.path.isfile(path)), around[0]))
 
     def recall(self, kind: str, path: str) -> Optional[list]:
         """What was noted about a file that is still as it was then; not checked in any way."""

@@ -65,15 +65,12 @@ class Loading(NamedTuple):
         return self.backend in ("cv2", "pillow") and self.color_type in ("color", "grayscale")
 
     @classmethod
-    def of(cls, leaf: ConfigDict) -> Loading:
-        """Read it off a data set's config."""
-        for transform in leaf.get("pipeline") or []:
-            if str(transform.get("type")).rsplit(".", 1)[-1] == "LoadImageFromFile":
-                return cls(
-                    transform.get("imdecode_backend") or cls().backend,
-                    transform.get("color_type") or cls().color_type,
-                )
-        return cls()
+    def of(cls, transform: ConfigDict) -> Loading:
+        """Read it off the transform's config."""
+        return cls(
+            transform.get("imdecode_backend") or cls().backend,
+            transform.get("color_type") or cls().color_type,
+        )
 
 
 def read_images(paths: Sequence[str], backend: str, memory: Memory) -> list[Picture]:
