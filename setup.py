@@ -144,6 +144,7 @@ setup(
         # first, and pip needs --no-build-isolation. `make` does all of it.
         "openmmlab": requirements("openmmlab"),
         "onedl": requirements("onedl"),
+        "onnx": requirements("onnx"),
         "tests": requirements("tests"),
     },
     zip_safe=False,  # the kernel is a file

@@ -1,4 +1,4 @@
-"""What the tools train.py, test.py, predict.py, browse_dataset.py and plot_log.py can be told."""
+"""What the tools train.py, test.py, predict.py, export_onnx.py, browse_dataset.py and plot_log.py can be told."""
 
 import argparse
 
@@ -132,6 +132,32 @@ def predict_parser() -> argparse.ArgumentParser:
     _add_options(parser)
     add_traceback_option(parser)
     parser.set_defaults(work_dir=None, launcher="none", local_rank=0)
+    return parser
+
+
+def export_onnx_parser() -> argparse.ArgumentParser:
+    """The arguments of tools/export_onnx.py."""
+    parser = argparse.ArgumentParser(
+        description="Export a detector (mmdet) or a segmenter (mmseg) to ONNX; the config says which."
+    )
+    parser.add_argument("config", help="config file")
+    parser.add_argument("checkpoint", help="checkpoint file")
+    parser.add_argument("out", metavar="OUT.onnx", help="the file to write")
+    parser.add_argument(
+        "--opset",
+        type=int,
+        default=18,
+        help="version of ONNX's standard operators, from 18 to 26, for detectors to 21 (default: 18)",
+    )
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        action=SettingsAction,
+        metavar="KEY=VALUE",
+        help="change settings of the config, such as model.test_cfg.mode=whole",
+    )
+    parser.set_defaults(work_dir=None, launcher="none", local_rank=0)
+    add_traceback_option(parser)
     return parser
 
 

@@ -130,7 +130,8 @@ class TokenPruning:
             return num_tokens
         ratio = self._warmed_up(self.keep_ratios[layer]) if training else self.keep_ratios[layer]
         numerator, denominator = _as_fraction(ratio)
-        return -(-num_tokens * numerator // denominator)
+        # Of positive numbers only: ONNX, where this may end up, divides negative ones otherwise.
+        return (num_tokens * numerator + denominator - 1) // denominator
 
     def training_keep_ratio(self) -> float:
         """The keep ratio now used in training, the smallest where layers differ."""

@@ -1,0 +1,89 @@
+"""What a model does with an image first, and how it says that it cannot be exported."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..models.pruning import PrunedTokens
+
+
+class UnsupportedModelError(ValueError):
+    """A model that cannot be exported. The message says what of it."""
+
+
+def extract(model: nn.Module, images: Tensor) -> tuple[Sequence[Tensor], Optional[Tensor]]:
+    """What the backbone and the neck make of images, and where a pruned backbone's tokens reached its end.
+
+    Returns:
+        Maps, and None or bool ``(B, h, w)``.
+    """
+    features = model.backbone(images)
+    maps = model.neck(features) if model.with_neck else features
+    last = features[-1]
+    if not isinstance(last, PrunedTokens):
+        return maps, None
+    height, width = last.grid
+    kept = torch.zeros((images.shape[0], height * width), dtype=torch.bool, device=images.device)
+    return maps, kept.scatter(1, last.positions, True).unflatten(1, (height, width))
+
+
+def prunes(model: nn.Module) -> bool:
+    """Whether the last of a backbone's outputs lacks tokens.
+
+    Raises:
+        UnsupportedModelError: If it packs what is left, which only a program for images of one size could.
+    """
+    pruning = getattr(model.backbone, "pruning", None)
+    if pruning is None:
+        return False
+    if pruning.alignment == "none":
+        raise UnsupportedModelError(
+            "pruning with alignment='none' packs tokens into a grid that has to be searched for each size of image, "
+            "and an exported model takes any size; 'decay' and 'hold' can be exported"
+        )
+    last = model.backbone.out_indices[-1]
+    return any(layer < last and ratio < 1 for layer, ratio in pruning.keep_ratios.items())
+
+
+class ImagePreparation(nn.Module):
+    """Normalisation and padding, as a model's ``data_preprocessor`` does it.
+
+    Args:
+        preprocessor: Of mmdet or mmseg.
+        settings: What it was built from.
+    """
+
+    def __init__(self, preprocessor: nn.Module, settings: dict) -> None:
+        super().__init__()
+        # Files are read as BGR, so whoever does not ask for another order was trained on that.
+        self.to_bgr = not settings.get("bgr_to_rgb", False)
+        normalizes = settings.get("mean") is not None
+        self.register_buffer("mean", preprocessor.mean if normalizes else None)
+        self.register_buffer("std", preprocessor.std if normalizes else None)
+        if "pad_size_divisor" in settings:  # mmdet's
+            self.divisor, fixed = settings["pad_size_divisor"], None
+            self.pad_value = settings.get("pad_value", 0)
+        else:  # mmseg's
+            at_test = settings.get("test_cfg") or {}
+            self.divisor, fixed = at_test.get("size_divisor") or 1, at_test.get("size")
+            self.pad_value = settings.get("pad_val", 0)
+        if fixed is not None:
+            raise UnsupportedModelError(
+                "data_preprocessor.test_cfg.size pads every image to one size, and an exported model takes any size; "
+                "use size_divisor, or neither"
+            )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``(B, 3, H, W)``, RGB from 0 to 255, to what the backbone expects, padded at the bottom and on the right."""
+        x = images.flip(1) if self.to_bgr else images
+        if self.mean is not None:
+            x = (x - self.mean) / self.std
+        if self.divisor == 1:
+            return x
+        right, bottom = -x.shape[3] % self.divisor, -x.shape[2] % self.divisor
+        return F.pad(x, (0, right, 0, bottom), value=self.pad_value)

@@ -1,0 +1,328 @@
+"""Exported models in onnxruntime, beside the libraries' own inference in PyTorch."""
+
+import functools
+import json
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("mmdet")
+pytest.importorskip("mmseg")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+import onnx
+from mmdet.structures import DetDataSample
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from mmseg.structures import SegDataSample
+
+from mmvssm.cli import export_onnx as cli
+from mmvssm.cli.arguments import export_onnx_parser
+from mmvssm.cli.errors import UserError
+from mmvssm.cli.export_onnx import export_onnx
+from support import tiny_configs
+from support.onnx_models import session
+from support.tool_runs import files_in, undo_what_tools_set
+
+UNSEEN = [(1, 160, 160), (3, 97, 131), (1, 64, 203)]
+"""Images, height and width that the exporter was not given."""
+
+PLAIN = """
+model = dict(
+    backbone=dict(
+        arch=dict(
+            _delete_=True,
+            embed_dims=16,
+            num_layers=4,
+            patch_size=8,
+            num_convs_patch_embed=1,
+            layers_with_dwconv=[0],
+            d_state=4,
+        ),
+        out_indices=(0, 1, 2, 3),
+        pruning=dict(layers=(0, 2), keep_ratio=0.5),
+    ),
+    neck=[
+        dict(type="mmvssm.TokenRestoration"),
+        dict(
+            type="mmseg.Feature2Pyramid",
+            embed_dim=16,
+            rescales=[2, 1, 0.5, 0.25],
+            norm_cfg=dict(type="BN", requires_grad=True),
+        ),
+    ],
+    decode_head=dict(in_channels=[16] * 4, channels=16),
+    auxiliary_head=dict(in_channels=16, channels=16),
+)
+"""
+DENSE = """
+model["backbone"].update(pruning=None)
+model["data_preprocessor"] = dict(test_cfg=dict(size_divisor=32))
+"""
+PLAIN = tiny_configs.PRUNED_SEGMENTER + PLAIN
+SEGMENTERS = dict(groupmamba=tiny_configs.SEGMENTER, plainmamba=PLAIN + DENSE, pruned=PLAIN)
+
+
+class Exported:
+    """A model and the file that was made of it."""
+
+    def __init__(self, folder, text, *options):
+        self.config = folder / "tiny.py"
+        self.config.write_text(text)
+        cfg = Config.fromfile(self.config)
+        init_default_scope(cfg.default_scope)
+        torch.manual_seed(0)
+        self.model = MODELS.build(cfg.model).eval()
+        for module in self.model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_mean.normal_(std=0.1)
+                module.running_var.uniform_(0.5, 2)
+        if hasattr(self.model, "decode_head"):
+            _balance(self.model)
+        self.checkpoint = folder / "tiny.pth"
+        meta = dict(dataset_meta=dict(classes=("a", "b"), palette=[(0, 1, 2), (3, 4, 5)]))
+        torch.save(dict(state_dict=self.model.state_dict(), meta=meta), self.checkpoint)
+        self.path = folder / "tiny.onnx"
+        self.export(*options)
+        self.session = session(str(self.path))
+
+    def export(self, *options, out=None):
+        arguments = (self.config, self.checkpoint, out or self.path, *options)
+        export_onnx(export_onnx_parser().parse_args(list(map(str, arguments))))
+
+    def run(self, images):
+        """From RGB images, uint8 ``(B, 3, H, W)``."""
+        names = [output.name for output in self.session.get_outputs()]
+        found = self.session.run(None, {"images": images.float().numpy()})
+        return dict(zip(names, map(torch.from_numpy, found)))
+
+    def eager(self, images):
+        """What the library makes of the same images as it gets them from files."""
+        sample = SegDataSample if self.model.__module__.startswith("mmseg") else DetDataSample
+        size = tuple(images.shape[2:])
+        meta = dict(ori_shape=size, img_shape=size, scale_factor=(1.0, 1.0), img_id=0)
+        data = dict(
+            inputs=list(images.flip(1)),
+            data_samples=[sample(metainfo=dict(meta)) for _ in images],
+        )
+        with torch.no_grad():
+            return self.model.test_step(data)
+
+
+def _balance(model):
+    """Let every class win somewhere."""
+    classifier = model.decode_head.conv_seg
+    with torch.no_grad():
+        classifier.weight.normal_()
+        logits = model(random_images((1, 64, 64)).float() / 50 - 2)
+        classifier.bias -= logits.mean((0, 2, 3))
+
+
+def random_images(size):
+    """Noise on a few coarse shapes, so that images differ from place to place."""
+    batch, height, width = size
+    coarse = torch.rand(batch, 3, 5, 5) * 200
+    smooth = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bilinear")
+    return (smooth + torch.rand(batch, 3, height, width) * 55).to(torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory):
+    """Exports a model."""
+
+    with pytest.MonkeyPatch.context() as patch:
+        undo_what_tools_set(patch)
+
+        def export(text, *options):
+            folder = tmp_path_factory.mktemp("export")
+            patch.chdir(folder)
+            return Exported(folder, text, *options)
+
+        yield export
+        init_default_scope("mmengine")
+
+
+@pytest.fixture(scope="module")
+def segmenters(export):
+    """Makes each of the segmenters once."""
+    return functools.cache(lambda name: export(SEGMENTERS[name]))
+
+
+@pytest.fixture(params=SEGMENTERS)
+def segmenter(request, segmenters):
+    return segmenters(request.param)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", UNSEEN, ids=str)
+def test_segmenter_equals_eager(segmenter, size):
+    images = random_images(size)
+    found = segmenter.run(images)
+    expected = segmenter.eager(images)
+    logits = torch.stack([sample.seg_logits.data for sample in expected])
+    labels = torch.cat([sample.pred_sem_seg.data for sample in expected])
+    assert len(labels.unique()) > 1
+    torch.testing.assert_close(found["logits"], logits, atol=1e-3, rtol=0)
+    assert found["labels"].dtype == torch.int64 and found["labels"].shape == labels.shape
+    assert (found["labels"] == labels).double().mean() > 0.999
+
+
+@pytest.mark.slow
+def test_one_node_a_scan(segmenter):
+    model = onnx.load(segmenter.path)
+    layers = sum(hasattr(m, "A_logs") or hasattr(m, "A_log") for m in segmenter.model.modules())
+    assert [node.op_type for node in model.graph.node].count("SelectiveScan") == layers > 0
+    names = {(f.domain, f.name) for f in model.functions}
+    assert names <= {("mmvssm", "SelectiveScan"), ("mmvssm", "SparseDepthwiseConv")}
+
+
+@pytest.mark.slow
+def test_what_a_file_says_of_itself(segmenter):
+    model = onnx.load(segmenter.path)
+    said = {entry.key: entry.value for entry in model.metadata_props}
+    assert json.loads(said["classes"]) == ["a", "b"]
+    assert json.loads(said["palette"]) == [[0, 1, 2], [3, 4, 5]]
+    assert "Apache-2.0" in said["license"] and said["mmvssm_version"]
+    dims = [d.dim_param or d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim]
+    assert dims == ["batch", 3, "height", "width"]
+
+
+@pytest.mark.slow
+def test_kept_tokens_are_those_of_the_backbone(segmenters):
+    pruned = segmenters("pruned")
+    images = random_images((2, 80, 120))
+    kept = pruned.run(images)["kept"]
+    with torch.no_grad():
+        x = pruned.model.data_preprocessor(dict(inputs=list(images.flip(1))))["inputs"]
+        last = pruned.model.backbone(x)[-1]
+    assert kept.shape == (2, *last.grid) and kept.sum() == last.positions.numel()
+    expected = torch.zeros(2, kept[0].numel(), dtype=torch.bool).scatter(1, last.positions, True)
+    assert torch.equal(kept.flatten(1), expected)
+
+
+@pytest.fixture(scope="module")
+def detector(export):
+    return export(tiny_configs.DETECTOR)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [(1, *size[1:]) for size in UNSEEN], ids=str)
+def test_detector_equals_eager(detector, size):
+    images = random_images(size)
+    found = detector.run(images)
+    expected = detector.eager(images)[0].pred_instances
+    assert len(expected) > 20
+    torch.testing.assert_close(found["boxes"], expected.bboxes, atol=0.1, rtol=0)
+    torch.testing.assert_close(found["scores"], expected.scores, atol=1e-3, rtol=0)
+    assert torch.equal(found["labels"], expected.labels)
+    assert found["masks"].dtype == torch.bool
+    both, either = (
+        f(found["masks"], expected.masks).sum((1, 2)) for f in (torch.logical_and, torch.logical_or)
+    )
+    assert either.sum() > 100 and (both >= 0.99 * either).all()
+
+
+@pytest.mark.slow
+def test_no_detection_at_all(detector):
+    """With a threshold that no score reaches."""
+    model = onnx.load(detector.path)
+    last_nms = [node for node in model.graph.node if node.op_type == "NonMaxSuppression"][-1]
+    last_nms.input[4] = "unreachable"
+    model.graph.initializer.append(
+        onnx.numpy_helper.from_array(np.array([2.0], np.float32), "unreachable")
+    )
+    found = session(model).run(None, {"images": np.zeros((1, 3, 70, 90), np.float32)})
+    assert [x.shape for x in found] == [(0, 4), (0,), (0,), (0, 70, 90)]
+
+
+REFUSED = [
+    ("PRUNED_SEGMENTER", ["--cfg-options", "model.backbone.pruning.alignment=none"], "'decay' and"),
+    ("SEGMENTER", ["--opset", "17"], "opset 17 is not possible; choose one from 18 to 26"),
+    ("DETECTOR", ["--opset", "22"], "opset 22 is not possible; choose one from 18 to 21"),
+    ("SEGMENTER", ["--cfg-options", "model.test_cfg.mode=slide"], "model.test_cfg.mode is 'slide'"),
+    (
+        "DETECTOR",
+        ["--cfg-options", "model.test_cfg.rcnn.nms.type=soft_nms"],
+        "only dict(type='nms'",
+    ),
+    (
+        "DETECTOR",
+        ["--cfg-options", "model.roi_head.bbox_roi_extractor.roi_layer.pool_mode=max"],
+        "only RoIAlign with pool_mode='avg' can",
+    ),
+]
+
+
+@pytest.fixture
+def tool(tmp_path, monkeypatch):
+    """Calls the tool for a config and a checkpoint of random weights in an empty folder."""
+    undo_what_tools_set(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+
+    def call(text, *options, out="out.onnx"):
+        (tmp_path / "tiny.py").write_text(text)
+        cfg = Config.fromfile("tiny.py")
+        init_default_scope(cfg.default_scope)
+        torch.save(dict(state_dict=MODELS.build(cfg.model).state_dict()), "tiny.pth")
+        before = files_in(".")
+        try:
+            export_onnx(export_onnx_parser().parse_args(["tiny.py", "tiny.pth", out, *options]))
+        except UserError:
+            assert files_in(".") == before
+            raise
+
+    yield call
+    init_default_scope("mmengine")
+
+
+@pytest.mark.parametrize(("text", "options", "words"), REFUSED, ids=str)
+def test_what_cannot_be_exported(tool, text, options, words):
+    with pytest.raises(UserError) as caught:
+        tool(getattr(tiny_configs, text), *options)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        ("out.pt", "must end in .onnx"),
+        ("nowhere/out.onnx", "folder nowhere for the exported model does not exist"),
+    ],
+)
+def test_names_that_will_not_do(tool, out, words):
+    with pytest.raises(UserError, match=words):
+        tool(tiny_configs.SEGMENTER, out=out)
+
+
+def test_missing_packages(tool, monkeypatch):
+    find = cli.importlib.util.find_spec
+    monkeypatch.setattr(
+        cli.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name)
+    )
+    with pytest.raises(UserError, match="lacks: pip install onnx onnxscript onnxruntime"):
+        tool(tiny_configs.SEGMENTER)
+
+
+def test_a_head_that_cannot_be_exported_leaves_nothing(tool, monkeypatch):
+    """One that asks for values, which an exported program has none of."""
+
+    def forward(self, inputs):
+        return inputs[0] if inputs[0].sum() > 0 else inputs[1]
+
+    monkeypatch.setattr("mmseg.models.UPerHead.forward", forward)
+    with pytest.raises(UserError, match="exporter cannot follow what the model does: "):
+        tool(tiny_configs.SEGMENTER)
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
+    def replace(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cli.os, "replace", replace)
+    (tmp_path / "out.onnx").write_bytes(b"earlier")
+    before = files_in(tmp_path)
+    with pytest.raises(UserError, match="No space left"):
+        cli.write_whole(tmp_path / "out.onnx", b"later")
+    assert files_in(tmp_path) == before
