@@ -10,8 +10,17 @@ def any_process(condition: bool) -> bool:
     Args:
         condition: What this process found.
     """
+    return any_process_each(condition)[0]
+
+
+def any_process_each(*conditions: bool) -> list[bool]:
+    """:func:`any_process` of each of several conditions, in one collective of as many numbers.
+
+    Args:
+        conditions: What this process found; as many in every process.
+    """
     if get_world_size() == 1:
-        return condition
-    flag = torch.tensor(float(condition))
-    all_reduce(flag, op="max")
-    return bool(flag)
+        return [bool(condition) for condition in conditions]
+    flags = torch.tensor([float(condition) for condition in conditions])
+    all_reduce(flags, op="max")
+    return [bool(flag) for flag in flags]

@@ -16,10 +16,12 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from ..registry import HOOKS
-from .agreement import any_process
+from .agreement import any_process_each
 from .user_error import UserError
 
 _IMAGES_SHOWN = 2
+# After so many steps in a row, PyTorch's initial loss scale of 2**16 has come down to 2**-16.
+_SCALING_PATIENCE = 32
 
 
 class NonFiniteError(UserError):
@@ -37,17 +39,21 @@ class NonFiniteGuardHook(Hook):
     number: the last batch is run once more, under the same random numbers, with hooks on every
     module.
 
+    Losses are looked at in every iteration, gradients in those that end with a step; where gradients
+    are accumulated, each has a count of its own.
+
     Loss scaling finds infinite gradients now and then and leaves such steps out by itself; while
-    the losses are finite these are not counted.
+    the losses are finite the run ends only after 32 of these in a row, which no lower scale helped.
 
     In a distributed run every process decides alike.
 
     Cost: before each step one norm over the gradients, which the CPU waits for (mmengine waits for
     the losses in every iteration anyway, a little later), and a copy of the buffers; with several
-    processes, one all-reduce of one number.
+    processes, one all-reduce of three numbers.
 
     Args:
-        patience: How many iterations in a row may be left out, but for the last, which ends the run.
+        patience: How many iterations, or steps, in a row may be left out, but for the last, which
+            ends the run.
 
     Raises:
         ValueError: If ``patience`` is not positive.
@@ -61,8 +67,9 @@ class NonFiniteGuardHook(Hook):
         if patience < 1:
             raise ValueError(f"NonFiniteGuardHook: patience must be at least 1; got {patience}.")
         self.patience = patience
-        self._in_a_row = 0
-        self._step_left_out = False
+        # In a row: losses that were not finite, steps left out here, steps left out by loss scaling.
+        self._losses = self._steps = self._scaled = 0
+        self._stepped = self._step_left_out = False
         self._buffers: list[Tensor] = []
         self._random_state: tuple = ()
 
@@ -75,7 +82,7 @@ class NonFiniteGuardHook(Hook):
         self, runner: Runner, batch_idx: int, data_batch: Optional[Any] = None
     ) -> None:
         """Remember what a bad iteration would spoil."""
-        self._step_left_out = False
+        self._stepped = self._step_left_out = False
         self._random_state = _random_state()
         self._buffers = [buffer.detach().clone() for buffer in network_of(runner).buffers()]
 
@@ -92,29 +99,43 @@ class NonFiniteGuardHook(Hook):
             for name, value in (outputs or {}).items()
             if "loss" in name and not _is_finite(value)
         ]
-        if not any_process(bool(names) or self._step_left_out):
-            self._in_a_row = 0
-            return
-        with torch.no_grad():
-            for buffer, before in zip(network_of(runner).buffers(), self._buffers):
-                buffer.copy_(before)
-        self._in_a_row += 1
-        what = f"the loss is not finite ({', '.join(names)})" if names else (
-            "gradients are not finite"
-        )  # fmt: skip
-        if self._in_a_row < self.patience:
-            runner.logger.warning(
-                f"Iteration {runner.iter + 1}: {what}; its step was left out, and the run stops "
-                f"after {self.patience} of them in a row ({self._in_a_row} so far)"
-            )
+        bad_loss, bad_step, scaled_down = any_process_each(
+            bool(names), self._step_left_out, self._left_out_by_scaling(runner)
+        )
+        self._losses = self._losses + 1 if bad_loss else 0
+        if bad_step:
+            self._steps += 1
+        elif self._stepped:
+            self._steps = 0
+        if scaled_down:
+            self._scaled += 1
+        elif self._stepped:
+            self._scaled = 0
+        if bad_loss or bad_step:
+            with torch.no_grad():
+                for buffer, before in zip(network_of(runner).buffers(), self._buffers):
+                    buffer.copy_(before)
+            count, patience = max(self._losses, self._steps), self.patience
+            what = f"the loss is not finite ({', '.join(names)})" if names else (
+                "gradients are not finite"
+            )  # fmt: skip
+            if count < patience:
+                runner.logger.warning(
+                    f"Iteration {runner.iter + 1}: {what}; its step was left out, and the run stops "
+                    f"after {patience} of them in a row ({count} so far)"
+                )
+                return
+        elif self._scaled >= _SCALING_PATIENCE:
+            count, what = self._scaled, "loss scaling found no finite gradients"
+        else:
             return
         where = self._find_origin(runner, data_batch)
         messages: list = all_gather_object((names, what, where, _images(data_batch)))
         # What the first process says that has met it itself.
         names, what, where, images = max(messages, key=lambda m: (bool(m[2]), bool(m[0])))
         raise NonFiniteError(
-            f"training stopped at iteration {runner.iter + 1}: {what}, {self.patience} time"
-            f"{'s' * (self.patience > 1)} in a row; {where or 'where it began could not be found'}; "
+            f"training stopped at iteration {runner.iter + 1}: {what}, {count} time"
+            f"{'s' * (count > 1)} in a row; {where or 'where it began could not be found'}; "
             f"these steps were left out, so that the weights are still finite; {advice(runner)}"
             + f", or look at the data ({images})"
             * bool(images)
@@ -128,9 +149,18 @@ class NonFiniteGuardHook(Hook):
             for parameter in group["params"]
             if parameter.grad is not None
         ]
-        if not _are_finite(gradients):
+        if _are_finite(gradients):
+            self._stepped = True
+        else:
             optimizer.zero_grad(set_to_none=True)
             self._step_left_out = True
+
+    def _left_out_by_scaling(self, runner: Runner) -> bool:
+        """Whether this iteration should have ended with a step, which the loss scaler did not take."""
+        wrapper = runner.optim_wrapper
+        if getattr(wrapper, "loss_scaler", None) is None or self._step_left_out:
+            return False
+        return wrapper.should_update() and not self._stepped
 
     def _find_origin(self, runner: Runner, data_batch: Any) -> Optional[str]:
         """The first module or parameter whose numbers are not finite, in words."""

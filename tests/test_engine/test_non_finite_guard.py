@@ -133,25 +133,56 @@ def test_accumulated_gradients(tmp_path):
     assert all(tensor.isfinite().all() for tensor in run.model.state_dict().values())
 
 
+def test_accumulated_gradients_that_are_never_finite(tmp_path):
+    """Iterations that only accumulate are no sign that steps succeed again."""
+    explode = exploding("backward", NAN, range(18))
+    with pytest.raises(NonFiniteError, match=r"at iteration 6: gradients are not .* 3 times in"):
+        train(tmp_path / "a", explode, **{"optim_wrapper.accumulative_counts": 2})
+    # One spoilt batch in each of two steps is two, not three or four.
+    explode = exploding("forward", NAN, (4, 7))
+    train(tmp_path / "b", explode, **{"optim_wrapper.accumulative_counts": 3})
+
+
 @OPTIM_WRAPPERS.register_module()
 class Scaler(BFloat16OptimWrapper):
-    """Does with infinite gradients what loss scaling does: leaves out the step by itself."""
+    """Loss scaling as mmengine's AmpOptimWrapper does it, which insists on a GPU."""
+
+    def __init__(self, scale=2.0**16, **kwargs):
+        super().__init__(**kwargs)
+        self.loss_scaler = torch.amp.GradScaler("cpu", init_scale=scale)
 
     def optim_context(self, model):
         return super(BFloat16OptimWrapper, self).optim_context(model)
 
+    def backward(self, loss, **kwargs):
+        self.loss_scaler.scale(loss).backward(**kwargs)
+        self._inner_count += 1
+
     def step(self, **kwargs):
-        gradients = [p.grad for group in self.param_groups for p in group["params"]]
-        if all(g.isfinite().all() for g in gradients):
-            super().step(**kwargs)
+        self.loss_scaler.step(self.optimizer, **kwargs)
+        self.loss_scaler.update()
 
 
-def test_loss_scaling_may_leave_out_any_number_of_steps(tmp_path):
-    explode = exploding("backward", INF, range(2, 10))
-    train(tmp_path / "a", explode, **{"optim_wrapper.type": "Scaler"})
+SCALED = {"optim_wrapper.type": "Scaler"}
+
+
+def test_loss_scaling_may_leave_out_many_steps(tmp_path):
+    train(tmp_path / "a", exploding("backward", INF, range(2, 17)), **SCALED)
     explode = exploding("forward", INF, range(2, 10))
     with pytest.raises(NonFiniteError, match="at iteration 5"):
-        train(tmp_path / "b", explode, **{"optim_wrapper.type": "Scaler"})
+        train(tmp_path / "b", explode, **SCALED)
+
+
+@pytest.mark.parametrize("accumulative_counts", [1, 2])
+def test_loss_scaling_that_leaves_out_every_step_ends(tmp_path, accumulative_counts):
+    changes = {**SCALED, "optim_wrapper.accumulative_counts": accumulative_counts}
+    explode = exploding("backward", INF, range(2, 200))
+    with pytest.raises(NonFiniteError) as caught:
+        train(tmp_path, explode, by_epoch=False, amount=80, **changes)
+    sentence = str(caught.value)
+    last = 2 + 32 * accumulative_counts
+    assert f"at iteration {last}: loss scaling found no finite gradients, 32 times" in sentence
+    assert "first gradient that is not finite is that of stem.1.bias" in sentence
 
 
 def test_weights_that_are_not_finite_already(tmp_path):
