@@ -6,7 +6,7 @@ import signal
 import threading
 from typing import Any, Optional
 
-from mmengine.dist import barrier
+from mmengine.dist import all_gather_object, barrier
 from mmengine.hooks import EMAHook, Hook
 from mmengine.runner import IterBasedTrainLoop, Runner
 
@@ -28,7 +28,8 @@ class InterruptionHook(Hook):
     again.
 
     In a distributed run it is enough that one process gets the signal: all of them ask each other
-    after every iteration, by an all-reduce of one number.
+    after every iteration, by an all-reduce of one number; in a validation as long as all of them have
+    samples left, and again after the next iteration of training.
 
     Raises:
         Stopped: With exit code 143, when a signal was received.
@@ -40,6 +41,7 @@ class InterruptionHook(Hook):
     def __init__(self) -> None:
         self._received = False
         self._previous: Any = None
+        self._common_val_iterations = 0
 
     def before_train(self, runner: Runner) -> None:
         """Listen from now on, if this is the main thread; signals go to no other."""
@@ -64,6 +66,10 @@ class InterruptionHook(Hook):
         if complete():
             self._stop(runner, runner.iter + 1, batch_idx + 1)
 
+    def before_val_epoch(self, runner: Runner) -> None:
+        """Find out how many iterations all processes have; samplers may give some of them more."""
+        self._common_val_iterations = min(all_gather_object(_length(runner.val_dataloader)))
+
     def after_val_iter(
         self,
         runner: Runner,
@@ -72,7 +78,7 @@ class InterruptionHook(Hook):
         outputs: Optional[Any] = None,
     ) -> None:
         """Save and end, if told to."""
-        if any_process(self._received):
+        if batch_idx < self._common_val_iterations and any_process(self._received):
             for hook in runner.hooks:
                 if isinstance(hook, EMAHook):  # validates averaged weights, and swaps them back
                     hook.after_val_epoch(runner)
@@ -104,3 +110,11 @@ class InterruptionHook(Hook):
         barrier()  # a launcher ends the others as soon as the first has ended
         self._restore()
         raise Stopped(f"stopped by SIGTERM after iteration {iteration}; {saved}", signal.SIGTERM)
+
+
+def _length(loader: Any) -> int:
+    """The batches of a data loader, 0 where it cannot tell."""
+    try:
+        return len(loader)
+    except TypeError:
+        return 0

@@ -1,6 +1,7 @@
 """A function called in two processes of one gloo group; a call that hangs fails."""
 
 import multiprocessing
+import os
 import queue
 import time
 from datetime import timedelta
@@ -18,7 +19,7 @@ def in_two_processes(function, folder, seconds=60, **options):
         options: Of ``init_process_group``.
 
     Returns:
-        What it returned, or the exception that it raised, by rank.
+        What it returned by rank, or ``"Type: message"`` of the exception that it raised.
     """
     folder.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("fork")
@@ -43,6 +44,7 @@ def in_two_processes(function, folder, seconds=60, **options):
 
 def _run(function, rank, folder, results, options):
     torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     # Shorter than the test's own time, so that the one left alone is heard too.
     options = {"timeout": timedelta(seconds=30), **options}
     torch.distributed.init_process_group(
@@ -51,8 +53,7 @@ def _run(function, rank, folder, results, options):
     try:
         outcome = function(rank)
     except BaseException as error:
-        outcome = error.with_traceback(None)
-        outcome.__cause__ = outcome.__context__ = None
+        outcome = f"{type(error).__name__}: {error}"
     results.put((rank, outcome))
     results.close()
     results.join_thread()

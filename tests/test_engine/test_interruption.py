@@ -19,6 +19,7 @@ from mmvssm.cli.checkpoints import find_resumable
 from mmvssm.engine import Stopped
 from mmvssm.engine.workers import _report_unless_parent_left
 from support.toy_training import end_workers, losses, toy_runner
+from support.two_processes import in_two_processes
 
 TRAINER = Path(__file__).parents[1] / "support" / "toy_training.py"
 REPO = Path(__file__).parents[2]
@@ -259,3 +260,34 @@ def test_two_processes_of_which_one_gets_the_signal(tmp_path, signalled):
     assert torch.load(work_dir / "interrupted.pth", weights_only=True)["meta"]["iter"] == max(
         losses(work_dir)
     )
+
+
+# Of five samples the first process gets three, the second two.
+UNEQUAL = {
+    "val_dataloader.dataset.length": 5,
+    "val_dataloader.batch_size": 1,
+    "val_dataloader.sampler.round_up": False,
+    "model_wrapper_cfg": dict(type="MMDistributedDataParallel", device_ids=None),
+    "launcher": "pytorch",
+}
+
+
+@pytest.mark.parametrize(
+    ("val_iteration", "ends_after"), [(None, None), (1, 3), (2, 4)], ids=["none", "early", "last"]
+)
+def test_processes_that_validate_unequal_numbers_of_samples(tmp_path, val_iteration, ends_after):
+    """Also where the signal comes when one of them has no sample left."""
+
+    def train(rank):
+        run = toy_runner(tmp_path / "run", amount=2, **UNEQUAL)
+        if rank == 0:
+            run.register_hook(Terminate(val_iteration=val_iteration), "VERY_LOW")
+        run.train()
+        return run.message_hub.get_scalar("val/toy/mAP").current()
+
+    found = in_two_processes(train, tmp_path / "meeting", seconds=60)
+    if ends_after is None:
+        assert found == [2, 2]
+    else:
+        words = f"Stopped: stopped by SIGTERM after iteration {ends_after}; --resume"
+        assert all(error.startswith(words) for error in found), found
