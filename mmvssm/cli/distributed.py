@@ -2,6 +2,8 @@
 
 import os
 import subprocess
+from datetime import timedelta
+from functools import lru_cache
 from typing import Any, Callable
 
 import torch
@@ -9,9 +11,11 @@ from mmengine.config import Config, ConfigDict
 from mmengine.dist import broadcast_object_list, init_dist, is_distributed, is_main_process
 from mmengine.utils.dl_utils import set_multi_processing
 
-from .errors import UserError
+from ..engine.user_error import FirstProcessFailed, RunFailure
+from .errors import UserError, one_sentence
 from .failures import run_failures
 
+_PATIENCE = timedelta(days=7)
 _SYNCHRONISED_NORMS = ("SyncBN", "MMSyncBN")
 
 
@@ -25,7 +29,8 @@ def init_processes(cfg: Config) -> None:
         cfg: Training or test config. Without GPUs its model wrapper is set to one for the CPU.
 
     Raises:
-        UserError: If the launcher's environment is missing, or has more processes than GPUs.
+        UserError: If the launcher's environment is missing.
+        RunFailure: If this process has no GPU, because there are more processes than GPUs.
     """
     if cfg.launcher == "none" or is_distributed():
         return
@@ -35,7 +40,7 @@ def init_processes(cfg: Config) -> None:
     if torch.cuda.is_available():
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         if cfg.launcher == "pytorch" and local_rank >= torch.cuda.device_count():
-            raise UserError(
+            raise RunFailure(  # which only the processes without a GPU meet
                 f"more processes than GPUs were started: this machine has "
                 f"{torch.cuda.device_count()}"
             )
@@ -56,22 +61,44 @@ def init_processes(cfg: Config) -> None:
 def on_first_process(function: Callable[..., Any], *args: Any) -> Any:
     """Call ``function`` in the first of several processes; all of them get what it returns.
 
+    The others wait for days, not for the few minutes after which other collectives fail.
+
     Raises:
-        UserError: In every process, if it was raised in the first.
+        FirstProcessFailed: In every other process, whatever was raised in the first.
     """
-    result, sentence = None, None
+    if not is_distributed():
+        return function(*args)
+    group = _patient_group()  # before the wait: its making is not patient
+    result = failure = error = None
     if is_main_process():
         try:
             result = function(*args)
-        except UserError as error:
-            sentence = str(error)
-            if not is_distributed():
-                raise
-    outcome = [result, sentence]
-    broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise UserError(outcome[1])
-    return outcome[0]
+        except BaseException as raised:  # the others must not wait for ever, whatever it is
+            error = raised
+            failure = (_reason(error), getattr(error, "exit_code", 1))
+    outcome = [result, failure]
+    try:
+        with run_failures():
+            broadcast_object_list(outcome, group=group)
+    finally:
+        if error is not None:
+            raise error
+    result, failure = outcome
+    if failure is not None:
+        raise FirstProcessFailed(*failure)
+    return result
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, UserError):
+        return str(error)
+    return f"the first process ended with {type(error).__name__} ({one_sentence(error)})"
+
+
+@lru_cache(maxsize=1)
+def _patient_group() -> torch.distributed.ProcessGroup:
+    """All processes once more, over gloo, which also waits longer than NCCL's watchdog lets it."""
+    return torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
 
 
 def adapt_to_machine(cfg: Config) -> None:

@@ -9,10 +9,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Callable
 
+from mmengine.dist import is_distributed
+
 from ..engine import UserError
 
 TRACEBACK_VARIABLE = "MMVSSM_TRACEBACK"
 HINT = f"(--traceback, or {TRACEBACK_VARIABLE}=1, shows where in the code this surfaced)"
+
+# Where each launcher tells a process its number on its machine.
+_LOCAL_RANK = {
+    "pytorch": "LOCAL_RANK",
+    "slurm": "SLURM_LOCALID",
+    "mpi": "OMPI_COMM_WORLD_LOCAL_RANK",
+}
 
 # Some releases of mmengine prefix what a constructor raised with "class `X` in module.path: ".
 _BUILD_PREFIX = re.compile(r"^class `[^`]+` in [\w./-]+: ")
@@ -83,7 +92,8 @@ def run_tool(main: Callable[[], None]) -> None:
     """Run a command-line tool; a :class:`UserError` becomes one line on stderr and its exit code.
 
     A second line says how to see more: the whole traceback appears with ``--traceback``, which sets
-    the environment variable ``MMVSSM_TRACEBACK`` to 1. Of several distributed processes only the first speaks.
+    the environment variable ``MMVSSM_TRACEBACK`` to 1. Of several distributed processes only the first
+    of each machine speaks, because a file may be missing on one machine alone.
 
     Args:
         main: The tool's main function.
@@ -93,7 +103,7 @@ def run_tool(main: Callable[[], None]) -> None:
     except UserError as error:
         if os.environ.get(TRACEBACK_VARIABLE) == "1":
             raise
-        if error.every_rank or process_rank() == 0:
+        if not (error.told_elsewhere or _is_told_by_another(error, "pytorch", is_distributed())):
             text = "".join(c if c.isprintable() else " " for c in str(error))
             print(f"error: {text}\n{HINT}", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -102,9 +112,21 @@ def run_tool(main: Callable[[], None]) -> None:
         sys.exit(128 + signal.SIGINT)
 
 
-def process_rank() -> int:
-    """This process's rank, read from what torchrun, Slurm or MPI set; 0 outside them."""
-    for variable in ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"):
-        if variable in os.environ:
-            return int(os.environ[variable])
-    return 0
+@contextmanager
+def before_processes_meet(launcher: str) -> Iterator[None]:
+    """Let the first process of each machine speak for the others before they are joined to a group.
+
+    Args:
+        launcher: That of the command line; with ``"none"`` every process is on its own.
+    """
+    try:
+        yield
+    except UserError as error:
+        error.told_elsewhere |= _is_told_by_another(error, launcher, launcher != "none")
+        raise
+
+
+def _is_told_by_another(error: UserError, launcher: str, distributed: bool) -> bool:
+    if error.every_rank or not distributed:
+        return False
+    return os.environ.get(_LOCAL_RANK[launcher], "0") != "0"

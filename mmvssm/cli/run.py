@@ -8,7 +8,7 @@ from typing import Any, Optional
 
 import torch
 from mmengine.config import Config, ConfigDict
-from mmengine.dist import barrier, is_main_process
+from mmengine.dist import is_main_process
 from mmengine.registry import MODELS, RUNNERS, init_default_scope
 from mmengine.runner import Runner
 from torch import nn
@@ -20,7 +20,7 @@ from .checkpoints import classes_of
 from .dataset.check import check_data
 from .dataset.root import SPLIT_OF_LOADER, apply_data_root
 from .distributed import adapt_to_machine, init_processes, on_first_process
-from .errors import UserError, user_mistakes
+from .errors import UserError, before_processes_meet, user_mistakes
 from .settings import (
     check_config_file,
     check_options,
@@ -33,8 +33,14 @@ _SCOPES = ("mmdet", "mmseg")
 
 
 def open_config(args: argparse.Namespace) -> Config:
-    """Read the config file and what the command line changes in it."""
-    os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    """Read the config file and what the command line changes in it, and join the processes."""
+    with before_processes_meet(args.launcher):
+        return _open_config(args)
+
+
+def _open_config(args: argparse.Namespace) -> Config:
+    if args.launcher in ("none", "pytorch"):  # the others tell it in variables of their own
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     force_weights_only()
     if not torch.cuda.is_available():
         keep_freed_memory()
@@ -84,13 +90,15 @@ def prepare_data(
         say(apply_data_root(cfg, args.data_root, following, classes, args.reduce_zero_label))
     elif args.classes or args.reduce_zero_label is not None:
         raise UserError("--classes and --reduce-zero-label describe a --data-root; give that too")
-    generator = cfg.get("prepare_data")
-    if generator and is_main_process():
-        with user_mistakes("cannot prepare the data set"):
-            TASK_UTILS.build(generator).ensure()
-    barrier()
+    if cfg.get("prepare_data"):
+        on_first_process(_generate_data, cfg.prepare_data)
     for warning in on_first_process(check_data, cfg, loaders):
         say(f"warning: {warning}")
+
+
+def _generate_data(generator: ConfigDict) -> None:
+    with user_mistakes("cannot prepare the data set"):
+        TASK_UTILS.build(generator).ensure()
 
 
 def build_model(cfg: Config) -> nn.Module:

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..engine.reproducible import make_reproducible
 from .checkpoints import check_fits, check_resumable, find_resumable, load_any
+from .distributed import on_first_process
 from .errors import UserError, one_sentence, user_mistakes
 from .failures import run_failures
 from .pretrained import check_pretrained, count_shared
@@ -52,7 +53,7 @@ def train(args: argparse.Namespace) -> None:
         if "base_batch_size" not in (cfg.get("auto_scale_lr") or {}):
             raise UserError("--auto-scale-lr needs auto_scale_lr.base_batch_size in the config")
         cfg.auto_scale_lr.enable = True
-    check_not_locked(cfg.work_dir)
+    on_first_process(check_not_locked, cfg.work_dir)
     if not (args.resume or cfg.get("resume")):
         check_unused(cfg.work_dir, None)
     prepare_data(cfg, args, _LOADERS, None)

@@ -1,21 +1,28 @@
 """One run to a work dir: neither over the results of an earlier one, nor beside one that goes on."""
 
+import errno
+import fcntl
 import json
 import os
 import re
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Optional
+from typing import IO, Any, Optional
 
-from mmengine.dist import barrier, is_main_process
-
+from .distributed import on_first_process
 from .errors import UserError
 
 LOCK = "training.lock"
 _SHOWN = 3
+_MOMENT = 1.0  # seconds that another may take to look at a lock, or to write its name
+# What file systems without locks say: NFS without its lock service, Lustre mounted without "flock".
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+# Processes that are forked, such as data workers, must not go on to hold a lock.
+_held: set[IO[str]] = set()
+os.register_at_fork(after_in_child=lambda: [file.close() for file in _held])
 
 
 def check_unused(work_dir: str, resumed: Optional[str]) -> None:
@@ -48,30 +55,24 @@ def _is_of_a_run(name: str) -> bool:
 def lock_work_dir(work_dir: str) -> Iterator[None]:
     """Keep other runs out of a work dir, which is made, while this one writes there.
 
-    The lock is a file that says which process holds it. One of a process on this machine that has
-    ended is taken over. Of several distributed processes the first locks for all.
+    The lock is the kernel's (``flock``), on a file that says which process holds it; so it ends with
+    the process, however that ends, and neither host names nor process numbers matter. Over NFS it
+    is the server's, and keeps out other machines too; of a machine that crashed, the server frees it
+    after a while. On a file system without locks the run goes on with a warning. Of several
+    distributed processes the first locks for all.
 
     Raises:
         UserError: If another run holds the lock, or the folder cannot be written to.
     """
-    lock = Path(work_dir) / LOCK
-    if not is_main_process():
-        barrier()
-        yield
-        return
-    check_not_locked(work_dir)
-    own = {**_this_process(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        _acquire(lock, own)
-    except OSError as error:
-        raise UserError(f"cannot write to the work dir {work_dir}: {error.strerror}") from error
-    barrier()
+    on_first_process(_acquire, work_dir)
     try:
         yield
     finally:
-        if _read(lock) == own:
-            lock.unlink(missing_ok=True)
+        for file in [file for file in _held if file.name == _lock_of(work_dir)]:
+            _held.remove(file)
+            with file:
+                if _is_there(file):
+                    os.unlink(file.name)
 
 
 def check_not_locked(work_dir: str) -> None:
@@ -80,79 +81,91 @@ def check_not_locked(work_dir: str) -> None:
     Raises:
         UserError: If one is; the sentence says which.
     """
-    lock = Path(work_dir) / LOCK
-    holder = _read(lock)
-    if holder is not None and not _has_ended(holder):
-        _refuse(lock, holder)
+    # Where there is none, nor perhaps a folder to make it in, making it will tell.
+    with suppress(OSError), open(_lock_of(work_dir)) as file:
+        if not _try_lock(file, fcntl.LOCK_SH):
+            _refuse(work_dir, file)
 
 
-def _acquire(lock: Path, own: dict[str, Any]) -> None:
-    """Make the lock file, over that of a process that has ended."""
-    aside = lock.with_name(f"{LOCK}.{os.getpid()}")
+def _lock_of(work_dir: str) -> str:
+    return os.path.join(work_dir, LOCK)
+
+
+def _acquire(work_dir: str) -> None:
+    """Make the lock file, or take that of a process that has ended."""
+    path = _lock_of(work_dir)
+    try:
+        os.makedirs(work_dir, exist_ok=True)
+        file = _take(work_dir, path)
+        own = {"pid": os.getpid(), "host": socket.gethostname()}
+        file.truncate(0)
+        json.dump({**own, "since": time.strftime("%Y-%m-%d %H:%M:%S")}, file)
+        file.flush()
+    except OSError as error:
+        raise UserError(f"cannot write to the work dir {work_dir}: {error.strerror}") from error
+    _held.add(file)
+
+
+def _take(work_dir: str, path: str) -> IO[str]:
+    patience = time.monotonic() + _MOMENT
     while True:
-        try:
-            with open(lock, "x") as file:
-                json.dump(own, file)
-            return
-        except FileExistsError:
-            pass
-        # Renaming, which only one of several can do, tells who may replace a lock.
-        try:
-            os.rename(lock, aside)
-        except FileNotFoundError:
-            continue
-        holder = _read(aside)
-        if holder is not None and not _has_ended(holder):  # it was replaced in the meantime
-            os.rename(aside, lock)
-            _refuse(lock, holder)
-        aside.unlink()
+        # Empties nothing, as long as it is another's; open until the lock is given back.
+        file = open(path, "a+")  # noqa: SIM115
+        if _try_lock(file, fcntl.LOCK_EX):
+            if _is_there(file):  # who had it may have removed it in the meantime
+                return file
+        elif time.monotonic() > patience:
+            with file:
+                _refuse(work_dir, file)
+        file.close()
+        time.sleep(0.05)
 
 
-def _refuse(lock: Path, holder: dict[str, Any]) -> None:
+def _try_lock(file: IO[str], kind: int) -> bool:
+    """Whether this process now has the lock; it has until the file is closed."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        if kind == fcntl.LOCK_EX:
+            print(
+                f"warning: the file system of {file.name} has no locks ({error.strerror}): nothing keeps "
+                "another run from the same --work-dir",
+                flush=True,
+            )
+    return True
+
+
+def _is_there(file: IO[str]) -> bool:
+    """Whether an open file is still the one of its name."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
+    except FileNotFoundError:
+        return False
+
+
+def _refuse(work_dir: str, file: IO[str]) -> None:
+    holder = _read(file)
+    if holder is None:
+        raise UserError(
+            f"another run is training into {work_dir}; wait for it, or name another --work-dir"
+        )
     local = holder.get("host") == socket.gethostname()
-    remedy = "" if local else f", or, if that run has ended, remove {lock}"
+    remedy = "" if local else f", or, if that run has ended, remove {file.name}"
     raise UserError(
-        f"process {holder.get('pid')} on {holder.get('host')} has been training into {lock.parent} "
+        f"process {holder.get('pid')} on {holder.get('host')} has been training into {work_dir} "
         f"since {holder.get('since')}; wait for it, name another --work-dir{remedy}"
     )
 
 
-def _read(lock: Path) -> Optional[dict[str, Any]]:
-    """What a lock file says; nothing if there is none, something empty if it is damaged."""
+def _read(file: IO[str]) -> Optional[dict[str, Any]]:
+    """What a lock file says of its holder, if it can be read."""
+    file.seek(0)
     try:
-        holder = json.loads(lock.read_text())
-    except FileNotFoundError:
-        return None
+        holder = json.load(file)
     except (OSError, ValueError):
-        return {}
-    return holder if isinstance(holder, dict) else {}
-
-
-def _has_ended(holder: dict[str, Any]) -> bool:
-    """Whether the process that a lock names is known not to run any more."""
-    if holder.get("host") != socket.gethostname():
-        return not holder  # one of another machine may still run
-    pid = holder.get("pid")
-    if type(pid) is not int or pid <= 0:
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        pass
-    return holder.get("started") != _started(pid)
-
-
-def _this_process() -> dict[str, Any]:
-    pid = os.getpid()
-    return {"pid": pid, "host": socket.gethostname(), "started": _started(pid)}
-
-
-def _started(pid: int) -> Optional[int]:
-    """When a process began, in clock ticks since the machine did; None where that is not told."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-        return int(stat.rpartition(")")[2].split()[19])
-    except (OSError, ValueError, IndexError):
         return None
+    return holder if isinstance(holder, dict) else None

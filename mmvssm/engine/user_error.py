@@ -7,8 +7,9 @@ class UserError(Exception):
     """Something the user can put right; its message is one clear sentence for them."""
 
     exit_code = 1
-    # Of several processes only the first speaks, for what all of them meet alike.
+    # Of several processes only the first of each machine speaks, for what all there meet alike.
     every_rank = False
+    told_elsewhere = False
 
 
 class RunFailure(UserError):
@@ -28,3 +29,18 @@ class Stopped(UserError):
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+class FirstProcessFailed(UserError):
+    """What the first of several processes did for all of them failed, and it says why.
+
+    Args:
+        message: One sentence.
+        exit_code: With which the first process ends.
+    """
+
+    told_elsewhere = True
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

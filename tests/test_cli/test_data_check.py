@@ -6,12 +6,10 @@ sentence that stops the run, or of the warning that it goes on with.
 
 import io
 import json
-import multiprocessing
 import os
 
 import numpy as np
 import pytest
-import torch
 from mmcv.transforms import LoadImageFromFile
 from mmdet.datasets import BaseDetDataset, CocoDataset
 from mmengine.config import Config
@@ -27,7 +25,6 @@ from mmvssm.cli.dataset.check import check_data
 from mmvssm.cli.dataset.memory import Memory
 from mmvssm.cli.dataset.pictures import read_images
 from mmvssm.cli.dataset.root import apply_data_root
-from mmvssm.cli.distributed import on_first_process
 from mmvssm.cli.run import prepare_data
 from mmvssm.engine import UserError
 
@@ -1415,40 +1412,6 @@ def test_warnings_are_lines_of_the_first_process(tmp_path, capsys):
     found, warning = capsys.readouterr().out.splitlines()
     assert "2 classes (cat, dog)" in found
     assert warning.startswith("warning: 1 of 4 annotations in ")
-
-
-def _rank(rank, folder, results):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
-    )
-
-    def look(name, sentence):
-        with open(f"{folder}/{name}-{rank}", "w"):
-            pass
-        if sentence:
-            raise UserError(sentence)
-        return {1, 2}
-
-    found = on_first_process(look, "good", "")
-    try:
-        on_first_process(look, "bad", "no such folder")
-    except UserError as error:
-        results.put((rank, found, str(error)))
-    torch.distributed.destroy_process_group()
-
-
-def test_of_several_processes_one_looks_and_all_know(tmp_path):
-    context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    processes = [context.Process(target=_rank, args=(r, tmp_path, results)) for r in range(2)]
-    for process in processes:
-        process.start()
-    told = sorted(results.get(timeout=60) for _ in processes)
-    for process in processes:
-        process.join(60)
-    assert told == [(rank, {1, 2}, "no such folder") for rank in range(2)]
-    assert {"good-0", "bad-0"} <= set(os.listdir(tmp_path))
-    assert not {"good-1", "bad-1"} & set(os.listdir(tmp_path))
 
 
 def test_run_length_codes_add_up_as_pycocotools_writes_them():

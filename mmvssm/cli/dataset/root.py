@@ -203,7 +203,8 @@ def _use_instances(
         raise UserError(f"{root} lacks {' and '.join(missing)}; detection expects {COCO}")
     if not classes:
         first = "train" if _exists(root, COCO.labels["train"]) else "val"
-        classes = category_names(os.path.join(root, COCO.labels[first]))
+        # Parsed, the file takes gigabytes, which one process has and forgets.
+        classes = on_first_process(category_names, os.path.join(root, COCO.labels[first]))
     metainfo = {"classes": tuple(classes), "palette": make_palette(classes)}
     for loader, leaf in _leaves(cfg, loaders):
         split = SPLIT_OF_LOADER[loader]
@@ -252,7 +253,10 @@ def _use_label_maps(
     if not classes and layout is COCO_MAPS:
         ann_file = next((f for f in COCO.labels.values() if _exists(root, f)), None)
         if ann_file:
-            classes = ["background", *category_names(os.path.join(root, ann_file))]
+            classes = [
+                "background",
+                *on_first_process(category_names, os.path.join(root, ann_file)),
+            ]
     if not classes:
         kept = next((leaf for _, leaf in _leaves(cfg, loaders)), {}).get("type")
         if layout is not ADE20K or kept not in ("ADE20KDataset", "mmseg.ADE20KDataset"):
