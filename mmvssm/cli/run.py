@@ -32,13 +32,21 @@ from .settings import (
 _SCOPES = ("mmdet", "mmseg")
 
 
-def open_config(args: argparse.Namespace) -> Config:
-    """Read the config file and what the command line changes in it, and join the processes."""
+def open_config(args: argparse.Namespace, needs: Sequence[str]) -> Config:
+    """Read the config file and what the command line changes in it, and join the processes.
+
+    Args:
+        args: Of the command line.
+        needs: Parts that the config has to have.
+
+    Raises:
+        UserError: If it cannot be read or lacks one of them, or if a setting will not do.
+    """
     with before_processes_meet(args.launcher):
-        return _open_config(args)
+        return _open_config(args, needs)
 
 
-def _open_config(args: argparse.Namespace) -> Config:
+def _open_config(args: argparse.Namespace, needs: Sequence[str]) -> Config:
     if args.launcher in ("none", "pytorch"):  # the others tell it in variables of their own
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     force_weights_only()
@@ -57,6 +65,9 @@ def _open_config(args: argparse.Namespace) -> Config:
             f"{args.config} is not a config for mmdet or mmseg: it needs a model and "
             "default_scope='mmdet' or 'mmseg'"
         )
+    missing = [name for name in needs if not isinstance(cfg.get(name), (dict, list, tuple))]
+    if missing:
+        raise UserError(f"{args.config} lacks {' and '.join(missing)}, which this tool needs")
     if args.work_dir:
         cfg.work_dir = args.work_dir
     elif not cfg.get("work_dir"):

@@ -26,6 +26,7 @@ from .run import (
 )
 
 _LOADERS = ("test_dataloader",)
+_NEEDS = ("test_dataloader", "test_cfg", "test_evaluator")
 
 
 def test(args: argparse.Namespace) -> dict[str, Any]:
@@ -40,7 +41,7 @@ def test(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UserError: If the config, the data or the checkpoint will not do; nothing was written then.
     """
-    cfg = open_config(args)
+    cfg = open_config(args, _NEEDS)
     checkpoint = load_any(args.checkpoint)
     prepare_data(cfg, args, _LOADERS, checkpoint)
     check_fits(build_model(cfg), checkpoint, args.checkpoint)

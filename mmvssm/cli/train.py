@@ -26,6 +26,7 @@ from .schedule import change_length, check_can_follow, hint_at_options, shorten_
 from .work_dir import check_not_locked, check_unused, lock_work_dir
 
 _LOADERS = ("train_dataloader", "val_dataloader")
+_NEEDS = ("train_dataloader", "train_cfg", "optim_wrapper")
 
 
 def train(args: argparse.Namespace) -> None:
@@ -38,7 +39,7 @@ def train(args: argparse.Namespace) -> None:
         UserError: If the config, the data or a checkpoint will not do; nothing was written then. Or if, when it
             runs, a pruned backbone meets a neck or a grid that does not go with it.
     """
-    cfg = open_config(args)
+    cfg = open_config(args, _NEEDS)
     given, old_epochs = list(args.cfg_options or {}), (cfg.get("train_cfg") or {}).get("max_epochs")
     option = _option_of_length(args)
     if option:

@@ -40,13 +40,19 @@ def init_worker(worker_id: int) -> None:
     multiprocessing.queues.Queue._on_queue_feeder_error = _send_error
     sys.excepthook = _report_unless_parent_left
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
     if sys.platform == "linux":
-        parent = torch.multiprocessing.parent_process()
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if parent is not None and os.getppid() != parent.pid:  # it was already gone
-            os._exit(1)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_heed_parent_only, daemon=True).start()
+
+
+def end_with_parent() -> None:
+    """Ask the kernel, on Linux, to end this worker process when its parent ends, however that does."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        parent = torch.multiprocessing.parent_process()
+        if parent is not None and os.getppid() != parent.pid:  # it was already gone
+            os._exit(1)
 
 
 def _send_error(queue: multiprocessing.queues.Queue, error: Exception, item: Any) -> None:

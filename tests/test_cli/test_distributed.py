@@ -7,8 +7,11 @@ from datetime import timedelta
 
 import pytest
 from mmengine.config import Config
+from test_cli.test_data_root import detector, segmenter, write_coco
 
 from mmvssm.cli import distributed
+from mmvssm.cli.dataset.annotations import read_coco
+from mmvssm.cli.dataset.root import SPLIT_OF_LOADER, apply_data_root
 from mmvssm.cli.distributed import init_processes, on_first_process
 from mmvssm.cli.errors import run_tool
 from mmvssm.cli.run import open_config, prepare_data
@@ -68,6 +71,20 @@ def test_data_that_cannot_be_generated_ends_all(tmp_path):
     assert found == [f"UserError: {said}", f"FirstProcessFailed: {said}"]
 
 
+@pytest.mark.parametrize("config", [detector, segmenter])
+def test_one_process_reads_the_classes(tmp_path, config):
+    """A large annotation file takes gigabytes of each process that parses it."""
+    root = write_coco(tmp_path / "data")
+
+    def look(rank):
+        cfg = config()
+        apply_data_root(cfg, str(root), list(SPLIT_OF_LOADER))
+        return read_coco.cache_info().misses, cfg.train_dataloader
+
+    (first, cfg), (other, same) = in_two_processes(look, tmp_path / "meeting")
+    assert (first, other) == (1, 0) and cfg == same
+
+
 def test_lock_that_the_first_cannot_get_ends_all(tmp_path, monkeypatch):
     monkeypatch.setattr("mmvssm.cli.work_dir._MOMENT", 0.0)
 
@@ -117,7 +134,7 @@ def test_who_speaks_before_processes_meet(
     monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")
     args = Namespace(config=str(tmp_path / "absent.py"), launcher=launcher, local_rank=0)
     monkeypatch.setenv("LOCAL_RANK", os.environ.get("LOCAL_RANK", "0"))
-    assert bool(said(lambda: open_config(args), capsys)) is speaks
+    assert bool(said(lambda: open_config(args, ()), capsys)) is speaks
 
 
 def test_who_speaks_in_a_group(tmp_path, capsys, no_launcher, monkeypatch):

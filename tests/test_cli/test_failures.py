@@ -2,12 +2,15 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from torch.utils.data import DataLoader
 
+from mmvssm.cli.dataset import pictures
 from mmvssm.cli.distributed import init_processes
 from mmvssm.cli.failures import explain_failure, run_failures
 from mmvssm.cli.run import use_worker_init
@@ -187,6 +191,48 @@ def test_a_killed_worker_ends_the_run(tmp_path):
     assert re.search(
         r"a data worker (was killed by signal Killed|ended( unexpectedly)?), most often", errors[0]
     )
+
+
+def _read_slowly(path):
+    Path(f"{path}.pid").write_text(str(os.getpid()))
+    time.sleep(60)
+
+
+def _runs(pid):
+    """Whether a process is there and has not ended, be it that nobody asked how."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the Linux kernel")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_readers_of_pictures_end_with_their_parent(tmp_path, monkeypatch, number):
+    monkeypatch.setattr(pictures, "_FEW", 1)
+    monkeypatch.setattr(pictures, "_CHUNK", 1)
+    monkeypatch.setattr("os.cpu_count", lambda: 1)  # two readers
+    paths = [str(tmp_path / name) for name in "ab"]
+    process = multiprocessing.get_context("fork").Process(
+        target=lambda: list(pictures._map(_read_slowly, paths, "images"))
+    )
+    process.start()
+    wait_until(lambda: len([p for p in tmp_path.glob("*.pid") if p.read_text()]) == 2)
+    readers = [int(path.read_text()) for path in tmp_path.glob("*.pid")]
+    assert len(set(readers)) == 2
+    os.kill(process.pid, number)
+    process.join(20)
+    wait_until(lambda: not any(map(_runs, readers)))
+    left = [pid for pid in readers if _runs(pid)]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert left == [] and process.exitcode == -number
 
 
 def test_a_port_in_use(monkeypatch):

@@ -285,6 +285,22 @@ def test_config_name(tiny, refused, name, said):
     assert said in refused("train.py", name)
 
 
+@pytest.mark.parametrize(
+    ("tool", "name"),
+    [
+        ("train.py", "train_dataloader"),
+        ("train.py", "train_cfg"),
+        ("train.py", "optim_wrapper"),
+        ("test.py", "test_dataloader"),
+        ("test.py", "test_cfg"),
+        ("test.py", "test_evaluator"),
+    ],
+)
+def test_config_that_lacks_a_part(tiny, refused, tool, name):
+    arguments = [tool, tiny(f"{name} = None\n"), *(["absent.pth"] * (tool == "test.py"))]
+    assert f"tiny.py lacks {name}, which this tool needs" in refused(*arguments)
+
+
 @pytest.mark.parametrize("text", ["model = dict(", "model = undefined\n", "model = 1 / 0\n"])
 def test_config_that_cannot_be_read(in_folder, refused, text):
     Path("broken.py").write_text(text)

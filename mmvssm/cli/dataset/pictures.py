@@ -19,6 +19,7 @@ from mmengine.utils import is_list_of
 from PIL import Image
 from rich.progress import track
 
+from ...engine.workers import end_with_parent
 from ..errors import UserError
 from .memory import Memory
 
@@ -131,6 +132,7 @@ def _map(function: Callable[[str], Picture], paths: Sequence[str], what: str) ->
 
 def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told, and ends its workers
+    end_with_parent()
     Image.MAX_IMAGE_PIXELS = None
 
 
