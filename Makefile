@@ -67,13 +67,13 @@ setup: ## Set up the environment and nothing else, looking again at all that is 
 # --- the main job ------------------------------------------------------------------------------------
 
 # $(call demo,CONFIG): train, then test the best checkpoint (the last one where none is marked best)
-# with pictures of its predictions.
+# with pictures of its predictions, by the config in the work dir, which has what ARGS changed.
 define demo
 	@$(RUN) tools/train.py configs/$(1).py --work-dir $(WORK_DIRS)/$(1) $(ARGS)
 	@work=$(WORK_DIRS)/$(1); \
 	checkpoint=$$(ls -t $$work/best_*.pth 2>/dev/null | head -n 1); \
 	checkpoint=$${checkpoint:-$$(cat $$work/last_checkpoint)} && \
-	$(RUN) tools/test.py configs/$(1).py $$checkpoint --work-dir $$work/test \
+	$(RUN) tools/test.py $$work/$(1).py $$checkpoint --work-dir $$work/test \
 		--show-dir $(abspath $(WORK_DIRS)/$(1))/pictures && \
 	printf '\n%s\n%s\n%s\n' "Checkpoint: $$checkpoint" "Pictures:   $$work/pictures" \
 		"Results:    $$work/test (the metrics of the test), $$work (the log of the training)"

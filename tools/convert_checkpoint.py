@@ -1,12 +1,14 @@
 """Turn a published checkpoint into one that loads with ``init_cfg=dict(type='Pretrained', ...)``."""
 
 import argparse
+import io
 from pathlib import Path
 
 import torch
 
 import mmvssm
 from mmvssm.cli.errors import UserError, add_traceback_option, run_tool, user_mistakes
+from mmvssm.engine import AtomicLocalBackend
 from mmvssm.engine.safe_checkpoint import force_weights_only, load_checkpoint_safely
 from mmvssm.models.published import CONVERTERS, inert_globals, unwrap
 
@@ -57,17 +59,18 @@ def main() -> None:
         raise UserError(
             f"{args.src} lacks {len(lacking)} of the backbone's weights (listed above), so nothing was written"
         )
-    torch.save(
-        {
-            "state_dict": conversion.state_dict,
-            "meta": {
-                "model": args.model,
-                "arch": conversion.arch,
-                "mmvssm_version": mmvssm.__version__,
-            },
+    content = {
+        "state_dict": conversion.state_dict,
+        "meta": {
+            "model": args.model,
+            "arch": conversion.arch,
+            "mmvssm_version": mmvssm.__version__,
         },
-        dst,
-    )
+    }
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    with user_mistakes(f"{dst} was not written", (OSError,)):
+        AtomicLocalBackend().put(buffer.getbuffer(), dst)
     print(
         f"{dst}: {len(conversion.state_dict)} weights, arch={conversion.arch!r}; {len(conversion.unused)} names of the "
         f"source used nowhere, {len(conversion.missing)} of ours not found. Load with\n"

@@ -13,6 +13,7 @@ from mmengine.logging import HistoryBuffer
 from mmengine.runner.checkpoint import CheckpointLoader, load_state_dict
 from torch import nn
 
+from ..engine.checkpoint_hook import INTERRUPTED
 from ..engine.safe_checkpoint import UnsafeCheckpointError, load_checkpoint_safely
 from .errors import UserError, user_mistakes
 
@@ -59,10 +60,12 @@ class Resumable(NamedTuple):
     Attributes:
         path: Its file.
         skipped: Newer ones that do not load.
+        content: What is in the file.
     """
 
     path: str
     skipped: list[str]
+    content: Optional[dict[str, Any]]
 
 
 def find_resumable(work_dir: str) -> Optional[Resumable]:
@@ -84,8 +87,9 @@ def find_resumable(work_dir: str) -> Optional[Resumable]:
     skipped = []
     for path in candidates:
         try:
-            if "optimizer" in load_checkpoint_safely(path):
-                return Resumable(str(path), skipped)
+            content = load_checkpoint_safely(path)
+            if "optimizer" in content:
+                return Resumable(str(path), skipped, content)
         except UnsafeCheckpointError:
             pass
         skipped.append(str(path))
@@ -97,23 +101,34 @@ def find_resumable(work_dir: str) -> Optional[Resumable]:
     return None
 
 
+def named_checkpoint(work_dir: Path) -> Optional[Path]:
+    """The checkpoint that a run called its last one, if that is there."""
+    marker = work_dir / "last_checkpoint"
+    if not marker.is_file():
+        return None
+    named = Path(marker.read_text(errors="replace").strip() or ".")
+    # Of a work dir that was moved or copied, its own file of that name.
+    here = work_dir / named.name
+    named = here if here.is_file() else named
+    return named if named.is_file() else None
+
+
 def _by_recency(work_dir: Path) -> Iterator[Path]:
     """Training checkpoints, the one the run itself called the last first, then by step."""
-    named = None
-    marker = work_dir / "last_checkpoint"
-    if marker.is_file():
-        named = Path(marker.read_text(errors="replace").strip() or ".")
-        # Of a work dir that was moved or copied, its own file of that name.
-        here = work_dir / named.name
-        named = here if here.is_file() else named
-        if named.is_file():
-            yield named
+    named = named_checkpoint(work_dir)
+    if named is not None:
+        yield named
     steps = {
         path: int(match.group(1))
         for path in work_dir.glob("*.pth")
         if (match := re.fullmatch(r"(?:epoch|iter)_(\d+)", path.stem))
     }
-    for path in sorted(steps, key=steps.__getitem__, reverse=True):
+    others = sorted(steps, key=steps.__getitem__, reverse=True)
+    interrupted = work_dir / INTERRUPTED
+    if interrupted.is_file():  # its name does not tell its step
+        moment = interrupted.stat().st_mtime
+        others.insert(sum(path.stat().st_mtime > moment for path in others), interrupted)
+    for path in others:
         if named is None or path.name != named.name:
             yield path
 

@@ -46,7 +46,8 @@ def _pretrained(model: nn.Module) -> Iterator[tuple[str, nn.Module, dict]]:
         for init_cfg in [init_cfgs] if isinstance(init_cfgs, dict) else init_cfgs:
             if init_cfg.get("type") in ("Pretrained", PretrainedInit):
                 if not isinstance(init_cfg.get("checkpoint"), str):
-                    raise UserError(f"model.{name}.init_cfg needs the checkpoint's file name")
+                    where = f"model.{name}".rstrip(".")
+                    raise UserError(f"{where}.init_cfg needs the checkpoint's file name")
                 yield name, module, init_cfg
 
 

@@ -5,7 +5,7 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from .run import (
 )
 
 _LOADERS = ("test_dataloader",)
+_PICKLES = (".pkl", ".pickle")
 _NEEDS = ("test_dataloader", "test_cfg", "test_evaluator")
 
 
@@ -48,6 +49,8 @@ def test(args: argparse.Namespace) -> dict[str, Any]:
     check_same_classes(cfg, "test_dataloader", checkpoint, args.checkpoint)
     cfg.load_from = args.checkpoint
     cfg.resume = False
+    for option, where in (("--show-dir", args.show_dir), ("--out", args.out)):
+        _check_writable(option, where)
     if args.show or args.show_dir:
         _draw_predictions(cfg, args)
     if args.tta:
@@ -64,12 +67,28 @@ def test(args: argparse.Namespace) -> dict[str, Any]:
     if is_main_process():
         path = Path(runner.work_dir) / "test_results.json"
         content = {"config": args.config, "checkpoint": args.checkpoint, "metrics": _plain(metrics)}
-        path.write_text(json.dumps(content, indent=2) + "\n")
+        path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
         say(f"Results: {path}")
     for what, where in (("Pictures", args.show_dir), ("Predictions", args.out)):
         if where:
             say(f"{what}: {where}")
     return metrics
+
+
+def _check_writable(option: str, where: Optional[str]) -> None:
+    """Check before the evaluation that what comes out of it will have a place."""
+    if not where:
+        return
+    path = Path(where).absolute()
+    if path.suffix in _PICKLES and path.is_dir():
+        raise UserError(f"{option} {where}: this is a folder, not a file")
+    if path.exists() and path.suffix not in _PICKLES and not path.is_dir():
+        raise UserError(f"{option} {where}: this is a file, not a folder")
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    if there != path and not there.is_dir():
+        raise UserError(f"{option} {where}: {there} is a file, not a folder")
+    if not os.access(there, os.W_OK | (os.X_OK if there.is_dir() else 0)):
+        raise UserError(f"{option} {where}: {there} cannot be written to; name another place")
 
 
 def _draw_predictions(cfg: Config, args: argparse.Namespace) -> None:
@@ -113,7 +132,7 @@ def _write_predictions(cfg: Config, out: str) -> None:
     """Add a metric that writes predictions."""
     evaluators = cfg.test_evaluator
     evaluators = list(evaluators) if isinstance(evaluators, (list, tuple)) else [evaluators]
-    if out.endswith((".pkl", ".pickle")):
+    if out.endswith(_PICKLES):
         kind = "mmdet.DumpDetResults" if cfg.default_scope == "mmdet" else "DumpResults"
         evaluators.append(ConfigDict(type=kind, out_file_path=out))
     elif cfg.default_scope == "mmdet":
@@ -124,11 +143,11 @@ def _write_predictions(cfg: Config, out: str) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """``value`` with NumPy's and PyTorch's numbers as Python's, and NaN as None, for JSON."""
+    """``value`` with NumPy's and PyTorch's numbers as Python's, and None for what JSON has no number for."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     if isinstance(value, (np.generic, torch.Tensor)):
         value = value.item() if getattr(value, "ndim", 0) == 0 else value.tolist()
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value

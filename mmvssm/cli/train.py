@@ -5,10 +5,11 @@ from typing import Optional
 
 import torch
 from mmengine.config import Config, ConfigDict
+from mmengine.hooks import CheckpointHook
 from torch import nn
 
 from ..engine.reproducible import make_reproducible
-from .checkpoints import check_fits, check_resumable, find_resumable, load_any
+from .checkpoints import Resumable, check_fits, check_resumable, find_resumable, load_any
 from .distributed import on_first_process
 from .errors import UserError, one_sentence, user_mistakes
 from .failures import run_failures
@@ -23,6 +24,7 @@ from .run import (
     use_worker_init,
 )
 from .schedule import change_length, check_can_follow, hint_at_options, shorten_warm_ups
+from .settings import find_type
 from .work_dir import check_not_locked, check_unused, lock_work_dir
 
 _LOADERS = ("train_dataloader", "val_dataloader")
@@ -104,20 +106,22 @@ def _choose_start(cfg: Config, args: argparse.Namespace, model: nn.Module) -> No
     """Settle what training starts from, and check that it fits."""
     if args.resume:
         cfg.resume, cfg.load_from = True, None if args.resume == "auto" else args.resume
+    checkpoint = None
     if cfg.get("resume") and not cfg.get("load_from"):
-        found = find_resumable(cfg.work_dir)
+        found = _find_resumable(cfg.work_dir)
         if found is None:
+            check_unused(cfg.work_dir, None)
             say(f"There is no checkpoint in {cfg.work_dir}; training starts from the beginning")
             cfg.resume = False
         else:
-            cfg.load_from = found.path
+            cfg.load_from, checkpoint = found.path, found.content
             for path in found.skipped:
                 say(f"{path} is damaged or incomplete and was skipped")
     path = cfg.get("load_from")
     check_unused(cfg.work_dir, path if cfg.get("resume") else None)
     if not path:
         return
-    checkpoint = load_any(path)
+    checkpoint = checkpoint or load_any(path)
     if not cfg.get("resume"):
         say(count_shared(model, checkpoint, path))
         return
@@ -131,6 +135,21 @@ def _choose_start(cfg: Config, args: argparse.Namespace, model: nn.Module) -> No
     if randomness.get("seed") is None:
         randomness.seed = checkpoint["meta"].get("seed")
     say(f"Resuming from {path}")
+
+
+def _find_resumable(work_dir: str) -> Optional[Resumable]:
+    """:func:`find_resumable`, decided by the first process; only that one gets the content."""
+    contents = []
+
+    def look() -> Optional[Resumable]:
+        found = find_resumable(work_dir)
+        if found is None:
+            return None
+        contents.append(found.content)
+        return found._replace(content=None)
+
+    found = on_first_process(look)
+    return found._replace(content=contents[0]) if contents else found
 
 
 def use_amp(cfg: Config) -> None:
@@ -171,12 +190,13 @@ def use_tensorboard(cfg: Config) -> None:
 
 def _use_atomic_checkpoints(cfg: Config) -> None:
     hook = cfg.get("default_hooks", {}).get("checkpoint")
-    if hook and hook.get("type") == "CheckpointHook":
+    if hook and find_type(hook.get("type")) is CheckpointHook:
         hook.type = "mmvssm.AtomicCheckpointHook"
 
 
 def _add_hooks(cfg: Config, *types: str) -> None:
     """Add hooks that every training has; one that the config has already keeps its settings."""
     hooks = list(cfg.get("custom_hooks") or [])
-    there = {hook.get("type") for hook in hooks}
-    cfg.custom_hooks = [*hooks, *(ConfigDict(type=name) for name in types if name not in there)]
+    there = [find_type(hook.get("type")) for hook in hooks if isinstance(hook, dict)]
+    missing = (name for name in types if find_type(name) not in there)
+    cfg.custom_hooks = [*hooks, *(ConfigDict(type=name) for name in missing)]

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Optional
 
+from .checkpoints import named_checkpoint
 from .distributed import on_first_process
 from .errors import UserError
 
@@ -36,15 +37,27 @@ def check_unused(work_dir: str, resumed: Optional[str]) -> None:
         UserError: If there are checkpoints of a run that it does not continue.
     """
     folder = Path(work_dir)
-    if resumed and Path(resumed).expanduser().resolve().parent == folder.resolve():
-        return
+    named = named_checkpoint(folder)
+    if resumed:
+        path = Path(resumed).expanduser().resolve()
+        if path.parent == folder.resolve() or (named and path == named.resolve()):
+            return
     found = sorted(file.name for file in folder.glob("*.pth") if _is_of_a_run(file.name))
-    if found:
-        listing = ", ".join(found[:_SHOWN]) + ", ..." * (len(found) > _SHOWN)
+    if named and named.name not in found:  # the hook's filename_tmpl or out_dir
+        found.append(str(named))
+    if not found:
+        return
+    listing = ", ".join(found[:_SHOWN]) + ", ..." * (len(found) > _SHOWN)
+    if all(name.startswith("best_") for name in found):
         raise UserError(
-            f"{work_dir} holds the checkpoints of an earlier run ({listing}); continue that with "
-            "--resume (make: ARGS=--resume), or name another --work-dir (make: WORK_DIRS=...)"
+            f"{work_dir} holds the best checkpoints of an earlier run ({listing}) and none that --resume "
+            "could go on from; name another --work-dir (make: WORK_DIRS=...), perhaps with --cfg-options "
+            f"load_from={folder / found[0]} to start from those weights"
         )
+    raise UserError(
+        f"{work_dir} holds the checkpoints of an earlier run ({listing}); continue that with "
+        "--resume (make: ARGS=--resume), or name another --work-dir (make: WORK_DIRS=...)"
+    )
 
 
 def _is_of_a_run(name: str) -> bool:

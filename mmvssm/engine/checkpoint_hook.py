@@ -101,9 +101,9 @@ class AtomicCheckpointHook(CheckpointHook):
         out_dir = str(self.out_dir or runner.work_dir)
         if self.backend_args is None and self.file_client_args is None and "://" not in out_dir:
             self.backend_args = {"backend": _BACKEND}
-        if is_main_process() and "://" not in out_dir:
-            _remove_partial_files(Path(runner.work_dir))
         super().before_train(runner)
+        if is_main_process() and "://" not in out_dir:
+            _remove_partial_files(Path(self.out_dir))
         parameters = {name for name, _ in network_of(runner).named_parameters()}
         self._meant_to_be = set(non_finite_states(runner)) - parameters
 
@@ -189,7 +189,7 @@ class AtomicCheckpointHook(CheckpointHook):
             )
 
 
-def _remove_partial_files(work_dir: Path) -> None:
+def _remove_partial_files(folder: Path) -> None:
     """Remove what a run killed in the middle of a write left behind."""
-    for partial in work_dir.glob(".*.pth.*"):
+    for partial in folder.glob(".*.pth.*"):
         partial.unlink(missing_ok=True)

@@ -1,5 +1,7 @@
 """Judging checkpoints that were loaded."""
 
+import os
+
 import pytest
 import torch
 from torch import nn
@@ -33,6 +35,27 @@ def test_resumes_from_the_newest_that_loads(tmp_path):
     assert find_resumable(str(tmp_path)).path.endswith("iter_10.pth")
     (tmp_path / "last_checkpoint").write_text("/elsewhere/iter_2.pth")  # the work dir was moved
     assert find_resumable(str(tmp_path)).path.endswith("iter_2.pth")
+
+
+def test_an_interrupted_run_whose_marker_is_lost(tmp_path):
+    file = tmp_path / "interrupted.pth"
+    torch.save(training_state(), file)
+    assert find_resumable(str(tmp_path)).path == str(file)
+    for step, age in ((1, 20), (2, 10), (3, 5)):
+        torch.save(training_state(), tmp_path / f"epoch_{step}.pth")
+        os.utime(tmp_path / f"epoch_{step}.pth", (10**9 - age, 10**9 - age))
+    os.utime(file, (10**9, 10**9))
+    assert find_resumable(str(tmp_path)).path == str(file)
+    os.utime(file, (10**9 - 7, 10**9 - 7))  # the one resumed from it has saved more
+    assert find_resumable(str(tmp_path)).path.endswith("epoch_3.pth")
+    (tmp_path / "epoch_3.pth").write_bytes(b"torn")
+    assert find_resumable(str(tmp_path)).path == str(file)
+
+
+def test_a_checkpoint_that_was_found_is_not_read_again(tmp_path):
+    torch.save(training_state(weight=torch.ones(1)), tmp_path / "epoch_1.pth")
+    found = find_resumable(str(tmp_path))
+    assert found.content["state_dict"]["weight"] == 1
 
 
 def test_only_torn_checkpoints_is_a_mistake(tmp_path):

@@ -9,14 +9,17 @@ import fcntl
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import socket
+import subprocess
 import sys
 import time
 from collections import OrderedDict
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -26,10 +29,12 @@ pytest.importorskip("mmseg")
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
+from mmvssm.cli import checkpoints
 from mmvssm.cli import work_dir as work_dirs
 from mmvssm.cli.errors import UserError
 from mmvssm.cli.run import build_model
 from mmvssm.cli.settings import check_types, check_values
+from mmvssm.cli.test import _plain
 from mmvssm.cli.work_dir import LOCK
 from support import tiny_configs
 from support.tool_runs import call, sentence_of_refusal
@@ -383,6 +388,11 @@ def test_init_cfg_deeper_in_the_model_and_absent_file(tiny, trained, refused):
     assert "with prefix='decode_head.'" in sentence
 
 
+def test_init_cfg_of_the_model_itself_without_a_file(tiny, refused):
+    tiny("model = dict(init_cfg=dict(type='Pretrained', checkpoint=3))\n")
+    assert "model.init_cfg needs the checkpoint's file name" in refused("train.py", "tiny.py")
+
+
 def test_downloaded_init_cfg_is_judged_too(tiny, trained, refused, monkeypatch):
     tiny(pretrained("https://example.org/a.pth"))
     weights(trained)
@@ -473,7 +483,50 @@ def test_best_checkpoint_alone_is_a_used_work_dir(tiny, used, refused):
     for name in ("iter_1.pth", "iter_2.pth", "last_checkpoint"):
         (used / name).unlink()
     (used / "best_mIoU_iter_2.pth").touch()
-    assert "(best_mIoU_iter_2.pth)" in refused("train.py", tiny(), "--work-dir", used)
+    tiny()
+    for arguments in ((), ("--resume",)):
+        sentence = refused("train.py", "tiny.py", "--work-dir", used, *arguments)
+        assert "(best_mIoU_iter_2.pth) and none that --resume could go on from" in sentence
+        assert "load_from=out/best_mIoU_iter_2.pth to start from those weights" in sentence
+
+
+def test_checkpoints_of_another_name_are_a_used_work_dir(tiny, used, refused, capsys):
+    """``filename_tmpl``, and ``out_dir``; what is resumed from there is the run itself."""
+    (used / "iter_1.pth").unlink()
+    (used / "iter_2.pth").rename(used / "step-2.pth")
+    (used / "last_checkpoint").write_text(str(used / "step-2.pth"))
+    said = "out holds the checkpoints of an earlier run ("
+    assert f"{said}out/step-2.pth)" in refused("train.py", tiny(), "--work-dir", used)
+    Path("weights").mkdir()
+    (used / "step-2.pth").rename("weights/step-2.pth")
+    (used / "last_checkpoint").write_text("weights/step-2.pth")
+    assert f"{said}weights/step-2.pth)" in refused("train.py", "tiny.py", "--work-dir", used)
+    call("train.py", "tiny.py", "--work-dir", used, "--resume")
+    assert "Resuming from weights/step-2.pth" in capsys.readouterr().out
+
+
+def test_resuming_reads_the_checkpoint_once(tiny, used, monkeypatch):
+    """Once before the runner does."""
+    reads = []
+
+    def count(load):
+        def counting(path, *args, **kwargs):
+            reads.append(str(path))
+            return load(path, *args, **kwargs)
+
+        return counting
+
+    def stop(*_):
+        raise StoppedError
+
+    for name in ("load_checkpoint_safely", "load_local", "load_any"):
+        target = f"mmvssm.cli.checkpoints.{name}"
+        monkeypatch.setattr(target, count(getattr(checkpoints, name)))
+    monkeypatch.setattr("mmvssm.cli.train.load_any", checkpoints.load_any)
+    monkeypatch.setattr("mmvssm.cli.train.build_runner", stop)
+    with pytest.raises(StoppedError):
+        call("train.py", tiny(), "--work-dir", used, "--resume")
+    assert reads == ["out/iter_2.pth"]
 
 
 def test_resuming_says_what_is_different(tiny, used, capsys):
@@ -608,6 +661,58 @@ def test_file_system_without_locks(in_folder, monkeypatch, capsys):
     with work_dirs.lock_work_dir("out"):
         assert f"the file system of out/{LOCK} has no locks" in capsys.readouterr().out
     assert os.listdir("out") == []
+
+
+@pytest.mark.parametrize(
+    ("option", "where", "said"),
+    [
+        ("--out", "file/maps", "file is a file, not a folder"),
+        ("--out", "file", "this is a file, not a folder"),
+        ("--out", "file/a.pkl", "file is a file, not a folder"),
+        ("--out", "folder.pkl", "this is a folder, not a file"),
+        ("--show-dir", "file/pictures", "file is a file, not a folder"),
+    ],
+)
+def test_output_without_a_place(tiny, trained, refused, option, where, said):
+    """Told before the evaluation, whose metrics would be lost."""
+    Path("file").write_text("")
+    Path("folder.pkl").mkdir()
+    sentence = refused("test.py", tiny(), trained / "iter_2.pth", option, where)
+    assert f"{option} {where}: " in sentence and said in sentence
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_output_that_may_not_be_written(tiny, trained, refused, in_folder):
+    (in_folder / "closed").mkdir(mode=0o500)
+    sentence = refused("test.py", tiny(), trained / "iter_2.pth", "--out", "closed/maps")
+    assert "closed cannot be written to" in sentence
+
+
+def test_what_json_has_no_number_for():
+    metrics = {"a": np.float32("inf"), "b": [-float("inf"), float("nan")], "c": torch.ones(2)}
+    plain = _plain(metrics)
+    assert json.loads(json.dumps(plain, allow_nan=False)) == plain
+    assert plain == {"a": None, "b": [None, None], "c": [1.0, 1.0]}
+
+
+def test_the_config_in_the_work_dir_tests_what_was_trained(trained, in_folder):
+    """As the Makefile's targets do, whose training may be given any arguments."""
+    call("test.py", trained / "tiny.py", trained / "iter_2.pth", "--work-dir", "tested")
+    assert Path("tested/test_results.json").is_file()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_tests_with_the_trained_config():
+    command = ["make", "--dry-run", "train", "train-seg", "train-pruned", "train-seg-pruned"]
+    command += [f"PYTHON={sys.executable}", "WORK_DIRS=w", "ARGS=--data-root own"]
+    done = subprocess.run(
+        command, cwd=tiny_configs.CONFIGS.parent, capture_output=True, text=True, check=True
+    )
+    configs = re.findall(r"tools/train\.py configs/(\w+)\.py .*--data-root own", done.stdout)
+    assert len(configs) == 4
+    for config in configs:
+        assert f"work=w/{config};" in done.stdout
+        assert f"tools/test.py $work/{config}.py $checkpoint" in done.stdout
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")

@@ -6,10 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from mmengine.hooks import Hook
+from mmengine.hooks import CheckpointHook, Hook
 
-from mmvssm.engine import AtomicCheckpointHook, AtomicLocalBackend, NonFiniteError
-from support.toy_training import toy_runner
+from mmvssm.cli.settings import find_type
+from mmvssm.cli.train import prepare_training
+from mmvssm.engine import (
+    AtomicCheckpointHook,
+    AtomicLocalBackend,
+    NonFiniteError,
+    NonFiniteGuardHook,
+)
+from support.toy_training import toy_config, toy_runner
 
 
 def test_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -110,6 +117,30 @@ def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
     torn.touch(), other.touch()
     toy_runner(tmp_path, amount=1).train()
     assert not torn.exists() and other.exists() and (tmp_path / "epoch_1.pth").exists()
+
+
+def test_so_is_it_in_a_folder_of_its_own(tmp_path):
+    """``out_dir``, to which mmengine adds the last part of the work dir."""
+    folder = tmp_path / "weights" / "run"
+    folder.mkdir(parents=True)
+    (folder / ".epoch_0.pth.torn").touch()
+    settings = {"default_hooks.checkpoint.out_dir": str(tmp_path / "weights")}
+    toy_runner(tmp_path / "run", amount=1, **settings).train()
+    assert [path.name for path in folder.iterdir()] == ["epoch_1.pth"]
+
+
+@pytest.mark.parametrize("kind", [CheckpointHook, "mmengine.CheckpointHook", "CheckpointHook"])
+def test_however_the_hook_is_named(tmp_path, kind):
+    cfg = toy_config(tmp_path)
+    cfg.default_hooks.checkpoint.type = kind
+    prepare_training(cfg)
+    assert find_type(cfg.default_hooks.checkpoint.type) is AtomicCheckpointHook
+
+
+def test_hooks_given_as_classes_are_not_added_again(tmp_path):
+    cfg = toy_config(tmp_path, custom_hooks=[dict(type=NonFiniteGuardHook, patience=7)])
+    kinds = [find_type(hook.type) for hook in cfg.custom_hooks]
+    assert kinds.count(NonFiniteGuardHook) == 1 and cfg.custom_hooks[0].patience == 7
 
 
 # What is spoilt after the first epoch, and how the sentence names it.

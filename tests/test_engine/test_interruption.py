@@ -275,8 +275,11 @@ UNEQUAL = {
 @pytest.mark.parametrize(
     ("val_iteration", "ends_after"), [(None, None), (1, 3), (2, 4)], ids=["none", "early", "last"]
 )
-def test_processes_that_validate_unequal_numbers_of_samples(tmp_path, val_iteration, ends_after):
+def test_processes_that_validate_unequal_numbers_of_samples(
+    tmp_path, monkeypatch, val_iteration, ends_after
+):
     """Also where the signal comes when one of them has no sample left."""
+    monkeypatch.chdir(tmp_path)  # where mmengine collects results
 
     def train(rank):
         run = toy_runner(tmp_path / "run", amount=2, **UNEQUAL)

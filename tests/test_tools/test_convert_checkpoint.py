@@ -1,5 +1,7 @@
 import argparse
+import errno
 import os
+import runpy
 import subprocess
 import sys
 import types
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from mmvssm.cli.errors import run_tool
 from mmvssm.models import PlainMamba
 from mmvssm.models.published import convert_plainmamba
 from support.published_groupmamba import published_weights
@@ -86,6 +89,24 @@ def test_nothing_is_overwritten(weights, tmp_path):
     assert "exists already" in refused(convert(tmp_path / "src.pth", tmp_path / "dst.pth"))
     assert (tmp_path / "dst.pth").read_text() == "precious"
     assert convert(tmp_path / "src.pth", tmp_path / "dst.pth", "--force").returncode == 0
+
+
+def test_a_full_disk_leaves_what_was_there(weights, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    torch.save(weights, tmp_path / "src.pth")
+    (tmp_path / "dst.pth").write_text("precious")
+    arguments = ["groupmamba", str(tmp_path / "src.pth"), str(tmp_path / "dst.pth"), "--force"]
+    monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", *arguments])
+    monkeypatch.setattr(os, "fsync", full)
+    tool = runpy.run_path(str(REPO / "tools/convert_checkpoint.py"))
+    with pytest.raises(SystemExit):
+        run_tool(tool["main"])
+    sentence = capsys.readouterr().err.splitlines()[0]
+    assert "dst.pth was not written: " in sentence and "No space left" in sentence
+    assert (tmp_path / "dst.pth").read_text() == "precious"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dst.pth", "src.pth"]
 
 
 def test_incomplete_and_foreign_weights(weights, tmp_path):
