@@ -219,9 +219,12 @@ def test_readers_of_pictures_end_with_their_parent(tmp_path, monkeypatch, number
     monkeypatch.setattr(pictures, "_CHUNK", 1)
     monkeypatch.setattr("os.cpu_count", lambda: 1)  # two readers
     paths = [str(tmp_path / name) for name in "ab"]
-    process = multiprocessing.get_context("fork").Process(
-        target=lambda: list(pictures._map(_read_slowly, paths, "images"))
-    )
+
+    def read():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whatever earlier tests made of it
+        list(pictures._map(_read_slowly, paths, "images"))
+
+    process = multiprocessing.get_context("fork").Process(target=read)
     process.start()
     wait_until(lambda: len([p for p in tmp_path.glob("*.pid") if p.read_text()]) == 2)
     readers = [int(path.read_text()) for path in tmp_path.glob("*.pid")]
@@ -232,6 +235,7 @@ def test_readers_of_pictures_end_with_their_parent(tmp_path, monkeypatch, number
     left = [pid for pid in readers if _runs(pid)]
     for pid in left:
         os.kill(pid, signal.SIGKILL)
+    process.kill()
     assert left == [] and process.exitcode == -number
 
 
