@@ -32,7 +32,7 @@ from .settings import (
 _SCOPES = ("mmdet", "mmseg")
 
 
-def open_config(args: argparse.Namespace, needs: Sequence[str]) -> Config:
+def open_config(args: argparse.Namespace, needs: Sequence[str] = ()) -> Config:
     """Read the config file and what the command line changes in it, and join the processes.
 
     Args:
