@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+import time
 from types import ModuleType
 
 import cv2
@@ -50,6 +51,7 @@ def test_reads_what_mmengine_writes(by_epoch, tmp_path):
     train("whole")
     train("parts")
     checkpoint = "epoch_2.pth" if by_epoch else "iter_12.pth"
+    time.sleep(1.1)  # mmengine names a part by the second in which it began
     train("parts", resume=True, load_from=str(tmp_path / "parts" / checkpoint))
     whole, parts = read_run("whole"), read_run("parts")
     assert (whole.parts, parts.parts) == (1, 2)
