@@ -9,7 +9,6 @@ from pathlib import Path
 
 import mmcv
 import torch
-from matplotlib.backend_bases import FigureCanvasBase
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
@@ -26,6 +25,7 @@ from mmvssm.analysis.pruning_view import (
 )
 from mmvssm.cli.checkpoints import check_fits, load_local
 from mmvssm.cli.errors import UserError, add_traceback_option, run_tool, user_mistakes
+from mmvssm.cli.picture_file import picture_file
 from mmvssm.cli.settings import SettingsAction, check_config_file, check_options
 from mmvssm.engine.safe_checkpoint import force_weights_only
 
@@ -67,12 +67,7 @@ def check_files(args: argparse.Namespace) -> None:
         raise UserError(f"there is no image {args.image}")
     if mmcv.imread(args.image) is None:
         raise UserError(f"{args.image} is not an image that can be read")
-    out = Path(args.out)
-    known = sorted(FigureCanvasBase.get_supported_filetypes())
-    if out.suffix[1:].lower() not in known:
-        raise UserError(f"--out {out}: the name must end in .png, or another of {', '.join(known)}")
-    if not out.parent.is_dir():
-        raise UserError(f"the folder {out.parent} for the picture does not exist")
+    picture_file(args.out)
 
 
 def load_model(cfg: Config, args: argparse.Namespace) -> nn.Module:

@@ -3,10 +3,9 @@
 import argparse
 from pathlib import Path
 
-from matplotlib.backend_bases import FigureCanvasBase
-
 from ..analysis.training_log import default_keys, draw_runs, read_run
 from .errors import UserError, user_mistakes
+from .picture_file import picture_file
 
 
 def plot_log(args: argparse.Namespace) -> None:
@@ -18,12 +17,7 @@ def plot_log(args: argparse.Namespace) -> None:
     Raises:
         UserError: If there is nothing to draw, or nowhere to put it.
     """
-    out = Path(args.out)
-    known = sorted(FigureCanvasBase.get_supported_filetypes())
-    if out.suffix[1:].lower() not in known:
-        raise UserError(f"--out {out}: the name must end in .png, or another of {', '.join(known)}")
-    if not out.parent.is_dir():
-        raise UserError(f"the folder {out.parent} for the picture does not exist")
+    out = picture_file(args.out)
     names = _names(args.runs)
     runs = [read_run(path, name) for path, name in zip(args.runs, names)]
     for path, run in zip(args.runs, runs):
