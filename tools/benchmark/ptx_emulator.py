@@ -21,6 +21,7 @@ from __future__ import annotations
 import functools
 import itertools
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Optional
@@ -267,11 +268,16 @@ class _Accesses:
 
 @dataclass
 class Counts:
-    """How often each instruction was executed, by how many warps; and how many programs that was."""
+    """How often each instruction was executed, by how many warps; and how many programs that was.
+
+    ``accessed``: of tensors, by their number, how many bytes all threads together loaded and stored.
+    """
 
     executed: np.ndarray
     programs: int
-    accessed: dict[str, set[int]] = field(default_factory=lambda: {"ld": set(), "st": set()})
+    accessed: dict[str, Counter[int]] = field(
+        default_factory=lambda: {"ld": Counter(), "st": Counter()}
+    )
 
 
 class _Threads:
@@ -535,7 +541,7 @@ class _Threads:
                 at + self.shared_base[who], size, self.warp[who], self.time[who], i.text, writes
             )
             return self.shared
-        self._note_parameter(at, writes)
+        self._note_parameter(at, size, writes)
         if self.memory is None:
             return None
         outside = (at < 0) | (at + size > len(self.memory.data))
@@ -778,12 +784,12 @@ class _Threads:
             result = _narrow(result, "bf")
         self.set(i.operands[0], _flush(result) if "ftz" in i.words else result, mask)
 
-    def _note_parameter(self, at: np.ndarray, writes: bool) -> None:
+    def _note_parameter(self, at: np.ndarray, size: int, writes: bool) -> None:
         """Which of the tensors is accessed, for counts of bytes."""
         if self.memory is None:
-            self.counts.accessed["st" if writes else "ld"] |= set(
-                np.unique(at >> _DRY_BITS).tolist()
-            )
+            numbers, times = np.unique((at >> _DRY_BITS) - 1, return_counts=True)
+            accessed = dict(zip(numbers.tolist(), (times * size).tolist()))
+            self.counts.accessed["st" if writes else "ld"].update(accessed)
 
 
 _DRY_BITS = 44

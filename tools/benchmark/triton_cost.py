@@ -13,8 +13,8 @@ instructions_per_element   Machine instructions executed, per token, walk and ch
 registers, stack, shared   Of the kernel that takes most: registers of a thread, bytes of its stack, which is where
                            registers are spilled, bytes of shared memory of a program.
 bytes_per_element          Read and written: of each launch, and of each operation of PyTorch in between, every tensor
-                           that it reads or writes once. Beside it the least possible: inputs read and outputs
-                           written once.
+                           that it reads or writes once, or as much of it as its threads access where that is less.
+                           Beside it the least possible: inputs read and outputs written once.
 predicted_share_of_copy_bandwidth
                            How fast an H100 would be at best, as a share of the speed of a copy of the least bytes: the
                            smaller of what its instructions and what its bytes allow, at 1.0e12 warp instructions a
@@ -33,6 +33,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import re
 import subprocess
 import sys
@@ -141,12 +142,15 @@ def measure(launch: Launch, capability: int) -> Kernel:
     tensors = {k: x for k, x in enumerate(given) if isinstance(x, Tensor)}
     arguments = [pointer(k) if k in tensors else x for k, x in enumerate(given)]
     counts = count(program, launch.grid, arguments, compiled.metadata.shared, SAMPLES)
-    moved = sum(bytes_of(tensors[k - 1]) for kind in counts.accessed.values() for k in kind)
+    programs = math.prod(launch.grid)
+    # Caches are taken to be perfect: no launch reads a byte twice, nor more than its threads ask for.
+    moved = sum(
+        min(bytes_of(tensors[number]), round(accessed * programs / counts.programs))
+        for kind in counts.accessed.values()
+        for number, accessed in kind.items()
+    )
 
     usage, sass = disassemble(compiled.asm["cubin"])
-    programs = 1
-    for size in launch.grid:
-        programs *= size
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     instructions, accesses = executed(sass, program, counts)
     return Kernel(
