@@ -11,7 +11,7 @@ from typing import Any, Callable
 
 from mmengine.dist import is_distributed
 
-from ..engine import UserError
+from ..engine import Stopped, UserError, is_interruption
 
 TRACEBACK_VARIABLE = "MMVSSM_TRACEBACK"
 HINT = f"(--traceback, or {TRACEBACK_VARIABLE}=1, shows where in the code this surfaced)"
@@ -100,16 +100,18 @@ def run_tool(main: Callable[[], None]) -> None:
     """
     try:
         main()
-    except UserError as error:
+    except (Exception, KeyboardInterrupt) as error:
+        if is_interruption(error) and not isinstance(error, Stopped):
+            print("error: interrupted", file=sys.stderr)
+            sys.exit(128 + signal.SIGINT)
+        if not isinstance(error, UserError):
+            raise
         if os.environ.get(TRACEBACK_VARIABLE) == "1":
             raise
         if not (error.told_elsewhere or _is_told_by_another(error, "pytorch", is_distributed())):
             text = "".join(c if c.isprintable() else " " for c in str(error))
             print(f"error: {text}\n{HINT}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from typing import Any, Optional
 
 import torch
 
-from ..engine.user_error import RunFailure, Stopped, UserError
+from ..engine.user_error import RunFailure, Stopped, UserError, is_interruption
 from ..models.pruning import PruningError
 
 _SHARED_MEMORY = re.compile(r"shared memory|Bus error|\bshm\b|/dev/shm", re.IGNORECASE)
@@ -49,14 +49,14 @@ def run_failures(work_dir: Optional[str] = None) -> Iterator[None]:
     try:
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             # torch raises what it learns of a dead worker wherever the main thread then is. After another error (the
             # worker's connection, perhaps) that may be here, and is told instead, but nowhere below.
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            if is_interruption(error):
+                raise Stopped(f"interrupted{_how_to_resume(work_dir)}", signal.SIGINT) from None
             raise
-    except KeyboardInterrupt:
-        raise Stopped(f"interrupted{_how_to_resume(work_dir)}", signal.SIGINT) from None
     except PruningError as error:  # a pruned model finds out about its neck only when it runs
         raise UserError(str(error)) from error
     except (RuntimeError, OSError, MemoryError, EOFError) as error:

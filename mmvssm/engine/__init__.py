@@ -19,7 +19,7 @@ from .safe_checkpoint import (
     load_checkpoint_safely,
     register_safe_globals,
 )
-from .user_error import RunFailure, Stopped, UserError
+from .user_error import RunFailure, Stopped, UserError, is_interruption
 from .workers import init_worker
 
 register_safe_globals()
@@ -45,6 +45,7 @@ __all__ = [
     "UserError",
     "guard_checkpoint_loader",
     "init_worker",
+    "is_interruption",
     "load_checkpoint_safely",
     "register_safe_globals",
 ]

@@ -31,22 +31,28 @@ class InterruptionHook(Hook):
     after every iteration, by an all-reduce of one number; in a validation as long as all of them have
     samples left, and again after the next iteration of training.
 
+    Ctrl-C ends a run at once, as everywhere in Python, or after the iteration under way where something made away with
+    it: a bare ``except`` does, and what is raised while Python collects garbage.
+
     Raises:
-        Stopped: With exit code 143, when a signal was received.
+        Stopped: With exit code 143, when SIGTERM was received.
+        KeyboardInterrupt: After Ctrl-C.
     """
 
     # When everything else has seen the iteration.
     priority = "LOWEST"
 
     def __init__(self) -> None:
-        self._received = False
-        self._previous: Any = None
+        self._received = self._interrupted = False
+        self._previous: dict[int, Any] = {}
         self._common_val_iterations = 0
 
     def before_train(self, runner: Runner) -> None:
         """Listen from now on, if this is the main thread; signals go to no other."""
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGTERM, self._note)
+            self._previous[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._note)
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
 
     def after_train(self, runner: Runner) -> None:
         """Listen no longer."""
@@ -60,6 +66,7 @@ class InterruptionHook(Hook):
         outputs: Optional[dict] = None,
     ) -> None:
         """Save and end, if told to and if no gradients are being accumulated."""
+        self._insist_on_interruption()
         if not any_process(self._received):
             return
         complete = getattr(runner.optim_wrapper, "should_update", lambda: True)
@@ -78,6 +85,7 @@ class InterruptionHook(Hook):
         outputs: Optional[Any] = None,
     ) -> None:
         """Save and end, if told to."""
+        self._insist_on_interruption()
         if batch_idx < self._common_val_iterations and any_process(self._received):
             for hook in runner.hooks:
                 if isinstance(hook, EMAHook):  # validates averaged weights, and swaps them back
@@ -87,10 +95,18 @@ class InterruptionHook(Hook):
     def _note(self, *_: Any) -> None:
         self._received = True
 
+    def _interrupt(self, *_: Any) -> None:
+        self._interrupted = True
+        raise KeyboardInterrupt
+
+    def _insist_on_interruption(self) -> None:
+        if self._interrupted:
+            self._restore()
+            raise KeyboardInterrupt
+
     def _restore(self) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
-            self._previous = None
+        while self._previous:
+            signal.signal(*self._previous.popitem())
 
     def _stop(self, runner: Runner, iteration: int, batches_of_epoch: int) -> None:
         saving = next((h for h in runner.hooks if isinstance(h, AtomicCheckpointHook)), None)

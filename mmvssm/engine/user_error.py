@@ -31,6 +31,17 @@ class Stopped(UserError):
         self.exit_code = 128 + signal_number
 
 
+def is_interruption(error: BaseException) -> bool:
+    """Whether an error is Ctrl-C, or was raised while that was being handled, as mmengine does in formatting a config.
+
+    Args:
+        error: What was raised.
+    """
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
 class FirstProcessFailed(UserError):
     """What the first of several processes did for all of them failed, and it says why.
 

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from mmvssm.cli.dataset import pictures
 from mmvssm.cli.distributed import init_processes
+from mmvssm.cli.errors import run_tool
 from mmvssm.cli.failures import explain_failure, run_failures
 from mmvssm.cli.run import use_worker_init
 from mmvssm.engine import RunFailure, Stopped, init_worker
@@ -114,6 +115,22 @@ def test_mistakes_in_the_code_keep_their_traceback(error):
     with pytest.raises(type(error)) as caught, run_failures():
         raise error
     assert caught.value is error
+
+
+def test_interrupted_where_a_library_makes_another_error_of_it():
+    """As mmengine does while it formats a config, which is for a good part of the time that saving takes."""
+
+    def swallow():
+        try:
+            raise KeyboardInterrupt
+        except:  # noqa: E722
+            raise SyntaxError("Failed to format the config file")  # noqa: B904
+
+    with pytest.raises(Stopped, match=r"^interrupted$") as caught, run_failures():
+        swallow()
+    assert caught.value.exit_code == 130
+    with pytest.raises(SystemExit, match=r"^130$"):
+        run_tool(swallow)
 
 
 def test_interrupted(tmp_path):

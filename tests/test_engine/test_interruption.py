@@ -159,6 +159,50 @@ def test_a_loop_that_cannot_go_on_within_an_epoch(tmp_path):
         run.train()
 
 
+class LostInterrupt(Hook):
+    """Ctrl-C in the given iteration, or in the given one of a validation, of which nobody is told."""
+
+    def __init__(self, iteration=None, val_iteration=None):
+        self.iteration, self.val_iteration = iteration, val_iteration
+
+    def press(self):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        except BaseException:
+            pass
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if runner.iter == self.iteration:
+            self.press()
+
+    def before_val_iter(self, runner, batch_idx, data_batch=None):
+        if batch_idx == self.val_iteration:
+            self.press()
+
+
+@pytest.mark.parametrize("hook, done", [(LostInterrupt(2), 2), (LostInterrupt(val_iteration=1), 6)])
+def test_ctrl_c_that_somebody_made_away_with(tmp_path, hook, done):
+    run = toy_runner(tmp_path)
+    run.register_hook(hook)
+    default = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    assert run.iter == done and signal.getsignal(signal.SIGINT) is default
+    assert not (tmp_path / "interrupted.pth").exists()
+
+
+def test_ctrl_c_that_is_ignored_stays_ignored(tmp_path):
+    """As in a shell's background jobs, and under nohup."""
+    default = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        run = toy_runner(tmp_path, amount=1)
+        run.train()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, default)
+
+
 def start(work_dir, **settings):
     """The same as a process, or as one of two, that leads a group of processes."""
     environment = settings.pop("environment", {})
