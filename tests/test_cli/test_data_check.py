@@ -461,7 +461,7 @@ REFUSED_INSTANCES = {
     ),
     # files of images
     "image empty": (image(b""), "train2017/0.png is empty"),
-    "image of text": (image(b"<html>not found</html>"), "0.png is damaged, or no picture"),
+    "image of text": (image(b"<html>not found</html>"), "0.png is damaged, or a file that mmcv's cv2 does not read"),
     "image PNG cut off": (image(encoded()[:-30]), "0.png is damaged"),
     "image JPEG cut off": (renamed(JPEG[:-30], "a.jpg"), "a.jpg is damaged"),
     "image BMP cut off": (renamed(encoded(kind="BMP")[:-30], "a.bmp"), "a.bmp is damaged"),
@@ -1163,7 +1163,7 @@ def test_maps_that_no_pipeline_reads_are_not_asked_for(tmp_path):
 
 def test_maps_are_read_where_images_are_in_no_picture_format(tmp_path):
     cfg, data = own_maps(tmp_path, picture(b"an array", "validation/1.png"))
-    assert "is damaged, or no picture" in refusal(check_data, cfg, TEST)
+    assert "is damaged, or a file that mmcv's cv2 does not read" in refusal(check_data, cfg, TEST)
     cfg.test_dataloader.dataset.pipeline[0].type = "LoadSingleRSImageFromFile"
     assert check_data(cfg, TEST) == []
     (data.root / "annotations/validation/1.png").write_bytes(encoded(labels(9)))

@@ -217,7 +217,7 @@ def _decode(path: str, backend: str, picture: Picture) -> Picture:
         except Exception:  # whatever the decoder says, it would say it again in the run
             pixels = None
     if pixels is None:
-        what = f"a {picture.format} file" if picture.format != "?" else "no picture"
+        what = f"a {picture.format} file" if picture.format != "?" else "a file"
         return Picture(problem=f"is damaged, or {what} that mmcv's {backend} does not read")
     if picture.format == "?":
         picture = picture._replace(height=pixels.shape[0], width=pixels.shape[1])
