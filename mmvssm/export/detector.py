@@ -143,6 +143,13 @@ def _check_detector(model: nn.Module) -> None:
                 f"{'no' if part is None else type(part).__name__ + ' for'} {known}; of detectors, only Faster and "
                 "Mask R-CNN of mmdet's standard parts can"
             )
+    if not rpn.use_sigmoid_cls:
+        raise UnsupportedModelError("an rpn_head with use_sigmoid=False cannot be exported")
+    if roi_head.bbox_head.custom_activation:
+        kind = type(roi_head.bbox_head.loss_cls).__name__
+        raise UnsupportedModelError(
+            f"a bbox_head with {kind}, whose scores are no softmax, cannot be exported"
+        )
     if roi_head.with_shared_head:
         raise UnsupportedModelError("a detector with a shared_head cannot be exported")
     layers = [*roi_head.bbox_roi_extractor.roi_layers]

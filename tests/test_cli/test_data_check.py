@@ -461,7 +461,10 @@ REFUSED_INSTANCES = {
     ),
     # files of images
     "image empty": (image(b""), "train2017/0.png is empty"),
-    "image of text": (image(b"<html>not found</html>"), "0.png is damaged, or a file that mmcv's cv2 does not read"),
+    "image of text": (
+        image(b"<html>not found</html>"),
+        "0.png is damaged, or a file that mmcv's cv2 does not read",
+    ),
     "image PNG cut off": (image(encoded()[:-30]), "0.png is damaged"),
     "image JPEG cut off": (renamed(JPEG[:-30], "a.jpg"), "a.jpg is damaged"),
     "image BMP cut off": (renamed(encoded(kind="BMP")[:-30], "a.bmp"), "a.bmp is damaged"),

@@ -22,6 +22,8 @@ from mmvssm.cli import export_onnx as cli
 from mmvssm.cli.arguments import export_onnx_parser
 from mmvssm.cli.errors import UserError
 from mmvssm.cli.export_onnx import export_onnx
+from mmvssm.export.detector import DetectorGraph
+from mmvssm.export.preparation import UnsupportedModelError
 from support import tiny_configs
 from support.onnx_models import session
 from support.tool_runs import files_in, undo_what_tools_set
@@ -282,6 +284,25 @@ def test_what_cannot_be_exported(tool, text, options, words):
     with pytest.raises(UserError) as caught:
         tool(getattr(tiny_configs, text), *options)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "attribute, value, words",
+    [
+        ("rpn_head.use_sigmoid_cls", False, "rpn_head with use_sigmoid=False"),
+        ("roi_head.bbox_head.loss_cls.custom_activation", True, "whose scores are no softmax"),
+    ],
+)
+def test_scores_of_other_kinds(tmp_path, attribute, value, words):
+    (tmp_path / "tiny.py").write_text(tiny_configs.DETECTOR)
+    cfg = Config.fromfile(tmp_path / "tiny.py")
+    init_default_scope(cfg.default_scope)
+    model = MODELS.build(cfg.model)
+    DetectorGraph(model, cfg.model)
+    owner, _, name = attribute.rpartition(".")
+    setattr(model.get_submodule(owner), name, value)
+    with pytest.raises(UnsupportedModelError, match=words):
+        DetectorGraph(model, cfg.model)
 
 
 @pytest.mark.parametrize(
