@@ -84,8 +84,10 @@ def test_partial_sums_of_weights_take_no_more_than_u_of_an_image(images):
 
 @needs_triton
 @pytest.mark.slow
-def test_kernels_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-x", "tests/test_ops/interpreted_scan_triton.py"]
+@pytest.mark.parametrize("which", ["definition", "not definition"])  # two can run at a time
+def test_kernels_in_the_interpreter(which):
+    file = "tests/test_ops/interpreted_scan_triton.py"
+    command = [sys.executable, "-m", "pytest", "-x", file, "-k", which]
     done = subprocess.run(
         [*command, "-p", "no:cacheprovider"],
         env={**os.environ, "TRITON_INTERPRET": "1"},
