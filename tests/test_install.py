@@ -215,7 +215,8 @@ def test_configs_are_inherited_by_name_wherever_a_project_is(source, tmp_path, o
     environment = tmp_path / "environment"
     venv.create(environment, with_pip=False)
     scheme = {"base": str(environment), "platbase": str(environment)}
-    packages = Path(sysconfig.get_path("purelib", "venv", scheme))
+    kind = "venv" if "venv" in sysconfig.get_scheme_names() else "posix_prefix"
+    packages = Path(sysconfig.get_path("purelib", kind, scheme))
     (packages / "others.pth").write_text(sysconfig.get_path("purelib"))
     pip = [sys.executable, "-m", "pip", "--python", environment / "bin" / "python"]
     without = ["--no-build-isolation", "--no-deps", "--no-index", "--ignore-installed"]

@@ -185,10 +185,14 @@ class LostInterrupt(Hook):
 def test_ctrl_c_that_somebody_made_away_with(tmp_path, hook, done):
     run = toy_runner(tmp_path)
     run.register_hook(hook)
-    default = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        run.train()
-    assert run.iter == done and signal.getsignal(signal.SIGINT) is default
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run.train()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert run.iter == done
     assert not (tmp_path / "interrupted.pth").exists()
 
 
@@ -219,6 +223,8 @@ def start(work_dir, **settings):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # What runs in the background of a shell without job control is to ignore Ctrl-C, its children too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

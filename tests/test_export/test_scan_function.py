@@ -10,6 +10,7 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")
 
 import onnx
+import onnxruntime
 
 from mmvssm.export.scan_function import DOMAIN, INPUTS, NAME, OPTIONAL, scan_function
 from mmvssm.ops.selective_scan.naive import selective_scan_naive
@@ -68,7 +69,12 @@ def test_equals_the_definition(case):
 @pytest.mark.parametrize("states", [1, 3])
 @pytest.mark.parametrize("opset", [18, 21, 26])
 def test_opsets(opset, states):
-    check(inputs_of(scan_cases.Case(2, 70, 2, 3, states)), opset=opset)
+    try:
+        check(inputs_of(scan_cases.Case(2, 70, 2, 3, states)), opset=opset)
+    except onnxruntime.capi.onnxruntime_pybind11_state.Fail as error:
+        if "official support for domain ai.onnx is till opset" not in str(error):
+            raise
+        pytest.skip(f"onnxruntime {onnxruntime.__version__} does not know opset {opset}")
 
 
 @pytest.mark.parametrize("states", [1, 3])
