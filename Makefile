@@ -10,17 +10,22 @@ VENV ?= .venv
 OPENMMLAB ?= auto
 WORK_DIRS ?= work_dirs
 JOBS ?= 2
+PORT ?= 8080
+CONFIG ?=
+CHECKPOINT ?=
 ARGS ?=
 
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 ENVIRONMENT := $(STAMPS)/environment-$(OPENMMLAB)
 MMVSSM := $(STAMPS)/mmvssm
+WEB := build/web
+ONNXRUNTIME_WEB := $(WEB)/site/onnxruntime-web/version.txt
 
 # `env` with the variables that a run on this machine needs (none on most).
 RUN = env $$($(BIN)/python tools/install/environment.py --print-run-env) $(BIN)/python
 
-.PHONY: help setup train train-seg train-pruned train-seg-pruned test test-fast lint clean
+.PHONY: help setup setup-web train train-seg train-pruned train-seg-pruned web test test-fast lint clean
 
 help: ## Show this list.
 	@echo "Targets (each sets up $(VENV) by itself when it is missing or out of date):"
@@ -33,6 +38,8 @@ help: ## Show this list.
 	@echo "  JOBS=2              tests that run at a time, each on a core of its own"
 	@echo "  ARGS='...'          further arguments of tools/train.py (--resume continues a run), or of pytest"
 	@echo "  WORK_DIRS=work_dirs where the trainings write; none writes over an earlier one"
+	@echo "  CONFIG=... CHECKPOINT=...  a model of yours for the web page, in place of the demo models"
+	@echo "  PORT=8080           where the web page is served"
 
 # --- set-up ------------------------------------------------------------------------------------------
 
@@ -64,6 +71,24 @@ setup: ## Set up the environment and nothing else, looking again at all that is 
 	@rm -rf $(STAMPS)
 	@$(MAKE) --no-print-directory $(MMVSSM)
 
+$(ONNXRUNTIME_WEB): tools/install/onnxruntime_web.py | $(BIN)/python
+	@$(BIN)/python $< $(@D)
+	@touch $@
+
+# What tests/test_web looks for, too.
+BROWSERS := chromium chromium-browser google-chrome
+
+setup-web: $(ONNXRUNTIME_WEB) ## Fetch onnxruntime-web and, for its test, Chromium (that only as root on Debian).
+	@for browser in $(BROWSERS); do command -v $$browser >/dev/null && exit; done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "[set-up] Chromium: installing it with apt-get (some hundred MB)"; \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+			apt-get install -y -qq --no-install-recommends chromium >/dev/null; \
+	else \
+		echo "[set-up] Chromium is not here, so the tests of the web page will be skipped: install it (on Debian" \
+			"the package chromium), or run make setup-web as root on Debian"; exit 1; \
+	fi
+
 # --- the main job ------------------------------------------------------------------------------------
 
 # $(call demo,CONFIG): train, then test the best checkpoint (the last one where none is marked best)
@@ -90,6 +115,15 @@ train-pruned: $(ENVIRONMENT) $(MMVSSM) ## Mask R-CNN with a PlainMamba that prun
 
 train-seg-pruned: $(ENVIRONMENT) $(MMVSSM) ## The same for UperNet.
 	$(call demo,plainmamba_pruned_upernet_shapes)
+
+web: $(ENVIRONMENT) $(MMVSSM) $(ONNXRUNTIME_WEB) ## Show the demo models, or CONFIG with CHECKPOINT, in a web page on this machine.
+	@$(BIN)/python tools/check_port.py $(PORT)
+	@if [ -z "$(CONFIG)$(CHECKPOINT)" ] && ! ls $(WORK_DIRS)/*_shapes/best_*.pth >/dev/null 2>&1; then \
+		echo "[web] no demo model is there yet: training one first with make train-seg, which takes about 8" \
+			"minutes on 2 cores"; \
+		$(MAKE) --no-print-directory train-seg ARGS=; \
+	fi
+	@$(RUN) tools/web.py $(CONFIG) $(CHECKPOINT) --work-dirs $(WORK_DIRS) --out $(WEB) --port $(PORT) $(ARGS)
 
 # --- checks ------------------------------------------------------------------------------------------
 

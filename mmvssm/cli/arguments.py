@@ -1,4 +1,4 @@
-"""What the tools train.py, test.py, predict.py, export_onnx.py, browse_dataset.py and plot_log.py can be told."""
+"""What the tools train.py, test.py, predict.py, export_onnx.py, web.py, browse_dataset.py and plot_log.py can be told."""
 
 import argparse
 
@@ -157,6 +157,34 @@ def export_onnx_parser() -> argparse.ArgumentParser:
         help="change settings of the config, such as model.test_cfg.mode=whole",
     )
     parser.set_defaults(work_dir=None, launcher="none", local_rank=0)
+    add_traceback_option(parser)
+    return parser
+
+
+def web_parser() -> argparse.ArgumentParser:
+    """The arguments of tools/web.py."""
+    parser = argparse.ArgumentParser(
+        description="Build the web page with models in it, and serve it to browsers on this machine."
+    )
+    parser.add_argument("config", nargs="?", help="config file; default: those of the demo models")
+    parser.add_argument("checkpoint", nargs="?", help="checkpoint file")
+    parser.add_argument(
+        "--work-dirs",
+        default="work_dirs",
+        metavar="DIR",
+        help="where `make train` and its like wrote the demo models (default: work_dirs)",
+    )
+    parser.add_argument(
+        "--out",
+        default="build/web",
+        metavar="DIR",
+        help="where to write the page, as DIR/site (default: build/web)",
+    )
+    parser.add_argument(
+        "--port", type=int, default=8080, help="where to serve it (default: 8080); 0: any free one"
+    )
+    parser.add_argument("--build-only", action="store_true", help="do not serve it")
+    _add_options(parser)
     add_traceback_option(parser)
     return parser
 

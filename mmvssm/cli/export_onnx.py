@@ -11,6 +11,7 @@ from typing import Any
 
 from mmengine.config import Config
 
+from ..engine.inference import inference_pipeline
 from ..version import __version__
 from .checkpoints import check_fits, load_any
 from .errors import UserError, user_mistakes
@@ -41,7 +42,10 @@ def export_onnx(args: argparse.Namespace) -> None:
 
     with user_mistakes("cannot export this model to ONNX"):
         graph = _graph_of(model, cfg)
-        onnx_model = build_onnx(graph.eval(), _metadata(cfg, checkpoint), args.opset)
+        metadata = _metadata(cfg, checkpoint)
+        if "kept" in graph.outputs:
+            metadata["token_size"] = json.dumps(model.backbone.patch_size)
+        onnx_model = build_onnx(graph.eval(), metadata, args.opset)
     onnx_model.producer_name, onnx_model.producer_version = "mmvssm", __version__
     content = onnx_model.SerializeToString()
     with user_mistakes("ONNX's checker refuses the exported model"):
@@ -95,6 +99,11 @@ def _metadata(cfg: Config, checkpoint: Mapping[str, Any]) -> dict[str, str]:
     for name in ("classes", "palette"):
         if isinstance(metainfo.get(name), (list, tuple)):
             found[name] = json.dumps(metainfo[name])
+    for step in inference_pipeline(cfg):
+        scale = step.get("scale")
+        if step["type"].split(".")[-1] == "Resize" and isinstance(scale, (list, tuple)):
+            keep_ratio = bool(step.get("keep_ratio", False))
+            found["resize"] = json.dumps({"scale": list(scale), "keep_ratio": keep_ratio})
     return found
 
 
