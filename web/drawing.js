@@ -1,6 +1,6 @@
 /** What is drawn on a picture: class maps, masks, boxes and tokens, and which colour a class has. */
 
-const DROPPED = [12, 13, 18, 190]; // over tokens that are gone
+const DROPPED = [10, 11, 16, 150]; // over tokens that are gone
 
 /**
  * @param {?number[][]} palette

@@ -119,7 +119,7 @@ function explain(error) {
   if (error instanceof DamagedFileError) return { kind: "damaged", message: text };
   if (error instanceof UnsuitableModelError) return { kind: "unsuitable", message: text };
   // What C++ throws arrives as a bare number.
-  const memory = /bad_alloc|out of memory|out of bounds|allocat|Aborted|Array buffer/i;
+  const memory = /bad_alloc|out of memory|out of bounds|allocat|Aborted|Array buffer|shape is too large/i;
   if (typeof error === "number" || error instanceof RangeError || memory.test(text)) {
     return { kind: "memory", message: text };
   }

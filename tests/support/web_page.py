@@ -1,0 +1,163 @@
+"""The web page in a browser, with what is drawn in it as arrays."""
+
+import base64
+import io
+import json
+import shutil
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmvssm.cli.page_server import PageServer
+
+from .browser import Browser, Page, find_browser
+
+ROOT = Path(__file__).resolve().parents[2]
+RUNTIME = ROOT / "build" / "web" / "site" / "onnxruntime-web"
+
+# Counts how often the model runs, and what the page's policy refuses.
+_WATCH = """
+window.runs = 0;
+window.violations = [];
+addEventListener("securitypolicyviolation", (event) => violations.push(event.blockedURI));
+const post = Worker.prototype.postMessage;
+Worker.prototype.postMessage = function (message, ...rest) {
+  if (message.run) window.runs++;
+  return post.call(this, message, ...rest);
+};
+"""
+
+
+def skip_without_browser():
+    """Skip what asks for it where the page cannot run."""
+    if find_browser() is None:
+        pytest.skip("no Chromium: `make setup-web` says how to get one")
+    if not RUNTIME.is_dir():
+        pytest.skip("no onnxruntime-web: `make setup-web` fetches it")
+
+
+@contextmanager
+def served(folder, models=()):
+    """The address of the page, with the given entries in its ``models.json``."""
+    shutil.copytree(ROOT / "web", folder, dirs_exist_ok=True)
+    (folder / RUNTIME.name).symlink_to(RUNTIME)
+    (folder / "models.json").write_text(json.dumps(list(models)))
+    with PageServer(folder, 0) as server:
+        thread = threading.Thread(target=server.serve)
+        thread.start()
+        try:
+            yield server.address
+        finally:
+            server.stop()
+            thread.join()
+
+
+@contextmanager
+def viewer(folder, models=()):
+    """A :class:`Viewer` in a browser and a server of its own."""
+    browser = Browser(folder / "profile")
+    try:
+        with served(folder / "site", models) as address:
+            with browser.page(address, before=_WATCH) as page:
+                yield Viewer(page, address)
+    finally:
+        browser.close()
+
+
+class Viewer:
+    """The page, by what a user does and sees.
+
+    Args:
+        page: A tab with it.
+        address: Of its server.
+    """
+
+    def __init__(self, page: Page, address: str):
+        self.page, self.address = page, address
+        page.wait("document.documentElement.dataset.state === 'idle'")
+
+    @contextmanager
+    def settling(self):
+        """Wait until the page is done with what is done inside."""
+        root = "document.documentElement.dataset.state"
+        self.page.evaluate(f"void ({root} = 'waiting')")
+        yield
+        self.page.wait(f"['idle', 'done', 'failed'].includes({root})")
+
+    def give_picture(self, path):
+        with self.settling():
+            self.page.give_file("picture-file", path)
+
+    def open_model(self, path):
+        with self.settling():
+            self.page.give_file("model-file", path)
+
+    def drop(self, *paths):
+        with self.settling():
+            self.page.drop(paths)
+
+    def set(self, control, value, event="input"):
+        """Move or choose, as a user would, what a control says."""
+        self.page.evaluate(
+            f"""{{
+                const control = document.getElementById("{control}");
+                control[control.type === "checkbox" ? "checked" : "value"] = {json.dumps(value)};
+                control.dispatchEvent(new Event("{event}", {{ bubbles: true }}));
+            }}"""
+        )
+
+    def text(self, element):
+        """What is to be read there, or nothing where it is hidden."""
+        return self.page.evaluate(
+            f"(x => x.checkVisibility() ? x.innerText : '')(document.getElementById('{element}'))"
+        )
+
+    @property
+    def error(self):
+        return self.text("error")
+
+    @property
+    def runs(self):
+        return self.page.evaluate("runs")
+
+    def drawn(self, canvas):
+        """The pixels of a canvas, RGBA ``(H, W, 4)``, or None where it is hidden."""
+        url = self.page.evaluate(
+            f"(x => x.checkVisibility() ? x.toDataURL() : null)(document.getElementById('{canvas}'))"
+        )
+        if url is None:
+            return None
+        image = Image.open(io.BytesIO(base64.b64decode(url.split(",")[1])))
+        return np.array(image.convert("RGBA"))
+
+    def place(self, selector):
+        """Left, top, right and bottom of each element, in widths and heights of the picture, ``(n, 4)``."""
+        found = self.page.evaluate(
+            f"""(() => {{
+                const all = document.getElementById("picture").getBoundingClientRect();
+                return [...document.querySelectorAll("{selector}")].map((element) => {{
+                    const box = element.getBoundingClientRect();
+                    const [x, y] = [(v) => (v - all.left) / all.width, (v) => (v - all.top) / all.height];
+                    return [x(box.left), y(box.top), x(box.right), y(box.bottom)];
+                }});
+            }})()"""
+        )
+        return np.array(found).reshape(-1, 4)
+
+    def boxes(self):
+        """What is written at each box, and where it lies in widths and heights of the picture."""
+        texts = self.page.evaluate(
+            "[...document.querySelectorAll('.box')].map((box) => box.innerText)"
+        )
+        return dict(zip(texts, self.place(".box")))
+
+    def legend(self):
+        """What stands beside each class."""
+        return self.page.evaluate(
+            """Object.fromEntries([...document.querySelectorAll("#legend li")].map((item) =>
+                [item.querySelector(".name").innerText, item.querySelector(".amount").innerText]))"""
+        )
