@@ -1,4 +1,4 @@
-"""What the tools train.py, test.py, predict.py, export_onnx.py, web.py, browse_dataset.py and plot_log.py can be told."""
+"""What the tools that train, test, predict, export, show and look at data and logs can be told."""
 
 import argparse
 

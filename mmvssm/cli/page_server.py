@@ -60,7 +60,9 @@ class PageServer:
         except (OSError, OverflowError) as error:
             in_use = getattr(error, "errno", None) == errno.EADDRINUSE
             why = "is in use" if in_use else f"cannot be used ({error})"
-            raise UserError(f"port {port} {why}; choose another one with PORT=... or --port") from error
+            raise UserError(
+                f"port {port} {why}; choose another one with PORT=... or --port"
+            ) from error
         self._server.daemon_threads = True
 
     @property

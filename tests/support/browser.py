@@ -12,10 +12,10 @@ from contextlib import contextmanager
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 _FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --disable-dev-shm-usage --disable-extensions "
-    "--remote-debugging-pipe"
-).split()
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
+    *("--disable-quic", "--disable-background-networking", "--disable-component-update"),
+    *("--disable-sync", "--disable-extensions", "--no-first-run", "--remote-debugging-pipe"),
+)
 # Whoever starts Chromium so has to open its two ends as the descriptors 3 and 4.
 _OPEN_PIPE = """
 import fcntl, os, sys
@@ -46,10 +46,9 @@ class Browser:
     def __init__(self, folder):
         theirs_in, ours_out = os.pipe()
         ours_in, theirs_out = os.pipe()
-        ends = [str(theirs_in), str(theirs_out)]
+        launch = [sys.executable, "-c", _OPEN_PIPE, str(theirs_in), str(theirs_out)]
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _OPEN_PIPE, *ends]
-            + [find_browser(), *_FLAGS, f"--user-data-dir={folder}", "about:blank"],
+            [*launch, find_browser(), *_FLAGS, f"--user-data-dir={folder}", "about:blank"],
             pass_fds=(theirs_in, theirs_out),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -155,15 +154,15 @@ class Page:
         deadline = time.monotonic() + seconds
         while not self.evaluate(condition):
             if time.monotonic() > deadline:
-                raise TimeoutError(f"{condition} did not come true: {self.evaluate('document.body.innerText')}")
+                raise TimeoutError(
+                    f"{condition} did not come true: {self.evaluate('document.body.innerText')}"
+                )
             time.sleep(0.02)
 
     def give_file(self, element_id, path):
         """Choose a file in a file input."""
         found = self.call("Runtime.evaluate", expression=f"document.getElementById('{element_id}')")
-        self.call(
-            "DOM.setFileInputFiles", files=[str(path)], objectId=found["result"]["objectId"]
-        )
+        self.call("DOM.setFileInputFiles", files=[str(path)], objectId=found["result"]["objectId"])
 
     def drop(self, paths, x=300, y=300):
         """Drop files somewhere."""

@@ -61,9 +61,11 @@ def viewer(folder, models=()):
     """A :class:`Viewer` in a browser and a server of its own."""
     browser = Browser(folder / "profile")
     try:
-        with served(folder / "site", models) as address:
-            with browser.page(address, before=_WATCH) as page:
-                yield Viewer(page, address)
+        with (
+            served(folder / "site", models) as address,
+            browser.page(address, before=_WATCH) as page,
+        ):
+            yield Viewer(page, address)
     finally:
         browser.close()
 

@@ -53,7 +53,9 @@ def fetch(folder: Path) -> None:
         archives = list(Path(download).glob("*.tgz"))
         if result.returncode != 0 or not archives:
             said = [line for line in result.stderr.splitlines() if "error" in line.lower()]
-            fail(f"npm could not fetch onnxruntime-web {VERSION}: {(said or ['it says nothing'])[0]}")
+            fail(
+                f"npm could not fetch onnxruntime-web {VERSION}: {(said or ['it says nothing'])[0]}"
+            )
         _check(archives[0])
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _MADE_OF).unlink(missing_ok=True)
