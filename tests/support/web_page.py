@@ -70,6 +70,19 @@ def viewer(folder, models=()):
         browser.close()
 
 
+def coloured(labels, colours):
+    """A class map ``(H, W)`` as it is to be drawn, RGBA."""
+    return np.dstack([np.asarray(colours, np.uint8)[labels], np.full(labels.shape, 255, np.uint8)])
+
+
+def masks_drawn(masks, labels, scores, colours):
+    """Masks ``(n, H, W)`` as they are to be drawn, RGBA: in their classes' colours, the surest on top."""
+    pixels = np.zeros((*masks.shape[1:], 4), np.uint8)
+    for i in np.argsort(scores, kind="stable"):
+        pixels[masks[i]] = [*colours[labels[i]], 255]
+    return pixels
+
+
 class Viewer:
     """The page, by what a user does and sees.
 
@@ -151,11 +164,15 @@ class Viewer:
         return np.array(found).reshape(-1, 4)
 
     def boxes(self):
-        """What is written at each box, and where it lies in widths and heights of the picture."""
-        texts = self.page.evaluate(
-            "[...document.querySelectorAll('.box')].map((box) => box.innerText)"
-        )
-        return dict(zip(texts, self.place(".box")))
+        """What is written at each box, the surest last, and where it lies in widths and heights of the picture."""
+        boxes = "[...document.querySelectorAll('.box')]"
+        return self.page.evaluate(f"{boxes}.map((box) => box.innerText)"), self.place(".box")
+
+    def colours(self, palette, count):
+        """Those of the first classes, RGB ``(count, 3)``."""
+        colours = f"Array.from({{ length: {count} }}, (_, i) => colourOf({json.dumps(palette)}, i))"
+        found = self.page.evaluate(f"import('/drawing.js').then(({{ colourOf }}) => {colours})")
+        return np.array(found, np.uint8)
 
     def legend(self):
         """What stands beside each class."""

@@ -17,6 +17,7 @@ from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmseg.structures import SegDataSample
+from PIL import Image
 
 from mmvssm.cli import export_onnx as cli
 from mmvssm.cli.arguments import export_onnx_parser
@@ -27,6 +28,7 @@ from mmvssm.export.preparation import UnsupportedModelError
 from support import tiny_configs
 from support.onnx_models import session
 from support.tool_runs import files_in, undo_what_tools_set
+from support.web_page import coloured, masks_drawn, skip_without_browser, viewer
 
 UNSEEN = [(1, 160, 160), (3, 97, 131), (1, 64, 203)]
 """Images, height and width that the exporter was not given."""
@@ -171,6 +173,36 @@ def test_segmenter_equals_eager(segmenter, size):
     assert (found["labels"] == labels).double().mean() > 0.999
 
 
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    skip_without_browser()
+    with viewer(tmp_path_factory.mktemp("page")) as opened:
+        yield opened
+
+
+def show(page, model, images, folder):
+    """Open a model and a picture in the web page, whose size stays."""
+    Image.fromarray(images[0].permute(1, 2, 0).numpy()).save(folder / "picture.png")
+    page.open_model(model.path)
+    page.give_picture(folder / "picture.png")
+    with page.settling():
+        page.set("size", "original", "change")
+    assert page.error == ""
+
+
+@pytest.mark.slow
+def test_segmenter_in_a_browser(segmenter, page, tmp_path):
+    """The web page runs the same file in onnxruntime-web, which has nothing but the functions in it."""
+    images = random_images((1, 97, 131))
+    found = {name: x[0].numpy() for name, x in segmenter.run(images).items()}
+    show(page, segmenter, images, tmp_path)
+    colours = page.colours([[0, 1, 2], [3, 4, 5]], len(found["logits"]))
+    same = (page.drawn("map") == coloured(found["labels"], colours)).all(-1)
+    assert len(np.unique(found["labels"])) > 1 and same.mean() > 0.999
+    if "kept" in found:
+        assert np.array_equal(page.drawn("tokens")[..., 3] == 0, found["kept"])
+
+
 @pytest.mark.slow
 def test_one_node_a_scan(segmenter):
     model = onnx.load(segmenter.path)
@@ -237,6 +269,27 @@ def test_no_detection_at_all(detector):
     )
     found = session(model).run(None, {"images": np.zeros((1, 3, 70, 90), np.float32)})
     assert [x.shape for x in found] == [(0, 4), (0,), (0,), (0, 70, 90)]
+
+
+@pytest.mark.slow
+def test_detector_in_a_browser(detector, page, tmp_path):
+    images = random_images((1, 97, 131))
+    found = {name: x.numpy() for name, x in detector.run(images).items()}
+    show(page, detector, images, tmp_path)
+    page.set("threshold", "0")
+    texts, boxes = page.boxes()
+    assert len(texts) == len(found["boxes"]) > 20
+    # Scores that are equal but for rounding may change places.
+    names = np.array([text.rpartition(" ")[0] for text in texts])
+    for box, label, score in zip(found["boxes"], found["labels"], found["scores"]):
+        name = "ab"[label] if label < 2 else f"class {label}"
+        apart = np.abs(boxes * [131, 97, 131, 97] - box).max(1)
+        nearest = np.where(names == name, apart, np.inf).argmin()
+        assert apart[nearest] < 0.1
+        assert abs(float(texts[nearest].rpartition(" ")[2]) - score) < 1e-3 + 0.005
+    colours = page.colours([[0, 1, 2], [3, 4, 5]], 1 + found["labels"].max())
+    drawn = masks_drawn(found["masks"], found["labels"], found["scores"], colours)
+    assert drawn.any() and (page.drawn("map") == drawn).all(-1).mean() > 0.99
 
 
 REFUSED = [

@@ -15,7 +15,7 @@ import onnx
 import onnxruntime
 from onnx import helper, parser
 
-from support.web_page import skip_without_browser, viewer
+from support.web_page import coloured, masks_drawn, skip_without_browser, viewer
 
 CLASSES = ["red", "<img src=x onerror=alert(1)>", "blue"]
 PALETTE = [[200, 10, 20], [30, 210, 40], [50, 60, 220]]
@@ -102,12 +102,6 @@ def expected(model, pixels):
     return dict(zip(names, session.run(None, {"images": images})))
 
 
-def coloured(labels, palette=PALETTE):
-    """A class map as it is to be drawn, RGBA."""
-    rgb = np.array(palette, np.uint8)[labels]
-    return np.concatenate([rgb, np.full((*labels.shape, 1), 255, np.uint8)], -1)
-
-
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     """One for all tests here: each opens the model and the picture that it is about."""
@@ -139,7 +133,7 @@ def test_a_class_map_is_onnxruntimes(page, models, picture):
     labels = expected(model, pixels_of(picture))["labels"][0]
     assert len(np.unique(labels)) == 3
     assert page.error == ""
-    assert np.array_equal(page.drawn("map"), coloured(labels))
+    assert np.array_equal(page.drawn("map"), coloured(labels, PALETTE))
     shares = {name: f"{100 * np.mean(labels == i):.0f} %" for i, name in enumerate(CLASSES)}
     assert page.legend() == shares
     assert re.fullmatch(r"\d+ ms for 90 × 70 pixels on \d threads?", page.text("status"))
@@ -167,7 +161,7 @@ def test_opacity_and_hidden_classes_need_no_run(page, models, picture):
     assert float(opacity) == 0.25
     page.page.evaluate("document.querySelector('#legend [data-label=\"2\"]').click()")
     labels = expected(model, pixels_of(picture))["labels"][0]
-    shown = coloured(labels) * (labels != 2)[..., None]
+    shown = coloured(labels, PALETTE) * (labels != 2)[..., None]
     assert np.array_equal(page.drawn("map"), shown)
     assert page.runs == runs
 
@@ -178,23 +172,14 @@ def test_detections_are_onnxruntimes(page, models, picture):
     page.give_picture(picture)
     found = expected(model, pixels_of(picture))
     page.set("threshold", "0.1")
-    boxes = page.boxes()
-    texts = [f"{CLASSES[i]} {s:.2f}" for i, s in zip(found["labels"], found["scores"])]
-    assert sorted(boxes) == sorted(texts) and len(texts) == 3
-    for text, box in zip(texts, found["boxes"]):
-        # To a pixel of the screen, of which the picture has hundreds.
-        np.testing.assert_allclose(boxes[text], box / [90, 70, 90, 70], atol=5e-3)
-    assert np.array_equal(page.drawn("map"), masks_drawn(found, [0, 1, 2]))
+    texts, boxes = page.boxes()
+    expected_texts = [f"{CLASSES[i]} {s:.2f}" for i, s in zip(found["labels"], found["scores"])]
+    assert texts == expected_texts[::-1] and len(texts) == 3
+    np.testing.assert_allclose(boxes, found["boxes"][::-1] / [90, 70, 90, 70], atol=1e-3)
+    drawn = masks_drawn(found["masks"], found["labels"], found["scores"], PALETTE)
+    assert np.array_equal(page.drawn("map"), drawn)
     assert page.text("status").startswith("3 objects · ")
     assert page.legend() == {CLASSES[0]: "2", CLASSES[1]: "1"}
-
-
-def masks_drawn(found, indices):
-    """Masks in their classes' colours, the surer above the less sure."""
-    pixels = np.zeros((*found["masks"].shape[1:], 4), np.uint8)
-    for i in sorted(indices, key=lambda i: found["scores"][i]):
-        pixels[found["masks"][i]] = [*PALETTE[found["labels"][i]], 255]
-    return pixels
 
 
 def test_the_threshold_needs_no_run(page, models, picture):
@@ -203,12 +188,14 @@ def test_the_threshold_needs_no_run(page, models, picture):
     page.give_picture(picture)
     runs = page.runs
     page.set("threshold", "0.7")
-    assert list(page.boxes()) == ["red 0.90"]
-    found = expected(model, pixels_of(picture))
-    assert np.array_equal(page.drawn("map"), masks_drawn(found, [0]))
+    assert page.boxes()[0] == ["red 0.90"]
+    mask = expected(model, pixels_of(picture))["masks"][0]
+    assert np.array_equal(
+        page.drawn("map"), coloured(np.zeros_like(mask, int), PALETTE) * mask[..., None]
+    )
     assert page.text("threshold-value") == "0.70" and page.text("status").startswith("1 object · ")
     page.set("threshold", "0.95")
-    assert page.boxes() == {} and not page.drawn("map").any()
+    assert page.boxes()[0] == [] and not page.drawn("map").any()
     assert page.runs == runs
 
 
@@ -218,7 +205,7 @@ def test_a_detector_without_masks(page, models, picture):
     page.open_model(models(boxes_alone))
     page.give_picture(picture)
     page.set("threshold", "0.1")
-    assert page.error == "" and len(page.boxes()) == 3 and not page.drawn("map").any()
+    assert page.error == "" and len(page.boxes()[0]) == 3 and not page.drawn("map").any()
 
 
 def test_kept_tokens_are_onnxruntimes(page, models, picture):
@@ -274,7 +261,7 @@ def test_a_photograph_is_turned_as_its_file_says(page, models, tmp_path):
     labels = expected(model, turned)["labels"][0]
     drawn = page.drawn("map")
     assert drawn.shape == (90, 70, 4)
-    assert (drawn == coloured(labels)).all(-1).mean() > 0.99
+    assert (drawn == coloured(labels, PALETTE)).all(-1).mean() > 0.99
 
 
 def test_sizes_are_those_of_testing(page, models, tmp_path):
@@ -314,7 +301,7 @@ def test_transparent_pictures_lie_on_white(page, models, tmp_path):
     page.open_model(models(SEGMENTER))
     page.give_picture(tmp_path / "half.png")
     labels = np.where(np.arange(50) < 25, 1, 0)[None].repeat(40, 0)  # white is red first
-    assert np.array_equal(page.drawn("map"), coloured(labels))
+    assert np.array_equal(page.drawn("map"), coloured(labels, PALETTE))
 
 
 # ------------------------------------------------------------------------------------ what is wrong
@@ -437,10 +424,10 @@ def test_by_keyboard(page, models, picture):
     assert [x for x in reached if x] == [
         *("picture-file", "model", "model-file", "size", "opacity", "threshold")
     ]
-    assert len(page.boxes()) == 2
+    assert len(page.boxes()[0]) == 2
     for _ in range(4):
         page.page.press("ArrowRight")
-    assert page.text("threshold-value") == "0.62" and len(page.boxes()) == 1
+    assert page.text("threshold-value") == "0.62" and len(page.boxes()[0]) == 1
     outline = page.page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
     assert outline == "solid"
 
