@@ -219,6 +219,9 @@ def test_what_a_file_says_of_itself(segmenter):
     assert json.loads(said["classes"]) == ["a", "b"]
     assert json.loads(said["palette"]) == [[0, 1, 2], [3, 4, 5]]
     assert "Apache-2.0" in said["license"] and said["mmvssm_version"]
+    assert json.loads(said["resize"]) == {"scale": [160, 160], "keep_ratio": True}
+    pruned = "kept" in {output.name for output in model.graph.output}
+    assert said.get("token_size") == ("8" if pruned else None)
     dims = [d.dim_param or d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim]
     assert dims == ["batch", 3, "height", "width"]
 
