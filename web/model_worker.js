@@ -115,7 +115,12 @@ function cropped({ data, dims: [, height, width] }, i) {
 }
 
 function explain(error) {
-  const text = String(error?.message ?? error).trim().split("\n")[0].slice(0, 300);
+  const text = String(error?.message ?? error)
+    .trim()
+    .split("\n")[0]
+    .replace(/^.*ERROR_MESSAGE: /, "")
+    .replace(/^\S+\.(cc|h):\d+ .*?\[ONNXRuntimeError\] : \d+ : /, "") // where in its sources
+    .slice(0, 300);
   if (error instanceof DamagedFileError) return { kind: "damaged", message: text };
   if (error instanceof UnsuitableModelError) return { kind: "unsuitable", message: text };
   // What C++ throws arrives as a bare number.

@@ -3,7 +3,6 @@
 import argparse
 import hashlib
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
@@ -115,16 +114,16 @@ def build_site(
             cfg = Config.fromfile(model.config, import_custom_modules=False)
             cfg.merge_from_dict(cfg_options or {})
         _export(model, cfg, site, cfg_options)
-        examples = _copy_examples(cfg, site / "examples" / model.name)
         listed.append(
             {
                 "title": _title(cfg, model.name),
                 "file": f"models/{model.name}.onnx",
-                "examples": [path.relative_to(site).as_posix() for path in examples],
+                "examples": _copy_examples(cfg, site),
             }
         )
-    for path in (site / "models").iterdir():
-        if path.stem not in {model.name for model in models}:
+    wanted = {name for entry in listed for name in (entry["file"], *entry["examples"])}
+    for path in (*site.glob("models/*"), *site.glob("examples/*")):
+        if path.relative_to(site).as_posix() not in wanted:
             path.unlink()
     for path in page.iterdir():
         write_whole(site / path.name, path.read_bytes())
@@ -165,8 +164,8 @@ def _title(cfg: Config, name: str) -> str:
     return f"{_METHODS.get(method, method)} on {backbone}{pruned} ({name})"
 
 
-def _copy_examples(cfg: Config, folder: Path) -> list[Path]:
-    """Copy a few pictures of the data set that a config is tested on, if it is there."""
+def _copy_examples(cfg: Config, site: Path) -> list[str]:
+    """Copy a few pictures of the data set that a config is tested on, if it is there, and return their names."""
     if cfg.get("prepare_data"):
         with user_mistakes("cannot prepare the data set"):
             TASK_UTILS.build(cfg.prepare_data).ensure()
@@ -176,10 +175,14 @@ def _copy_examples(cfg: Config, folder: Path) -> list[Path]:
     pictures = _pictures_in(source) if source.is_dir() else []
     if not pictures:
         say(f"No example pictures: {source} has none that browsers show")
-    with user_mistakes(f"cannot write to {folder}", (OSError,)):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        return [Path(shutil.copyfile(path, folder / path.name)) for path in pictures]
+    names = []
+    for path in pictures:
+        content = path.read_bytes()
+        # Models of the same data set share them, and another picture of the same name has another.
+        digest = hashlib.sha256(content).hexdigest()[:8]
+        names.append(f"examples/{path.stem}-{digest}{path.suffix.lower()}")
+        write_whole(site / names[-1], content)
+    return names
 
 
 def _pictures_in(folder: Path) -> list[Path]:

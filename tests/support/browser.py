@@ -129,14 +129,14 @@ class Page:
     """A tab; see :meth:`Browser.page`."""
 
     def __init__(self, browser, session):
-        self._browser, self._session = browser, session
+        self.browser, self._session = browser, session
 
     def call(self, method, **params):
-        return self._browser.call(method, self._session, **params)
+        return self.browser.call(method, self._session, **params)
 
     def events(self, method):
         """The parameters of each event of that name so far."""
-        found = [e for e in self._browser.events if e.get("sessionId") == self._session]
+        found = [e for e in self.browser.events if e.get("sessionId") == self._session]
         return [event["params"] for event in found if event.get("method") == method]
 
     def evaluate(self, expression):

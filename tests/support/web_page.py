@@ -65,7 +65,7 @@ def viewer(folder, models=()):
             served(folder / "site", models) as address,
             browser.page(address, before=_WATCH) as page,
         ):
-            yield Viewer(page, address)
+            yield Viewer(page, address, folder / "site")
     finally:
         browser.close()
 
@@ -89,10 +89,11 @@ class Viewer:
     Args:
         page: A tab with it.
         address: Of its server.
+        site: The folder that is served.
     """
 
-    def __init__(self, page: Page, address: str):
-        self.page, self.address = page, address
+    def __init__(self, page: Page, address: str, site=None):
+        self.page, self.address, self.site = page, address, site
         page.wait("document.documentElement.dataset.state === 'idle'")
 
     @contextmanager

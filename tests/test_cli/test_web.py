@@ -94,10 +94,9 @@ def test_demo_models_that_are_there(build):
     ]
     for model in models:
         assert "work_dirs" in (site / model["file"]).read_text()
-        assert [Path(example).name for example in model["examples"]] == [
-            *("000.png", "008.png", "016.png", "024.png", "032.png", "040.png")
-        ]
-        assert all((site / example).is_file() for example in model["examples"])
+        shown = [(site / example).read_bytes().decode() for example in model["examples"]]
+        assert shown == [f"{i:03}.png" for i in (0, 8, 16, 24, 32, 40)]
+    assert models[0]["examples"] == models[1]["examples"]
     for path in PAGE.iterdir():
         assert (site / path.name).read_bytes() == path.read_bytes()
 
@@ -123,11 +122,19 @@ def test_exports_again_only_what_has_changed(build, monkeypatch):
 
 def test_a_model_of_ones_own(build, capsys):
     config = write_run("mine/cells")
-    _, models, exported = build(config, "mine/cells/best_mIoU_iter_600.pth")
+    site, models, exported = build(config, "mine/cells/best_mIoU_iter_600.pth")
     assert exported == ["best_mIoU_iter_600.pth"]
     assert [model["file"] for model in models] == ["models/cells.onnx"]
     assert models[0]["examples"] == []
     assert "No example pictures: data/val2017 has none" in capsys.readouterr().out
+    write_pictures("data/val2017", ["0001.JPG"])
+    (example,) = build(config, "mine/cells/best_mIoU_iter_600.pth")[1][0]["examples"]
+    assert example.endswith(".jpg") and (site / example).read_bytes() == b"0001.JPG"
+    (Path("data/val2017") / "0001.JPG").write_bytes(b"another")
+    (other,) = build(config, "mine/cells/best_mIoU_iter_600.pth")[1][0]["examples"]
+    assert other != example and [path.name for path in (site / "examples").iterdir()] == [
+        Path(other).name
+    ]
 
 
 def test_no_demo_model(build):

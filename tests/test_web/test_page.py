@@ -2,6 +2,10 @@
 
 import json
 import re
+import threading
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import cv2
 import numpy as np
@@ -15,7 +19,7 @@ import onnx
 import onnxruntime
 from onnx import helper, parser
 
-from support.web_page import coloured, masks_drawn, skip_without_browser, viewer
+from support.web_page import Viewer, coloured, masks_drawn, skip_without_browser, viewer
 
 CLASSES = ["red", "<img src=x onerror=alert(1)>", "blue"]
 PALETTE = [[200, 10, 20], [30, 210, 40], [50, 60, 220]]
@@ -407,6 +411,31 @@ def test_it_asks_nobody_else(page, models, picture):
 
 def test_threads_are_allowed(page):
     assert page.page.evaluate("crossOriginIsolated")
+
+
+def test_on_any_web_server(page, models, picture, tmp_path):
+    """One that sends none of the headers: without threads, and as well otherwise."""
+    model = models(SEGMENTER)
+    with another_server(page) as address, page.page.browser.page(address) as tab:
+        other = Viewer(tab, address)
+        assert not tab.evaluate("crossOriginIsolated")
+        other.open_model(model)
+        other.give_picture(picture)
+        assert other.error == "" and other.text("status").endswith("on 1 thread")
+        labels = expected(model, pixels_of(picture))["labels"][0]
+        assert np.array_equal(other.drawn("map"), coloured(labels, PALETTE))
+
+
+@contextmanager
+def another_server(page):
+    """Python's own, for the same files."""
+    handler = partial(SimpleHTTPRequestHandler, directory=str(page.site))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+        thread.join()
 
 
 def test_by_keyboard(page, models, picture):
