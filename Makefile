@@ -118,7 +118,7 @@ train-seg-pruned: $(ENVIRONMENT) $(MMVSSM) ## The same for UperNet.
 
 web: $(ENVIRONMENT) $(MMVSSM) $(ONNXRUNTIME_WEB) ## Show the demo models, or CONFIG with CHECKPOINT, in a web page on this machine.
 	@$(BIN)/python tools/check_port.py $(PORT)
-	@if [ -z "$(CONFIG)$(CHECKPOINT)" ] && ! ls $(WORK_DIRS)/*_shapes/best_*.pth >/dev/null 2>&1; then \
+	@if [ -z "$(CONFIG)$(CHECKPOINT)" ] && ! cat $(WORK_DIRS)/*_shapes/last_checkpoint >/dev/null 2>&1; then \
 		echo "[web] no demo model is there yet: training one first with make train-seg, which takes about 8" \
 			"minutes on 2 cores"; \
 		$(MAKE) --no-print-directory train-seg ARGS=; \

@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
@@ -87,8 +88,12 @@ def _models_to_show(args: argparse.Namespace) -> list[Trained]:
 
 
 def _checkpoint_of(folder: Path) -> Optional[Path]:
-    """The newest of the best ones."""
-    return max(folder.glob("best_*.pth"), key=lambda path: path.stat().st_mtime, default=None)
+    """The newest of the best ones, or the last one where none is marked best."""
+    best = max(folder.glob("best_*.pth"), key=lambda path: path.stat().st_mtime, default=None)
+    if best or not (folder / "last_checkpoint").is_file():
+        return best
+    last = folder / Path((folder / "last_checkpoint").read_text().strip()).name  # it may have moved
+    return last if last.is_file() else None
 
 
 def build_site(
@@ -116,7 +121,7 @@ def build_site(
         _export(model, cfg, site, cfg_options)
         listed.append(
             {
-                "title": _title(cfg, model.name),
+                "title": _title(cfg),
                 "file": f"models/{model.name}.onnx",
                 "examples": _copy_examples(cfg, site),
             }
@@ -125,6 +130,10 @@ def build_site(
     for path in (*site.glob("models/*"), *site.glob("examples/*")):
         if path.relative_to(site).as_posix() not in wanted:
             path.unlink()
+    titles = Counter(entry["title"] for entry in listed)
+    for entry, model in zip(listed, models):
+        if titles[entry["title"]] > 1:
+            entry["title"] += f" ({model.name})"
     for path in page.iterdir():
         write_whole(site / path.name, path.read_bytes())
     write_whole(site / "models.json", json.dumps(listed, indent=1).encode())
@@ -156,12 +165,12 @@ def _fingerprint(model: Trained, cfg: Config) -> str:
     return digest.hexdigest()
 
 
-def _title(cfg: Config, name: str) -> str:
+def _title(cfg: Config) -> str:
     head = cfg.model.get("decode_head")
     method = head.type if isinstance(head, dict) else cfg.model.type
     method, backbone = (x.split(".")[-1] for x in (method, cfg.model.backbone.type))
     pruned = ", pruned" if cfg.model.backbone.get("pruning") else ""
-    return f"{_METHODS.get(method, method)} on {backbone}{pruned} ({name})"
+    return f"{_METHODS.get(method, method)} on {backbone}{pruned}"
 
 
 def _copy_examples(cfg: Config, site: Path) -> list[str]:

@@ -14,7 +14,13 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 _FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
     *("--disable-quic", "--disable-background-networking", "--disable-component-update"),
-    *("--disable-sync", "--disable-extensions", "--no-first-run", "--remote-debugging-pipe"),
+    *(
+        "--disable-sync",
+        "--disable-extensions",
+        "--no-first-run",
+        "--hide-scrollbars",
+        "--remote-debugging-pipe",
+    ),
 )
 # Whoever starts Chromium so has to open its two ends as the descriptors 3 and 4.
 _OPEN_PIPE = """

@@ -85,12 +85,17 @@ def test_demo_models_that_are_there(build):
     write_run("work_dirs/plainmamba_pruned_upernet_shapes", PRUNED)
     write_run("work_dirs/groupmamba_maskrcnn_shapes", DENSE, checkpoints=["epoch_1.pth"])
     write_run("work_dirs/something_else", checkpoints=["best_1.pth"])
+    last = write_run(
+        "work_dirs/plainmamba_upernet_shapes", checkpoints=["iter_1.pth", "iter_2.pth"]
+    )
+    (last.parent / "last_checkpoint").write_text("elsewhere/plainmamba_upernet_shapes/iter_2.pth")
     write_pictures("data/val2017", [f"{i:03}.png" for i in range(50)] + ["readme.txt", "x.tif"])
     site, models, exported = build()
-    assert exported == ["best_2.pth", "best_mIoU_iter_600.pth"]
+    assert exported == ["best_2.pth", "best_mIoU_iter_600.pth", "iter_2.pth"]
     assert [model["title"] for model in models] == [
         "UperNet on GroupMamba (groupmamba_upernet_shapes)",
-        "UperNet on PlainMamba, pruned (plainmamba_pruned_upernet_shapes)",
+        "UperNet on PlainMamba, pruned",
+        "UperNet on GroupMamba (plainmamba_upernet_shapes)",
     ]
     for model in models:
         assert "work_dirs" in (site / model["file"]).read_text()
