@@ -19,13 +19,15 @@ from .browser import Browser, Page, find_browser
 ROOT = Path(__file__).resolve().parents[2]
 RUNTIME = ROOT / "build" / "web" / "site" / "onnxruntime-web"
 
-# Counts how often the model runs, and what the page's policy refuses.
+# Counts how often models are loaded and run, and what the page's policy refuses.
 _WATCH = """
+window.loads = 0;
 window.runs = 0;
 window.violations = [];
 addEventListener("securitypolicyviolation", (event) => violations.push(event.blockedURI));
 const post = Worker.prototype.postMessage;
 Worker.prototype.postMessage = function (message, ...rest) {
+  if (message.load) window.loads++;
   if (message.run) window.runs++;
   return post.call(this, message, ...rest);
 };
