@@ -18,6 +18,7 @@ def parse_args():
     parser.add_argument("out", type=Path, help="the JPEG file to write")
     parser.add_argument("--model", type=int, default=0, help="which in the page's list")
     parser.add_argument("--example", type=int, default=0, help="which of the example pictures")
+    parser.add_argument("--threshold", type=float, default=0.3, help="of a detector's scores")
     parser.add_argument("--size", type=int, nargs=2, default=[1120, 760], help="of the window")
     parser.add_argument("--dark", action="store_true")
     return parser.parse_args()
@@ -46,6 +47,13 @@ def main():
                     f"document.querySelectorAll('#examples button')[{args.example}].click()"
                 )
                 wait(page, "done")
+                page.evaluate(
+                    f"""{{
+                        const threshold = document.getElementById("threshold");
+                        threshold.value = {args.threshold};
+                        threshold.dispatchEvent(new Event("input"));
+                    }}"""
+                )
                 args.out.write_bytes(page.screenshot("jpeg", quality=85))
         finally:
             browser.close()
