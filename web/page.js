@@ -72,6 +72,7 @@ async function predictOnce() {
     result = { ...found, model: of };
     draw();
   } catch (error) {
+    clearDrawing(); // which is another model's or size's
     if (error.kind !== "memory") throw error;
     endEngine(); // what ran out of memory may have left it in any state
     throw new Problem(`The browser has too little memory for ${width} × ${height} pixels. Choose a smaller size.`);
@@ -85,7 +86,7 @@ async function load(wanted) {
     wanted.about = await engine.load(bytes);
     loaded = wanted;
   } catch (error) {
-    model = loaded; // that before it stays
+    if (model === wanted) model = loaded; // that before it stays
     listModels();
     listSizes();
     if (error.kind === "memory") endEngine();
@@ -104,7 +105,7 @@ async function load(wanted) {
   listSizes();
   listExamples();
   if (wanted.about.unread.length) {
-    throw new Problem(`${wanted.title}: its ${wanted.about.unread.join(" and ")} cannot be read, and are left out.`);
+    complain(`${wanted.title}: its ${wanted.about.unread.join(" and ")} cannot be read, and are left out.`);
   }
 }
 
@@ -146,9 +147,13 @@ function fail(error) {
     console.error(error);
     text = `Something went wrong: ${text}`;
   }
+  complain(text);
+  tell("failed", "");
+}
+
+function complain(text) {
   element("error").textContent = text;
   element("error").hidden = false;
-  tell("failed", "");
 }
 
 function summary() {
@@ -236,12 +241,12 @@ function drawLegend() {
 
 function clearDrawing() {
   result = null;
-  element("view").hidden = true;
   for (const id of ["map", "tokens"]) {
     element(id).width = 1; // which clears it
     element(id).height = 1;
   }
   element("boxes").replaceChildren();
+  element("legend").replaceChildren();
 }
 
 // ------------------------------------------------------------------------------------- choosing
@@ -378,7 +383,7 @@ element("opacity").addEventListener("input", ({ target }) => {
 });
 for (const id of ["threshold", "show-tokens"]) {
   element(id).addEventListener("input", () => {
-    draw();
+    if (result) draw();
     if (document.documentElement.dataset.state === "done") element("status").textContent = summary();
   });
 }

@@ -245,10 +245,12 @@ def test_a_file_that_says_nothing_of_itself(page, models, picture, tmp_path):
 
 
 def test_metadata_that_cannot_be_read(page, models, picture):
-    page.open_model(models(SEGMENTER, classes="[1, 2", palette=[[300, 0, 0]]))
-    assert page.error == "model.onnx: its classes and palette cannot be read, and are left out."
+    page.open_model(models(SEGMENTER))
     page.give_picture(picture)
+    page.open_model(models(SEGMENTER, "odd.onnx", classes="[1, 2", palette=[[300, 0, 0]]))
+    assert page.error == "odd.onnx: its classes and palette cannot be read, and are left out."
     assert set(page.legend()) == {"class 0", "class 1", "class 2"}
+    assert page.drawn("map").shape == (70, 90, 4)
 
 
 # ------------------------------------------------------------------------------------ what goes in
@@ -396,6 +398,10 @@ def test_stopping(page, models, picture):
     with page.settling():
         page.page.evaluate("document.getElementById('stop').click()")
     assert page.text("status") == "Stopped." and page.error == ""
+    assert page.legend() == {} and not page.drawn("map").any()
+    page.set("threshold", "0.3")
+    page.set("show-tokens", True)
+    assert page.page.events("Runtime.exceptionThrown") == []
     page.open_model(models(SEGMENTER))
     assert page.error == "" and page.drawn("map").shape == (70, 90, 4)
 
