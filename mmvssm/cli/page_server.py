@@ -94,7 +94,7 @@ class _Handler(SimpleHTTPRequestHandler):
 
     def send_head(self) -> Any:
         # A page elsewhere could give its own name this machine's address, and would then read what is here.
-        name = self.headers.get("Host", "").rpartition(":")[0]
+        name = self.headers.get("Host", "").split(":")[0]
         if name not in (HOST, "localhost"):
             self.send_error(403, "Only for this machine")
             return None

@@ -208,12 +208,12 @@ def server(tmp_path_factory):
         thread.join()
 
 
-def ask(server, path, host="127.0.0.1", method="GET", **headers):
+def ask(server, path, host="127.0.0.1:PORT", method="GET", **headers):
     port = int(re.search(r":(\d+)/", server.address)[1])
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
     connection.putrequest(method, path, skip_host=True)
     if host:
-        connection.putheader("Host", f"{host}:{port}")
+        connection.putheader("Host", host.replace("PORT", str(port)))
     for name, value in headers.items():
         connection.putheader(name.replace("_", "-"), value)
     connection.endheaders()
@@ -273,10 +273,15 @@ def test_nothing_else_is_served(server, path):
     assert answer.status == 404 and b"secret" not in body.lower().replace(b"/secret", b"")
 
 
-@pytest.mark.parametrize("host", ["evil.example", "", "127.0.0.1.evil.example"])
+@pytest.mark.parametrize("host", ["evil.example:PORT", "evil.example", "", "127.0.0.1.evil:PORT"])
 def test_other_names_of_this_machine_are_refused(server, host):
     assert ask(server, "/", host=host)[0].status == 403
-    assert ask(server, "/", host="localhost")[0].status == 200
+
+
+@pytest.mark.parametrize("host", ["localhost:PORT", "127.0.0.1"])
+def test_its_own_names_are_not(server, host):
+    """Without a number, too, as a browser asks on port 80."""
+    assert ask(server, "/", host=host)[0].status == 200
 
 
 def test_only_reading(server):
