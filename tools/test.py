@@ -2,6 +2,7 @@
 
 python tools/test.py CONFIG CHECKPOINT --show-dir pictures
 python tools/test.py CONFIG CHECKPOINT --out predictions.pkl
+python tools/test.py CONFIG EXPORTED.onnx --native
 tools/dist_test.sh CONFIG CHECKPOINT 8 --tta
 """
 

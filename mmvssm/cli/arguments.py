@@ -58,7 +58,9 @@ def test_parser() -> argparse.ArgumentParser:
         description="Evaluate a detector (mmdet) or a segmenter (mmseg); the config says which."
     )
     parser.add_argument("config", help="config file")
-    parser.add_argument("checkpoint", help="checkpoint file")
+    parser.add_argument(
+        "checkpoint", help="checkpoint file, or an .onnx file that tools/export_onnx.py wrote"
+    )
     _add_common(parser)
     parser.add_argument("--show", action="store_true", help="show predictions in a window")
     parser.add_argument(
@@ -76,6 +78,11 @@ def test_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--tta", action="store_true", help="test-time augmentation (several scales, flips)"
+    )
+    parser.add_argument(
+        "--native",
+        action="store_true",
+        help="of an .onnx file: run the scans in mmvssm's compiled operator for onnxruntime",
     )
     return parser
 

@@ -14,6 +14,7 @@ from mmengine.dist import is_main_process
 
 from .checkpoints import check_fits, load_any
 from .errors import UserError
+from .exported import check_arguments, is_exported, load_exported, use_exported
 from .failures import run_failures
 from .resuming import check_same_classes
 from .run import (
@@ -42,12 +43,17 @@ def test(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UserError: If the config, the data or the checkpoint will not do; nothing was written then.
     """
+    check_arguments(args)
+    exported = is_exported(args.checkpoint)
     cfg = open_config(args, _NEEDS)
-    checkpoint = load_any(args.checkpoint)
+    checkpoint = load_exported(args.checkpoint, cfg) if exported else load_any(args.checkpoint)
     prepare_data(cfg, args, _LOADERS, checkpoint)
-    check_fits(build_model(cfg), checkpoint, args.checkpoint)
+    if exported:
+        use_exported(cfg, args.checkpoint, args.native)
+    else:
+        check_fits(build_model(cfg), checkpoint, args.checkpoint)
     check_same_classes(cfg, "test_dataloader", checkpoint, args.checkpoint)
-    cfg.load_from = args.checkpoint
+    cfg.load_from = None if exported else args.checkpoint
     cfg.resume = False
     for option, where in (("--show-dir", args.show_dir), ("--out", args.out)):
         _check_writable(option, where)

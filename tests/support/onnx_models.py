@@ -33,9 +33,20 @@ def model_of(function, inputs, given, opset, **attributes):
     return helper.make_model(graph, functions=[function], opset_imports=opsets, ir_version=10)
 
 
-def session(model):
-    """Load a model, given as such or as a file's path, on one thread."""
+def session(model, library=None, optimized=None):
+    """Load a model, given as such or as a file's path, on one thread.
+
+    Args:
+        model: The model.
+        library: Operators that are to be used.
+        optimized: Where onnxruntime is to write what it makes of the model.
+    """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
+    if library:
+        options.register_custom_ops_library(library)
+    if optimized:
+        options.log_severity_level = 3  # it warns that this file is for this machine alone
+        options.optimized_model_filepath = str(optimized)
     model = model if isinstance(model, str) else model.SerializeToString()
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

@@ -24,11 +24,19 @@ from mmvssm.cli.arguments import export_onnx_parser
 from mmvssm.cli.errors import UserError
 from mmvssm.cli.export_onnx import export_onnx
 from mmvssm.export.detector import DetectorGraph
+from mmvssm.export.onnx_model import OnnxModel
 from mmvssm.export.preparation import UnsupportedModelError
+from mmvssm.ops import onnxruntime_library
 from support import tiny_configs
 from support.onnx_models import session
 from support.tool_runs import files_in, undo_what_tools_set
 from support.web_page import coloured, masks_drawn, skip_without_browser, viewer
+
+try:
+    LIBRARY, REASON = onnxruntime_library(), ""
+except RuntimeError as error:
+    LIBRARY, REASON = None, str(error)
+needs_library = pytest.mark.skipif(LIBRARY is None, reason=REASON or "loaded")
 
 UNSEEN = [(1, 160, 160), (3, 97, 131), (1, 64, 203)]
 """Images, height and width that the exporter was not given."""
@@ -96,23 +104,29 @@ class Exported:
         arguments = (self.config, self.checkpoint, out or self.path, *options)
         export_onnx(export_onnx_parser().parse_args(list(map(str, arguments))))
 
-    def run(self, images):
+    def run(self, images, session=None):
         """From RGB images, uint8 ``(B, 3, H, W)``."""
-        names = [output.name for output in self.session.get_outputs()]
-        found = self.session.run(None, {"images": images.float().numpy()})
+        session = session or self.session
+        names = [output.name for output in session.get_outputs()]
+        found = session.run(None, {"images": images.float().numpy()})
         return dict(zip(names, map(torch.from_numpy, found)))
 
-    def eager(self, images):
-        """What the library makes of the same images as it gets them from files."""
+    def eager(self, images, size=None):
+        """What the library makes of the same images as it gets them from files, resized from another size perhaps."""
+        return self.answer(self.model, images, size)
+
+    def answer(self, model, images, size=None):
         sample = SegDataSample if self.model.__module__.startswith("mmseg") else DetDataSample
-        size = tuple(images.shape[2:])
-        meta = dict(ori_shape=size, img_shape=size, scale_factor=(1.0, 1.0), img_id=0)
+        here = tuple(images.shape[2:])
+        size = size or here
+        meta = dict(ori_shape=size, img_shape=here, img_id=0)
+        meta["scale_factor"] = (here[1] / size[1], here[0] / size[0])
         data = dict(
             inputs=list(images.flip(1)),
             data_samples=[sample(metainfo=dict(meta)) for _ in images],
         )
         with torch.no_grad():
-            return self.model.test_step(data)
+            return model.test_step(data)
 
 
 def _balance(model):
@@ -239,6 +253,38 @@ def test_kept_tokens_are_those_of_the_backbone(segmenters):
     assert torch.equal(kept.flatten(1), expected)
 
 
+@needs_library
+@pytest.mark.slow
+def test_native_operator_in_whole_models(segmenter, tmp_path):
+    """The same file, whose scans then run in the compiled operator and nowhere else."""
+    before = session(str(segmenter.path), optimized=tmp_path / "portable.onnx")
+    native = session(str(segmenter.path), LIBRARY, tmp_path / "native.onnx")
+    left = [_count_scans(tmp_path / f"{name}.onnx") for name in ("portable", "native")]
+    assert left == [0, _count_scans(segmenter.path)]
+    images = random_images((2, 97, 131))
+    found, expected = (segmenter.run(images, one) for one in (native, before))
+    torch.testing.assert_close(found["logits"], expected["logits"], atol=1e-4, rtol=0)
+    assert (found["labels"] == expected["labels"]).double().mean() > 0.999
+    if "kept" in expected:
+        assert torch.equal(found["kept"], expected["kept"])
+
+
+def _count_scans(path):
+    return [node.op_type for node in onnx.load(path).graph.node].count("SelectiveScan")
+
+
+@pytest.mark.slow
+def test_segmenter_at_an_image_s_own_size(segmenters):
+    """As tools/test.py has it, with the size that an image had before it was resized."""
+    segmenter = segmenters("groupmamba")
+    images, size = random_images((1, 97, 131)), (60, 150)
+    (found,) = segmenter.answer(OnnxModel(str(segmenter.path)), images, size)
+    (expected,) = segmenter.eager(images, size)
+    assert found.pred_sem_seg.data.shape == expected.pred_sem_seg.data.shape == (1, *size)
+    assert (found.pred_sem_seg.data == expected.pred_sem_seg.data).double().mean() > 0.999
+    torch.testing.assert_close(found.seg_logits.data, expected.seg_logits.data, atol=1e-3, rtol=0)
+
+
 @pytest.fixture(scope="module")
 def detector(export):
     return export(tiny_configs.DETECTOR)
@@ -255,10 +301,40 @@ def test_detector_equals_eager(detector, size):
     torch.testing.assert_close(found["scores"], expected.scores, atol=1e-3, rtol=0)
     assert torch.equal(found["labels"], expected.labels)
     assert found["masks"].dtype == torch.bool
-    both, either = (
-        f(found["masks"], expected.masks).sum((1, 2)) for f in (torch.logical_and, torch.logical_or)
-    )
+    _check_masks(found["masks"], expected.masks)
+
+
+def _check_masks(found, expected):
+    both, either = (f(found, expected).sum((1, 2)) for f in (torch.logical_and, torch.logical_or))
     assert either.sum() > 100 and (both >= 0.99 * either).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [(60, 150), (97, 131), (301, 260)], ids=str)
+def test_detector_at_an_image_s_own_size(detector, size):
+    """As tools/test.py has it: boxes and masks are those of the image before it was resized."""
+    images = random_images((1, 97, 131))
+    (found,) = detector.answer(OnnxModel(str(detector.path)), images, size)
+    (expected,) = detector.eager(images, size)
+    found, expected = found.pred_instances, expected.pred_instances
+    assert len(expected) > 20 and expected.masks.shape[1:] == size
+    torch.testing.assert_close(found.bboxes, expected.bboxes, atol=0.1, rtol=0)
+    torch.testing.assert_close(found.scores, expected.scores, atol=1e-3, rtol=0)
+    assert torch.equal(found.labels, expected.labels)
+    _check_masks(found.masks, expected.masks)
+
+
+@needs_library
+@pytest.mark.slow
+def test_native_operator_in_a_detector(detector):
+    images = random_images((1, 97, 131))
+    found = detector.run(images, session(str(detector.path), LIBRARY))
+    expected = detector.run(images)
+    assert len(expected["boxes"]) > 20
+    for name in ("boxes", "scores"):
+        torch.testing.assert_close(found[name], expected[name], atol=1e-3, rtol=0)
+    assert torch.equal(found["labels"], expected["labels"])
+    _check_masks(found["masks"], expected["masks"])
 
 
 @pytest.mark.slow

@@ -1,0 +1,110 @@
+"""tools/test.py with an exported file in the place of a checkpoint."""
+
+import json
+
+import pytest
+
+pytest.importorskip("mmdet")
+pytest.importorskip("mmseg")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnx")
+
+import onnx
+
+from mmvssm.cli.arguments import export_onnx_parser
+from mmvssm.cli.export_onnx import export_onnx
+from mmvssm.ops import onnxruntime_library
+from support import tiny_configs
+from support.tool_runs import call, sentence_of_refusal
+
+
+@pytest.fixture
+def tiny(config):
+    return config(tiny_configs.SEGMENTER)
+
+
+def metrics(folder):
+    (path,) = folder.rglob("test_results.json")
+    return json.loads(path.read_text())["metrics"]
+
+
+@pytest.mark.slow
+def test_exported_file_scores_as_its_checkpoint_does(tiny, trained, in_folder):
+    """Its images are resized on the way in, and its label maps on the way back."""
+    pytest.importorskip("onnxscript")
+    checkpoint = str(trained / "iter_2.pth")
+    export_onnx(export_onnx_parser().parse_args([tiny, checkpoint, "tiny.onnx"]))
+    call("test.py", tiny, checkpoint, "--work-dir", "eager")
+    call("test.py", tiny, "tiny.onnx", "--work-dir", "portable", "--out", "maps")
+    expected = metrics(in_folder / "eager")
+    assert 0 < expected["mIoU"] < 100
+    assert metrics(in_folder / "portable") == pytest.approx(expected, abs=0.1)
+    assert list((in_folder / "maps").rglob("*.png"))
+    try:
+        onnxruntime_library()
+    except RuntimeError:
+        return
+    call("test.py", tiny, "tiny.onnx", "--work-dir", "native", "--native")
+    assert metrics(in_folder / "native") == pytest.approx(expected, abs=0.1)
+
+
+def write_model(path, outputs, metadata):
+    """A model that does nothing, with outputs of these names."""
+    value = onnx.helper.make_tensor_value_info
+    nodes = [onnx.helper.make_node("Identity", ["images"], [name]) for name in outputs]
+    images, *results = (value(name, onnx.TensorProto.FLOAT, None) for name in ("images", *outputs))
+    graph = onnx.helper.make_graph(nodes, "tiny", [images], results)
+    opsets = [onnx.helper.make_opsetid("", 18)]
+    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    onnx.helper.set_model_props(model, metadata)
+    onnx.save(model, path)
+
+
+OURS = dict(mmvssm_version="0.1.0")
+
+
+@pytest.mark.parametrize(
+    ("outputs", "metadata", "said"),
+    [
+        (["logits", "labels"], {}, "was not written by tools/export_onnx.py"),
+        (["y"], OURS, "was not written by tools/export_onnx.py"),
+        (
+            ["boxes", "scores", "labels"],
+            OURS,
+            "model.onnx is a model for detection, and this config is for semantic segmentation",
+        ),
+        (
+            ["logits", "labels"],
+            dict(OURS, classes='["a", "b"]'),
+            "model.onnx was trained on other classes: 2 (a, b), and here are 6",
+        ),
+        (["logits", "labels"], dict(OURS, classes="a, b"), "cannot be read as an ONNX model"),
+    ],
+    ids=str,
+)
+def test_files_of_other_models(tiny, capsys, outputs, metadata, said):
+    write_model("model.onnx", outputs, metadata)
+    assert said in sentence_of_refusal(capsys, "test.py", tiny, "model.onnx")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nowhere.onnx"], "there is no file nowhere.onnx"),
+        (["damaged.onnx"], "damaged.onnx cannot be read as an ONNX model"),
+        (["damaged.onnx", "--tta"], "--tta needs a checkpoint"),
+        (
+            ["damaged.onnx", "--launcher", "pytorch"],
+            "is tested by one process: leave out --launcher",
+        ),
+        (
+            ["damaged.onnx", "--cfg-options", "model.test_cfg.mode=whole"],
+            "--cfg-options model.test_cfg.mode has no effect on damaged.onnx",
+        ),
+        (["some.pth", "--native"], "--native is for exported models, and some.pth is not an .onnx"),
+    ],
+    ids=str,
+)
+def test_what_exported_files_cannot_do(tiny, in_folder, capsys, arguments, said):
+    (in_folder / "damaged.onnx").write_bytes(b"not a model")
+    assert said in sentence_of_refusal(capsys, "test.py", tiny, *arguments)
