@@ -58,8 +58,9 @@ def parse_args() -> argparse.Namespace:
         "--model",
         nargs="+",
         action="append",
-        metavar=("CONFIG", "CHECKPOINT"),
-        help="repeatable; without a checkpoint: random weights (default: GroupMamba-T UperNet and Mask R-CNN)",
+        metavar=("CONFIG", "CHECKPOINT [FILE.onnx]"),
+        help="repeatable; without a checkpoint: random weights, without a file: exported anew (default: GroupMamba-T "
+        "UperNet and Mask R-CNN)",
     )
     parser.add_argument(
         "--size", type=int, nargs=2, action="append", metavar=("H", "W"), help="repeatable"
@@ -91,8 +92,8 @@ def parse_args() -> argparse.Namespace:
             raise UserError(f"{name} is missing; pip install onnx onnxscript onnxruntime adds it")
     args.model = args.model or [[str(CONFIGS / name)] for name in FULL_SIZE]
     args.out = args.out or f"work_dirs/benchmark/onnx_{args.what}.json"
-    if any(len(model) > 2 for model in args.model):
-        raise UserError("--model takes a config and its checkpoint; repeat it for further models")
+    if any(len(model) > 3 for model in args.model):
+        raise UserError("--model takes one config, checkpoint and file; repeat it for more models")
     return args
 
 
@@ -105,12 +106,14 @@ class Model:
         cfg: Its config.
         network: In evaluation mode.
         trained: Whether it has weights of a checkpoint.
+        file: What was exported of it before.
     """
 
     name: str
     cfg: Config
     network: nn.Module
     trained: bool
+    file: Optional[str] = None
 
     @property
     def is_detector(self) -> bool:
@@ -118,7 +121,12 @@ class Model:
         return self.cfg.default_scope == "mmdet"
 
 
-def open_model(args: argparse.Namespace, path: str, checkpoint: Optional[str] = None) -> Model:
+def open_model(
+    args: argparse.Namespace,
+    path: str,
+    checkpoint: Optional[str] = None,
+    file: Optional[str] = None,
+) -> Model:
     """Build a model, with its weights or random ones."""
     args.config = path
     cfg = open_config(args)
@@ -129,14 +137,14 @@ def open_model(args: argparse.Namespace, path: str, checkpoint: Optional[str] = 
     network = build_model(cfg).eval()
     if weights:
         check_fits(network, weights, checkpoint)
-    return Model(Path(path).stem, cfg, network, weights is not None)
+    return Model(Path(path).stem, cfg, network, weights is not None, file)
 
 
 # ------------------------------------------------------------------------------------------- export
 
 
 def export(model: Model, opset: int) -> tuple[Any, dict[str, Any]]:
-    """Export a model.
+    """Export a model, unless that was done before.
 
     Returns:
         It, and what is to be said of it.
@@ -148,15 +156,18 @@ def export(model: Model, opset: int) -> tuple[Any, dict[str, Any]]:
     from mmvssm.export.segmenter import SegmenterGraph
 
     started = time.perf_counter()
-    graph = (DetectorGraph if model.is_detector else SegmenterGraph)(model.network, model.cfg.model)
-    proto = build_onnx(graph.eval(), {}, opset)
+    if model.file:
+        proto = onnx.load(model.file)
+    else:
+        kind = DetectorGraph if model.is_detector else SegmenterGraph
+        proto = build_onnx(kind(model.network, model.cfg.model).eval(), {}, opset)
     seconds = time.perf_counter() - started
     onnx.checker.check_model(proto.SerializeToString(), full_check=True)
     layers = model.network.backbone.modules()
     facts = dict(
         model=model.name,
-        opset=opset,
-        seconds=seconds,
+        opset=next(entry.version for entry in proto.opset_import if not entry.domain),
+        seconds=None if model.file else seconds,
         bytes=proto.ByteSize(),
         nodes=len(proto.graph.node),
         nodes_in_functions={f"{f.name}:{f.overload}": len(f.node) for f in proto.functions},
@@ -178,7 +189,7 @@ def run_export(args: argparse.Namespace) -> list[dict]:
         table.add_row(
             [
                 facts["model"],
-                f"{facts['seconds']:.1f}",
+                f"{facts['seconds']:.1f}" if facts["seconds"] else "",
                 f"{facts['bytes'] / 1e6:.1f}",
                 *(facts[name] for name in ("nodes", "scans", "scan_nodes")),
                 "passes",  # or there was an error
