@@ -195,6 +195,7 @@ def run_export(args: argparse.Namespace) -> list[dict]:
                 "passes",  # or there was an error
             ]
         )
+        print(" | ".join(map(str, table.rows[-1])), flush=True)
     print(table)
     return records
 
