@@ -120,6 +120,9 @@ class OnnxModel(BaseModel):
         sample.pred_sem_seg = PixelData(data=labels.to(torch.int64))
 
     def _add_instances(self, sample: Any, found: dict[str, Tensor], size: tuple[int, int]) -> None:
+        from mmdet.models.utils.misc import samplelist_boxtype2tensor  # segmenters do without mmdet
+
+        samplelist_boxtype2tensor([sample])  # of annotated boxes, as mmdet's data_preprocessor does
         boxes = found["boxes"] / found["boxes"].new_tensor(sample.scale_factor).repeat(2)
         instances = InstanceData(bboxes=boxes, scores=found["scores"], labels=found["labels"])
         if "masks" in found:

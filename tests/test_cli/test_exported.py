@@ -2,7 +2,9 @@
 
 import json
 
+import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("mmdet")
 pytest.importorskip("mmseg")
@@ -10,9 +12,13 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")
 
 import onnx
+from mmdet.structures import DetDataSample
+from mmdet.structures.bbox import HorizontalBoxes
+from mmengine.structures import InstanceData
 
 from mmvssm.cli.arguments import export_onnx_parser
 from mmvssm.cli.export_onnx import export_onnx
+from mmvssm.export.onnx_model import OnnxModel
 from mmvssm.ops import onnxruntime_library
 from support import tiny_configs
 from support.tool_runs import call, sentence_of_refusal
@@ -58,6 +64,36 @@ def write_model(path, outputs, metadata):
     model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
     onnx.helper.set_model_props(model, metadata)
     onnx.save(model, path)
+
+
+def test_detections_beside_the_annotations_of_an_image(tmp_path):
+    """Boxes go back to the size of the file; annotated ones become tensors, as those who draw them expect."""
+    constants = dict(
+        boxes=np.array([[10, 20, 30, 40]], np.float32),
+        scores=np.ones(1, np.float32),
+        labels=np.zeros(1, np.int64),
+    )
+    nodes = [
+        onnx.helper.make_node("Constant", [], [name], value=onnx.numpy_helper.from_array(array))
+        for name, array in constants.items()
+    ]
+    value = onnx.helper.make_tensor_value_info
+    images, *outputs = (
+        value(name, onnx.helper.np_dtype_to_tensor_dtype(np.dtype(kind)), None)
+        for name, kind in dict(images="f4", boxes="f4", scores="f4", labels="i8").items()
+    )
+    graph = onnx.helper.make_graph(nodes, "tiny", [images], outputs)
+    opsets = [onnx.helper.make_opsetid("", 18)]
+    onnx.save(
+        onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / "tiny.onnx"
+    )
+    annotated = InstanceData(bboxes=HorizontalBoxes([[1.0, 2, 3, 4]]))
+    sample = DetDataSample(metainfo=dict(ori_shape=(10, 30), scale_factor=(2.0, 4.0)))
+    sample.gt_instances = annotated
+    data = dict(inputs=[torch.zeros(3, 40, 60, dtype=torch.uint8)], data_samples=[sample])
+    (found,) = OnnxModel(str(tmp_path / "tiny.onnx")).test_step(data)
+    assert found.pred_instances.bboxes.tolist() == [[5.0, 5.0, 15.0, 10.0]]
+    assert type(found.gt_instances.bboxes) is torch.Tensor
 
 
 OURS = dict(mmvssm_version="0.1.0")
