@@ -317,7 +317,8 @@ def test_detector_equals_eager(detector, size):
 
 def _check_masks(found, expected):
     both, either = (f(found, expected).sum((1, 2)) for f in (torch.logical_and, torch.logical_or))
-    assert either.sum() > 100 and (both >= 0.99 * either).all()
+    # Of a small mask one pixel, whose probability is the threshold but for rounding, is more than a hundredth.
+    assert either.sum() > 100 and (either - both <= (0.01 * either).clamp(min=1)).all()
 
 
 @pytest.mark.slow
