@@ -1,1 +1,1 @@
-"""The command line: what tools/train.py and tools/test.py do around mmengine's runner. Nothing imports it but tools."""
+"""The command line: what the tools do around training, inference and export. Nothing imports it but tools."""
