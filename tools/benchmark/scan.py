@@ -8,13 +8,18 @@ Examples:
     python tools/benchmark/scan.py
     python tools/benchmark/scan.py --growth      # 1 k to 256 k tokens, with a picture
     python tools/benchmark/scan.py --errors      # against float64
+    python tools/benchmark/scan.py --host        # Python's time for a call that would launch GPU kernels; needs no GPU
 """
 
 import argparse
 import functools
+import importlib
+import timeit
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +31,8 @@ from mmvssm.ops import selective_scan
 from mmvssm.ops.selective_scan import pytorch
 from mmvssm.ops.selective_scan.inputs import ScanInputs
 from mmvssm.ops.selective_scan.naive import selective_scan_naive
+from mmvssm.ops.selective_scan.traversal import Traversal
+from mmvssm.ops.triton_launcher import recorded_launches
 
 SHAPES = [(2, 4096, 348, 1), (1, 4096, 384, 16), (1, 4096, 64, 1), (2, 64000, 64, 1)]
 """Images, tokens, channels, states."""
@@ -53,6 +60,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--growth", action="store_true", help="time against length instead")
     parser.add_argument(
         "--errors", action="store_true", help="errors against float64 instead of times"
+    )
+    parser.add_argument(
+        "--host",
+        action="store_true",
+        help="Python's time for a forward call that would launch Triton kernels, which are noted instead",
     )
     parser.add_argument(
         "--sequential", action="store_true", help="with the definition, which is slow"
@@ -240,6 +252,50 @@ def show_errors(args: argparse.Namespace) -> list[dict]:
     return records
 
 
+def show_host_time(args: argparse.Namespace) -> list[dict]:
+    """Print the microseconds that a forward call keeps Python busy before Triton's launcher takes over."""
+    import scan_inputs
+
+    from mmvssm.ops.selective_scan import triton_launch
+
+    table = markdown_table(["states", "gradients wanted", "launches", "microseconds a call"])
+    records, repeats = [], max(3, round(args.seconds * 100))
+    # The package's attribute of that name is the function.
+    operator = importlib.import_module("mmvssm.ops.selective_scan")
+    with mock.patch.object(operator, "_backend", lambda u: triton_launch):
+        for layer in (scan_inputs.STAGE_1, scan_inputs.PLAIN):
+            layer = layer._replace(grid=(32, 32))  # no time for memory; as many steps of Python
+            given = scan_inputs.make_inputs(layer, 1, getattr(torch, args.dtype), "cpu")
+            for gradients in (False, True):
+                inputs = given._replace(u=given.u.detach().requires_grad_(gradients))
+                call = functools.partial(
+                    selective_scan,
+                    *inputs[:7],
+                    traversal=Traversal(inputs.order, inputs.source, inputs.gap),
+                    rest=inputs.rest,
+                    delta_softplus=inputs.delta_softplus,
+                )
+                with (
+                    recorded_launches() as launches,
+                    nullcontext() if gradients else torch.no_grad(),
+                ):
+                    call()
+                    launched = len(launches)
+                    runs = timeit.repeat(call, launches.clear, number=100, repeat=repeats)
+                seconds = min(runs) / 100
+                records.append(
+                    dict(
+                        states=layer.d_state,
+                        gradients=gradients,
+                        launches=launched,
+                        seconds=seconds,
+                    )
+                )
+                table.add_row([layer.d_state, gradients, launched, f"{seconds * 1e6:.1f}"])
+    print(table)
+    return records
+
+
 def _outputs(scan: Callable, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """The output and every gradient."""
     y = scan(**inputs)
@@ -281,7 +337,7 @@ def main() -> None:
     bandwidth = copy_bandwidth(args.device)
     print(f"a copy moves {bandwidth / 1e9:.1f} GB/s, read and written")
     chosen = show_errors if args.errors else grow if args.growth else compare
-    records = chosen(args)
+    records = (show_host_time if args.host else chosen)(args)
     write_json(args.out, dict(machine, copy_bytes_per_second=bandwidth, records=records))
 
 
