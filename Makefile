@@ -25,7 +25,7 @@ ONNXRUNTIME_WEB := $(WEB)/site/onnxruntime-web/version.txt
 # `env` with the variables that a run on this machine needs (none on most).
 RUN = env $$($(BIN)/python tools/install/environment.py --print-run-env) $(BIN)/python
 
-.PHONY: help setup setup-web train train-seg train-pruned train-seg-pruned web test test-fast lint clean
+.PHONY: help setup setup-pretrain setup-web train train-seg train-pruned train-seg-pruned web test test-fast lint clean
 
 help: ## Show this list.
 	@echo "Targets (each sets up $(VENV) by itself when it is missing or out of date):"
@@ -88,6 +88,18 @@ setup-web: $(ONNXRUNTIME_WEB) ## Fetch onnxruntime-web and, for its test, Chromi
 		echo "[set-up] Chromium is not here, so the tests of the web page will be skipped: install it (on Debian" \
 			"the package chromium), or run make setup-web as root on Debian"; exit 1; \
 	fi
+
+# What pre-training needs goes into $(VENV) where torchvision loads there, else with a matching pair of torch and
+# torchvision into an environment of its own.
+PRETRAIN_VENV ?= $(VENV)-pretrain
+
+setup-pretrain: $(ENVIRONMENT) $(MMVSSM) ## Add mmpretrain and timm, for pre-training (configs/*_imagenet.py, *_cifar10.py).
+	@$(BIN)/python tools/install/pretraining.py || { status=$$?; \
+		[ $$status -eq 3 ] && [ "$(VENV)" != "$(PRETRAIN_VENV)" ] || exit $$status; \
+		echo "[set-up] so pre-training gets an environment of its own, $(PRETRAIN_VENV)"; \
+		$(MAKE) --no-print-directory VENV=$(PRETRAIN_VENV) $(PRETRAIN_VENV)/bin/python && \
+		$(PRETRAIN_VENV)/bin/python tools/install/pretraining.py --pair && \
+		$(MAKE) --no-print-directory VENV=$(PRETRAIN_VENV) PRETRAIN_VENV=$(PRETRAIN_VENV) setup-pretrain; }
 
 # --- the main job ------------------------------------------------------------------------------------
 

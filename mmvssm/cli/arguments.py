@@ -11,7 +11,8 @@ from .settings import SettingsAction
 def train_parser() -> argparse.ArgumentParser:
     """The arguments of tools/train.py."""
     parser = argparse.ArgumentParser(
-        description="Train a detector (mmdet) or a segmenter (mmseg); the config says which."
+        description="Train a detector (mmdet), a segmenter (mmseg) or a classifier (mmpretrain); the "
+        "config says which."
     )
     parser.add_argument("config", help="config file")
     _add_common(parser)
@@ -55,7 +56,8 @@ def train_parser() -> argparse.ArgumentParser:
 def test_parser() -> argparse.ArgumentParser:
     """The arguments of tools/test.py."""
     parser = argparse.ArgumentParser(
-        description="Evaluate a detector (mmdet) or a segmenter (mmseg); the config says which."
+        description="Evaluate a detector (mmdet), a segmenter (mmseg) or a classifier (mmpretrain); the "
+        "config says which."
     )
     parser.add_argument("config", help="config file")
     parser.add_argument(
@@ -277,8 +279,8 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data-root",
         metavar="DIR",
-        help="use the data set in this folder, in COCO's or (segmentation) ADE20K's layout; "
-        "classes, heads and evaluators follow",
+        help="use the data set in this folder, in COCO's layout, (segmentation) ADE20K's or (classification) "
+        "ImageNet's; classes, heads and evaluators follow",
     )
     parser.add_argument(
         "--classes",

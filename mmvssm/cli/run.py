@@ -3,6 +3,7 @@
 import argparse
 import os
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Optional
 
@@ -21,6 +22,7 @@ from .dataset.check import check_data
 from .dataset.root import SPLIT_OF_LOADER, apply_data_root
 from .distributed import adapt_to_machine, init_processes, on_first_process
 from .errors import UserError, before_processes_meet, user_mistakes
+from .mmpretrain_missing import telling_of_mmpretrain
 from .settings import (
     check_config_file,
     check_options,
@@ -29,41 +31,47 @@ from .settings import (
     naming_the_nearest,
 )
 
-_SCOPES = ("mmdet", "mmseg")
+_DENSE = ("mmdet", "mmseg")
+LIBRARIES = (*_DENSE, "mmpretrain")
 
 
-def open_config(args: argparse.Namespace, needs: Sequence[str] = ()) -> Config:
+def open_config(
+    args: argparse.Namespace, needs: Sequence[str] = (), libraries: Sequence[str] = _DENSE
+) -> Config:
     """Read the config file and what the command line changes in it, and join the processes.
 
     Args:
         args: Of the command line.
         needs: Parts that the config has to have.
+        libraries: Those whose configs the tool can do with, as ``default_scope`` names them.
 
     Raises:
         UserError: If it cannot be read or lacks one of them, or if a setting will not do.
     """
     with before_processes_meet(args.launcher):
-        return _open_config(args, needs)
+        return _open_config(args, needs, libraries)
 
 
-def _open_config(args: argparse.Namespace, needs: Sequence[str]) -> Config:
+def _open_config(
+    args: argparse.Namespace, needs: Sequence[str], libraries: Sequence[str]
+) -> Config:
     if args.launcher in ("none", "pytorch"):  # the others tell it in variables of their own
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     force_weights_only()
     if not torch.cuda.is_available():
         keep_freed_memory()
     check_config_file(args.config)
-    with user_mistakes(f"cannot read the config {args.config}"):
+    with user_mistakes(f"cannot read the config {args.config}"), telling_of_mmpretrain():
         cfg = Config.fromfile(args.config)
     options = args.cfg_options or {}
     unsure = check_options(cfg, options, getattr(args, "amp", False))
     with user_mistakes("cannot apply --cfg-options"):
         cfg.merge_from_dict(options)
     cfg.launcher = args.launcher
-    if cfg.get("default_scope") not in _SCOPES or "model" not in cfg:
+    if cfg.get("default_scope") not in libraries or "model" not in cfg:
         raise UserError(
-            f"{args.config} is not a config for mmdet or mmseg: it needs a model and "
-            "default_scope='mmdet' or 'mmseg'"
+            f"{args.config} is not a config for {' or '.join(libraries)}: it needs a model and "
+            f"default_scope={' or '.join(map(repr, libraries))}"
         )
     missing = [name for name in needs if not isinstance(cfg.get(name), (dict, list, tuple))]
     if missing:
@@ -72,7 +80,7 @@ def _open_config(args: argparse.Namespace, needs: Sequence[str]) -> Config:
         cfg.work_dir = args.work_dir
     elif not cfg.get("work_dir"):
         cfg.work_dir = os.path.join("work_dirs", Path(args.config).stem)
-    with user_mistakes("cannot import what the config names"):
+    with user_mistakes("cannot import what the config names"), telling_of_mmpretrain():
         init_default_scope(cfg.default_scope)
         check_types(cfg)
     check_values(cfg)
@@ -93,6 +101,10 @@ def prepare_data(
     if args.no_data_check:
         cfg.check_data = False
     if args.data_root:
+        if args.classes and cfg.default_scope == "mmpretrain":
+            raise UserError(
+                "--classes: a classifier's classes are called as their folders in --data-root are"
+            )
         classes = args.classes or (classes_of(checkpoint) if checkpoint else None)
         # Loaders of a split that is there anyway follow too, so that the config saved in the work dir
         # is one of the data set throughout.
@@ -114,8 +126,11 @@ def _generate_data(generator: ConfigDict) -> None:
 
 def build_model(cfg: Config) -> nn.Module:
     """Build the model to see that its config is right, before a work dir exists."""
+    model = deepcopy(cfg.model)
+    if cfg.get("data_preprocessor"):  # which the runner gives it, too
+        model.setdefault("data_preprocessor", deepcopy(cfg.data_preprocessor))
     with user_mistakes("cannot build the model"), naming_the_nearest():
-        return MODELS.build(cfg.model.copy())
+        return MODELS.build(model)
 
 
 def build_runner(cfg: Config) -> Runner:

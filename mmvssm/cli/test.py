@@ -18,6 +18,7 @@ from .exported import check_arguments, is_exported, load_exported, use_exported
 from .failures import run_failures
 from .resuming import check_same_classes
 from .run import (
+    LIBRARIES,
     build_model,
     build_runner,
     open_config,
@@ -45,7 +46,7 @@ def test(args: argparse.Namespace) -> dict[str, Any]:
     """
     check_arguments(args)
     exported = is_exported(args.checkpoint)
-    cfg = open_config(args, _NEEDS)
+    cfg = open_config(args, _NEEDS, LIBRARIES)
     checkpoint = load_exported(args.checkpoint, cfg) if exported else load_any(args.checkpoint)
     prepare_data(cfg, args, _LOADERS, checkpoint)
     if exported:
@@ -102,6 +103,12 @@ def _draw_predictions(cfg: Config, args: argparse.Namespace) -> None:
     hook = cfg.get("default_hooks", {}).get("visualization")
     if not hook:
         raise UserError("--show and --show-dir need default_hooks.visualization in the config")
+    if cfg.default_scope == "mmpretrain":
+        out_dir = os.path.abspath(args.show_dir) if args.show_dir else None
+        hook.update(enable=True, interval=1, out_dir=out_dir)
+        if args.show:
+            hook.update(show=True, wait_time=args.wait_time)
+        return
     hook.update(draw=True)
     if args.show:
         hook.update(show=True, wait_time=args.wait_time)
@@ -141,8 +148,8 @@ def _write_predictions(cfg: Config, out: str) -> None:
     if out.endswith(_PICKLES):
         kind = "mmdet.DumpDetResults" if cfg.default_scope == "mmdet" else "DumpResults"
         evaluators.append(ConfigDict(type=kind, out_file_path=out))
-    elif cfg.default_scope == "mmdet":
-        raise UserError(f"--out {out}: predictions of a detector go to a .pkl file")
+    elif cfg.default_scope != "mmseg":
+        raise UserError(f"--out {out}: predictions go to a .pkl file, but those of a segmenter")
     else:
         evaluators[0].output_dir = out
     cfg.test_evaluator = evaluators

@@ -16,6 +16,7 @@ from .failures import run_failures
 from .pretrained import check_pretrained, count_shared
 from .resuming import check_progress, check_same_classes
 from .run import (
+    LIBRARIES,
     build_model,
     build_runner,
     open_config,
@@ -24,7 +25,7 @@ from .run import (
     use_worker_init,
 )
 from .schedule import change_length, check_can_follow, hint_at_options, shorten_warm_ups
-from .settings import find_type
+from .settings import find_type, naming_the_nearest
 from .work_dir import check_not_locked, check_unused, lock_work_dir
 
 _LOADERS = ("train_dataloader", "val_dataloader")
@@ -41,7 +42,7 @@ def train(args: argparse.Namespace) -> None:
         UserError: If the config, the data or a checkpoint will not do; nothing was written then. Or if, when it
             runs, a pruned backbone meets a neck or a grid that does not go with it.
     """
-    cfg = open_config(args, _NEEDS)
+    cfg = open_config(args, _NEEDS, LIBRARIES)
     given, old_epochs = list(args.cfg_options or {}), (cfg.get("train_cfg") or {}).get("max_epochs")
     option = _option_of_length(args)
     if option:
@@ -67,6 +68,9 @@ def train(args: argparse.Namespace) -> None:
         _add_hooks(cfg, "mmvssm.FollowSchedule")
     for line in check_pretrained(model):
         say(line)
+    if hasattr(model, "load_teacher"):
+        with user_mistakes("cannot set up the teacher"), naming_the_nearest():
+            model.load_teacher()
     del model
     prepare_training(cfg)
     with lock_work_dir(cfg.work_dir):

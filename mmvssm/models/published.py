@@ -98,7 +98,8 @@ def convert_groupmamba(published: Mapping[str, Tensor]) -> Conversion:
         published: Weights under the published names.
 
     Returns:
-        Weights of a :class:`~mmvssm.models.classifiers.GroupMambaClassifier`.
+        Weights of a :class:`~mmvssm.models.classifiers.GroupMambaClassifier`, which are those of
+        ``configs/groupmamba*_distilled_imagenet.py``, too.
 
     Raises:
         ValueError: If the weights aren't those of a GroupMamba.
@@ -141,7 +142,8 @@ def convert_plainmamba(published: Mapping[str, Tensor]) -> Conversion:
 
     Returns:
         Weights of a :class:`~mmvssm.models.backbones.PlainMamba`, with ``backbone.`` before each name. Norms of
-        intermediate outputs are among them where the checkpoint has any.
+        intermediate outputs are among them where the checkpoint has any, and the linear layer of a classification
+        model's head, which makes them those of ``configs/plainmamba*_imagenet.py``.
 
     Raises:
         ValueError: If the weights aren't those of a PlainMamba.
@@ -152,15 +154,18 @@ def convert_plainmamba(published: Mapping[str, Tensor]) -> Conversion:
     last = max(int(m[1]) for m in (re.match(r"layers\.(\d+)\.", name) for name in weights) if m)
     norms = [re.fullmatch(r"norm_layer(\d+)\.weight", name) for name in weights]
     out_indices = sorted({last, *(int(m[1]) for m in norms if m)})
+    # Of a classifier's: what other heads have, such as detectors', has no place here.
+    head = {name: weights[name] for name in ("head.fc.weight", "head.fc.bias") if name in weights}
     state_dict, origin = {}, {}
     for name, value in weights.items():
         for ours, part in _plainmamba_parts(name, value, last).items():
-            state_dict[f"backbone.{ours}"], origin[f"backbone.{ours}"] = part, [name]
+            ours = ours if ours in head else f"backbone.{ours}"
+            state_dict[ours], origin[ours] = part, [name]
     grid = math.isqrt(weights["pos_embed"].shape[1])
     patch_size = 2 * weights["patch_embed.projection.weight"].shape[-1]
     with torch.device("meta"):
         model = PlainMamba(arch, img_size=grid * patch_size, out_indices=out_indices)
-    expected = {f"backbone.{name}": value for name, value in model.state_dict().items()}
+    expected = {f"backbone.{name}": value for name, value in model.state_dict().items()} | head
     return _fit(state_dict, origin, expected, arch)
 
 
@@ -184,11 +189,11 @@ def _fit(state_dict, origin, expected, arch) -> Conversion:
 
 _RENAMES = (
     (r"^patch_embed1\.(proj|norm)\.", r"backbone.stages.0.embed.down.\1."),
-    (r"^dist_head\.", "distillation_head."),
-    (r"^post_network\.0\.mlp\.fc1\.", "class_block.ffn.0."),
-    (r"^post_network\.0\.mlp\.fc2\.", "class_block.ffn.2."),
-    (r"^post_network\.0\.", "class_block."),
-    (r"^(class_block\.)attn\.", r"\1mixer."),
+    (r"^head\.", "head.fc."),
+    (r"^dist_head\.", "head.distillation_fc."),
+    (r"^post_network\.0\.mlp\.fc1\.", "neck.ffn.0."),
+    (r"^post_network\.0\.mlp\.fc2\.", "neck.ffn.2."),
+    (r"^post_network\.0\.", "neck."),
     (r"\.attn\.", ".mixer."),
     (r"\.mixer\.fc1\.", ".mixer.affinity.0."),
     (r"\.mixer\.fc2\.", ".mixer.affinity.2."),

@@ -62,8 +62,8 @@ def test_unused_and_missing_are_reported():
     assert sorted(conversion.missing) == [
         f"{block}.gate_proj.weight",
         f"{block}.in_proj.weight",
-        "distillation_head.bias",
-        "head.bias",
+        "head.distillation_fc.bias",
+        "head.fc.bias",
     ]
 
 

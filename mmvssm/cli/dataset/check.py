@@ -13,13 +13,14 @@ from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS, TRANSFORMS, Registry
 from mmengine.utils import is_list_of
 
+from ..checkpoints import shown
 from ..errors import UserError, user_mistakes
 from .annotations import Use, category_names, check_annotations, read_coco
 from .images import check_images
 from .label_maps import check_label_maps
 from .memory import Memory
 from .pictures import Loading
-from .root import ADE20K, COCO, COCO_MAPS, leaf_datasets
+from .root import ADE20K, COCO, COCO_MAPS, IMAGENET_LAYOUT, class_folders, leaf_datasets
 
 _NAMES_SHOWN = 3
 _ANNOTATIONS_PER_IMAGE = 16  # that are checked while one image's header is read
@@ -36,7 +37,7 @@ def check_data(cfg: Config, loaders: Sequence[str]) -> list[str]:
     looked for, nor what is in them if a class reads them in a way of its own.
 
     Args:
-        cfg: A detection or segmentation config.
+        cfg: A detection, segmentation or classification config.
         loaders: Names of data loaders in it, such as ``"train_dataloader"``.
 
     Returns:
@@ -94,6 +95,8 @@ def _opens_files(cfg: Config) -> bool:
 def _check_leaf(cfg: Config, leaf: ConfigDict, loader: str, memory: Memory) -> list[str]:
     if cfg.default_scope == "mmdet":
         return _check_instances(cfg, leaf, loader, memory)
+    if cfg.default_scope == "mmpretrain":
+        return _check_class_folders(cfg, leaf, memory)
     return _check_label_maps(cfg, leaf, loader, memory)
 
 
@@ -340,4 +343,59 @@ def _check_maps_are_there(records: Sequence[dict], images: str, maps: str) -> No
         raise UserError(
             f"{len(absent)} of {len(records)} images in {images} have no label map in {maps} "
             f"({shown}{', ...' * (len(absent) > _NAMES_SHOWN)}); add them or remove the images"
+        )
+
+
+# ------------------------------------------------------------------------------- classification
+
+
+def _check_class_folders(cfg: Config, leaf: ConfigDict, memory: Memory) -> list[str]:
+    from mmpretrain.datasets import (
+        CustomDataset,
+        ImageNet,
+    )  # here, as the others need no mmpretrain
+
+    if _class_of(cfg, leaf) not in (CustomDataset, ImageNet) or leaf.get("split") == "test":
+        _check_unknown_format(leaf, _class_of(cfg, leaf), IMAGENET_LAYOUT)
+        return []
+    dataset = _build(cfg, leaf)
+    folder, classes = dataset.img_prefix, dataset.metainfo.get("classes")
+    _require(os.path.isdir(folder), folder, leaf, IMAGENET_LAYOUT)
+    if dataset.ann_file:
+        _require(os.path.isfile(dataset.ann_file), dataset.ann_file, leaf, IMAGENET_LAYOUT)
+    elif dataset.with_label:
+        folders = class_folders(folder)
+        # ImageNet's own are called by numbers, and its classes by words.
+        if type(dataset) is CustomDataset and classes is not None:
+            _check_same_folders(folder, folders, list(classes))
+        for name in folders:
+            if not any(map(dataset.is_valid_file, _files_below(os.path.join(folder, name)))):
+                raise UserError(
+                    f"there are no images in {os.path.join(folder, name)}, the folder of one class; put some there, or "
+                    f"remove that folder, in {os.path.dirname(folder)} both from train and from val"
+                )
+    with user_mistakes(f"cannot list the images in {folder}"):
+        paths = [record["img_path"] for record in dataset.load_data_list()]
+    loading = _loading(cfg, leaf)
+    return check_images(loading, paths, None, memory)[1] if loading is not None else []
+
+
+def _files_below(folder: str) -> Iterator[str]:
+    return (name for _, _, names in os.walk(folder, followlinks=True) for name in names)
+
+
+def _check_same_folders(folder: str, found: Sequence[str], classes: Sequence[str]) -> None:
+    """Compare a split's folders with the classes expected, which mmpretrain would only count."""
+    unknown = [name for name in found if name not in set(classes)]
+    absent = [name for name in classes if name not in set(found)]
+    if unknown or absent:
+        what = f"has {shown(unknown)}" if unknown else f"lacks {shown(absent)}"
+        raise UserError(
+            f"{folder} {what}, other classes than the {len(classes)} expected ({shown(classes)}); train and val need "
+            "a folder of the same name for every class"
+        )
+    if list(classes) != list(found):
+        raise UserError(
+            f"the classes of {folder} are expected in another order than that of their names, in which mmpretrain "
+            "numbers them; sort metainfo.classes"
         )

@@ -1,6 +1,6 @@
 """``--data-root``: pointing any config at a data set of one's own.
 
-Three layouts are known, told apart by their folders. COCO instances, for detection::
+Four layouts are known, told apart by their folders. COCO instances, for detection::
 
     annotations/instances_train2017.json  annotations/instances_val2017.json
     train2017/                            val2017/
@@ -10,10 +10,14 @@ the same with semantic maps, for segmentation, where 0 is the background and k t
     semantic_train2017/*.png              semantic_val2017/*.png
     train2017/                            val2017/
 
-and ADE20K's, for segmentation::
+ADE20K's, for segmentation::
 
     images/training/                      images/validation/
     annotations/training/*.png            annotations/validation/*.png
+
+and ImageNet's, for classification::
+
+    train/<class>/                        val/<class>/
 """
 
 import colorsys
@@ -35,7 +39,10 @@ from .pictures import IMAGE_SUFFIXES
 
 SPLIT_OF_LOADER = {"train_dataloader": "train", "val_dataloader": "val", "test_dataloader": "val"}
 # The parts of a model that have a number of classes which is not that of the data set.
-_NOT_CLASSIFYING = ("backbone", "data_preprocessor", "rpn_head", "train_cfg", "test_cfg")
+_NOT_CLASSIFYING = (
+    *("backbone", "data_preprocessor", "rpn_head", "train_cfg", "test_cfg"),
+    "teacher",  # whose classes are those that it was trained on
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +84,9 @@ ADE20K = Layout(
 )
 
 
+IMAGENET_LAYOUT = "ImageNet's layout (train/<class>/ and val/<class>/, with images in them)"
+
+
 def apply_data_root(
     cfg: Config,
     root: str,
@@ -84,7 +94,7 @@ def apply_data_root(
     classes: Optional[Sequence[str]] = None,
     reduce_zero_label: Optional[bool] = None,
 ) -> str:
-    """Make a detection or segmentation config use the data set under ``root``.
+    """Make a config use the data set under ``root``.
 
     Paths, class names, palette, file suffixes, ``num_classes`` of every head and the annotation
     files of the evaluators all follow; data set wrappers and pipelines stay as they are.
@@ -93,7 +103,7 @@ def apply_data_root(
         cfg: Changed in place.
         root: The data set's folder.
         loaders: Those of the config's data loaders that will be used; only their split is needed.
-        classes: Class names. Default: from the annotation files.
+        classes: Class names. Default: from the annotation files; for classification always those of the folders.
         reduce_zero_label: Segmentation in the ADE20K layout: whether 0 in a label map means
             "unlabelled" and classes count from 1. Default: as all the maps tell, or asked for if they
             do not.
@@ -109,6 +119,8 @@ def apply_data_root(
     cfg.pop("prepare_data", None)
     if cfg.default_scope == "mmdet":
         return _use_instances(cfg, root, loaders, classes)
+    if cfg.default_scope == "mmpretrain":
+        return _use_class_folders(cfg, root, loaders)
     return _use_label_maps(cfg, root, loaders, classes, reduce_zero_label)
 
 
@@ -359,6 +371,55 @@ def _let_dataset_number_labels(pipeline: Any) -> None:
     if isinstance(pipeline, (list, tuple)):
         for item in pipeline:
             _let_dataset_number_labels(item)
+
+
+# --------------------------------------------------------------------------------- class folders
+
+
+def class_folders(folder: str) -> list[str]:
+    """Names of the folders in ``folder``, sorted: the classes, in the order in which mmpretrain counts them."""
+    with os.scandir(folder) as entries:
+        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+
+
+def _use_class_folders(cfg: Config, root: str, loaders: Sequence[str]) -> str:
+    splits = sorted({SPLIT_OF_LOADER[loader] for loader in loaders})
+    missing = [f"{split}/" for split in splits if not os.path.isdir(os.path.join(root, split))]
+    if missing:
+        raise UserError(
+            f"{root} lacks {' and '.join(missing)}; classification expects {IMAGENET_LAYOUT}"
+        )
+    # Those of the training set, also for a test that needs no more than the other.
+    named_by = next(s for s in ("train", "val") if os.path.isdir(os.path.join(root, s)))
+    classes = class_folders(os.path.join(root, named_by))
+    if not classes:
+        raise UserError(
+            f"there are no folders in {os.path.join(root, named_by)}; classification expects {IMAGENET_LAYOUT}"
+        )
+    for loader, leaf in _leaves(cfg, loaders):
+        for key in ("split", "ann_file"):
+            leaf.pop(key, None)
+        leaf.update(
+            type="mmpretrain.CustomDataset",
+            data_root=root,
+            data_prefix=SPLIT_OF_LOADER[loader],
+            metainfo={"classes": tuple(classes)},
+        )
+    set_num_classes(cfg.model, len(classes))
+    for preprocessor in (cfg.get("data_preprocessor"), cfg.model.get("data_preprocessor")):
+        if preprocessor and "num_classes" in preprocessor:
+            preprocessor.num_classes = len(classes)
+    for name in ("val_evaluator", "test_evaluator"):
+        _limit_topk(cfg.get(name), len(classes))
+    return f"{root}: ImageNet's layout, {_listing(classes)}"
+
+
+def _limit_topk(evaluator: Any, num_classes: int) -> None:
+    """Leave out of the accuracy's ``topk`` what more classes would be needed for."""
+    for metric in evaluator if isinstance(evaluator, (list, tuple)) else [evaluator or {}]:
+        topk = metric.get("topk")
+        if isinstance(topk, (list, tuple)):
+            metric["topk"] = tuple(k for k in topk if k <= num_classes) or (1,)
 
 
 # ---------------------------------------------------------------------------------------- files

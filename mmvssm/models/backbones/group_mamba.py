@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Optional, Union
+from typing import NamedTuple, Optional, Union
 
 import torch
 import torch.nn as nn
@@ -40,6 +40,20 @@ NUM_GROUPS = 4
 BLOCK_EPS = 1e-6
 """LayerNorm epsilon in blocks and on stage outputs; all other LayerNorms use PyTorch's default, 1e-5."""
 
+OUT_TYPES = ("featmap", "unnormed")
+
+
+class UnnormedTokens(NamedTuple):
+    """What a stage leaves before its output norm.
+
+    Attributes:
+        tokens: ``(B, h, w, C)``.
+        norm: The norm, whose weights stay the backbone's.
+    """
+
+    tokens: Tensor
+    norm: nn.Module
+
 
 @MODELS.register_module()
 class GroupMamba(BaseModule):
@@ -51,6 +65,8 @@ class GroupMamba(BaseModule):
             16), ``depths`` and ``mlp_ratios``.
         in_channels: Channels of the image.
         out_indices: Stages whose feature maps are returned, counted from 0; their strides are 4, 8, 16 and 32.
+        out_type: ``'featmap'`` for maps; ``'unnormed'`` for what :class:`~mmvssm.models.classifiers.ClassBlock` takes,
+            a stage's tokens before its output norm, and that norm.
         drop_path_rate: Stochastic depth of the last block; it grows linearly from 0 at the first.
         frozen_stages: -1 freezes nothing, 0 the stem, ``n`` the stem and the first ``n`` stages. Frozen parts stay in
             evaluation mode.
@@ -59,7 +75,8 @@ class GroupMamba(BaseModule):
             ``dict(type='Pretrained', checkpoint='groupmamba_tiny.pth', prefix='backbone.')``.
 
     Raises:
-        ValueError: If ``arch``, ``out_indices``, ``drop_path_rate`` or ``frozen_stages`` is not as described.
+        ValueError: If ``arch``, ``out_indices``, ``out_type``, ``drop_path_rate`` or ``frozen_stages`` is not as
+            described.
     """
 
     arch_settings = {
@@ -92,8 +109,14 @@ class GroupMamba(BaseModule):
         frozen_stages: int = -1,
         with_cp: bool = False,
         init_cfg: Optional[dict] = None,
+        out_type: str = "featmap",
     ) -> None:
         super().__init__(init_cfg)
+        if out_type not in OUT_TYPES:
+            raise ValueError(
+                f"GroupMamba: unknown out_type {out_type!r}; known are {', '.join(map(repr, OUT_TYPES))}."
+            )
+        self.out_type = out_type
         arch = self._resolve_arch(arch)
         depths = arch["depths"]
         self.embed_dims = tuple(arch["embed_dims"])
@@ -118,7 +141,7 @@ class GroupMamba(BaseModule):
         self.apply(init_parameters)
         self._freeze_stages()
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor) -> tuple[Union[Tensor, UnnormedTokens], ...]:
         """Compute the feature maps.
 
         Args:
@@ -128,11 +151,17 @@ class GroupMamba(BaseModule):
         Returns:
             For each of ``out_indices`` a map ``(B, embed_dims[i], h, w)``, contiguous in memory,
             where ``h`` and ``w`` are ``H`` and ``W`` halved, rounding up, as often as the stride
-            says.
+            says; or :class:`UnnormedTokens`, as ``out_type`` says.
 
         Raises:
             ValueError: If ``x`` has another number of dimensions or channels.
         """
+        if self.out_type == "unnormed":
+            return tuple(
+                UnnormedTokens(raw, self.stages[i].norm)
+                for i, (raw, _) in enumerate(self.walk_stages(x))
+                if i in self.out_indices
+            )
         # mmcv's RoIAlign and its like read memory as if every tensor were contiguous, and go wrong
         # without a word on a channels-last one.
         return tuple(

@@ -1,5 +1,5 @@
-"""Image classifiers: what the backbones are pre-trained as."""
+"""Image classifiers: what the backbones are pre-trained as, see ``mmvssm.pretraining``."""
 
-from .group_mamba_classifier import GroupMambaClassifier
+from .group_mamba_classifier import ClassBlock, GroupMambaClassifier
 
-__all__ = ["GroupMambaClassifier"]
+__all__ = ["ClassBlock", "GroupMambaClassifier"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Optional, Union
 
 import torch.nn as nn
@@ -11,12 +12,57 @@ from torch import Tensor
 from ...ops import cross_traversal
 from ...registry import MODELS
 from ..backbones.common import init_parameters
-from ..backbones.group_mamba import BLOCK_EPS, GroupMamba, ModulatedGroupMamba
+from ..backbones.group_mamba import BLOCK_EPS, GroupMamba, ModulatedGroupMamba, UnnormedTokens
+
+
+@MODELS.register_module()
+class ClassBlock(BaseModule):
+    """A block on the mean token, normalised behind the mixer rather than before it (GroupMamba, section 3.4).
+
+    A neck: in mmpretrain's ``ImageClassifier`` between a GroupMamba with ``out_indices=(3,), out_type='unnormed'`` and
+    a head, such as ``LinearClsHead``.
+
+    Args:
+        in_channels: Channels of the tokens, the last of ``embed_dims``.
+        mlp_ratio: The last of ``mlp_ratios``.
+        init_cfg: mmengine initialisation.
+    """
+
+    def __init__(
+        self, in_channels: int, mlp_ratio: float = 4, init_cfg: Optional[dict] = None
+    ) -> None:
+        super().__init__(init_cfg)
+        self.mixer = ModulatedGroupMamba(in_channels)
+        self.norm1 = nn.LayerNorm(in_channels, eps=BLOCK_EPS)
+        self.norm2 = nn.LayerNorm(in_channels, eps=BLOCK_EPS)
+        hidden = round(in_channels * mlp_ratio)
+        self.ffn = nn.Sequential(
+            nn.Linear(in_channels, hidden), nn.GELU(), nn.Linear(hidden, in_channels)
+        )
+        self.apply(init_parameters)
+
+    def forward(self, inputs: Sequence[UnnormedTokens]) -> tuple[Tensor]:
+        """Make one token of many.
+
+        Args:
+            inputs: What the backbone left, of which the last counts.
+
+        Returns:
+            ``(B, C)``, normalised by what also normalises the backbone's last map.
+        """
+        tokens, norm = inputs[-1]
+        token = tokens.mean((1, 2), keepdim=True)
+        token = token + self.norm1(self.mixer(token, cross_traversal(1, 1, token.device)))
+        token = token + self.ffn(self.norm2(token))
+        return (norm(token.flatten(1)),)
 
 
 @MODELS.register_module()
 class GroupMambaClassifier(BaseModule):
-    """GroupMamba for image classification (paper, section 3.4).
+    """GroupMamba for image classification without mmpretrain: logits alone (paper, section 3.4).
+
+    Its weights have the names of those of the models in ``configs/groupmamba*_imagenet.py``, which mmpretrain trains
+    and evaluates.
 
     Args:
         arch: As in :class:`~mmvssm.models.backbones.group_mamba.GroupMamba`.
@@ -35,14 +81,14 @@ class GroupMambaClassifier(BaseModule):
         init_cfg: Optional[dict] = None,
     ) -> None:
         super().__init__(init_cfg)
-        self.backbone = GroupMamba(arch, out_indices=(3,), drop_path_rate=drop_path_rate)
+        self.backbone = GroupMamba(
+            arch, out_indices=(3,), drop_path_rate=drop_path_rate, out_type="unnormed"
+        )
         dim = self.backbone.embed_dims[-1]
-        self.class_block = ClassBlock(dim, self.backbone.mlp_ratios[-1])
-        self.head = nn.Linear(dim, num_classes)
-        self.distillation_head = nn.Linear(dim, num_classes) if distillation else None
-        for module in (self.class_block, self.head, self.distillation_head):
-            if module is not None:
-                module.apply(init_parameters)
+        self.neck = ClassBlock(dim, self.backbone.mlp_ratios[-1])
+        heads = ("fc", "distillation_fc")[: 1 + distillation]
+        self.head = nn.ModuleDict({name: nn.Linear(dim, num_classes) for name in heads})
+        self.head.apply(init_parameters)
 
     def forward(self, x: Tensor) -> Union[Tensor, tuple[Tensor, Tensor]]:
         """Classify images.
@@ -54,29 +100,8 @@ class GroupMambaClassifier(BaseModule):
             Logits ``(B, num_classes)``: those of the one head, or the mean of both. In training, with two heads, both:
             class head, distillation head.
         """
-        *_, (tokens, _) = self.backbone.walk_stages(x)
-        token = self.class_block(tokens.mean((1, 2), keepdim=True)).flatten(1)
-        # The class token is normalised by what also normalises the last feature map.
-        token = self.backbone.stages[-1].norm(token)
-        logits = self.head(token)
-        if self.distillation_head is None:
-            return logits
-        distilled = self.distillation_head(token)
-        return (logits, distilled) if self.training else (logits + distilled) / 2
-
-
-class ClassBlock(nn.Module):
-    """A block on the mean token, normalised behind the mixer rather than before it."""
-
-    def __init__(self, dim: int, mlp_ratio: float) -> None:
-        super().__init__()
-        self.mixer = ModulatedGroupMamba(dim)
-        self.norm1 = nn.LayerNorm(dim, eps=BLOCK_EPS)
-        self.norm2 = nn.LayerNorm(dim, eps=BLOCK_EPS)
-        hidden = round(dim * mlp_ratio)
-        self.ffn = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
-
-    def forward(self, token: Tensor) -> Tensor:
-        """``(B, 1, 1, dim)`` to the same shape."""
-        token = token + self.norm1(self.mixer(token, cross_traversal(1, 1, token.device)))
-        return token + self.ffn(self.norm2(token))
+        (token,) = self.neck(self.backbone(x))
+        logits = tuple(fc(token) for fc in self.head.values())
+        if len(logits) == 1:
+            return logits[0]
+        return logits if self.training else (logits[0] + logits[1]) / 2

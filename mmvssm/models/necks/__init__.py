@@ -1,5 +1,6 @@
 """Necks."""
 
+from .token_pooling import TokenPooling
 from .token_restoration import TokenRestoration
 
-__all__ = ["TokenRestoration"]
+__all__ = ["TokenPooling", "TokenRestoration"]

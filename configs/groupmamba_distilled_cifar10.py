@@ -1,0 +1,28 @@
+"""A small GroupMamba on CIFAR-10 with a convolutional teacher, that of resnet18_cifar10.py.
+
+    python tools/train.py configs/resnet18_cifar10.py --work-dir work_dirs/resnet18_cifar10
+    python tools/train.py configs/groupmamba_distilled_cifar10.py --cfg-options \
+        model.teacher_checkpoint=work_dirs/resnet18_cifar10/epoch_15.pth
+"""
+
+_base_ = ["./groupmamba_cifar10.py"]
+
+model = dict(
+    type="mmvssm.DistilledClassifier",
+    head=dict(
+        _delete_=True,
+        type="mmvssm.DistillationHead",
+        num_classes=10,
+        in_channels=96,
+        distillation="hard",
+        distillation_weight=0.5,
+        loss=dict(type="LabelSmoothLoss", label_smooth_val=0.1, mode="original"),
+    ),
+    teacher=dict(
+        type="ImageClassifier",
+        backbone=dict(type="ResNet_CIFAR", depth=18, base_channels=32, stem_channels=32),
+        neck=dict(type="GlobalAveragePooling"),
+        head=dict(type="LinearClsHead", num_classes=10, in_channels=256),
+    ),
+    teacher_checkpoint="work_dirs/resnet18_cifar10/epoch_15.pth",
+)

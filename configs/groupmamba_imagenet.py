@@ -1,0 +1,42 @@
+"""GroupMamba-T on ImageNet-1k without a teacher: 300 epochs, 1024 images a step.
+
+The published recipe (its train.py, config.py) less its teacher: with that it is groupmamba_distilled_imagenet.py. The
+batch of 1024 is 8 GPUs with 128 images each; with another number of GPUs, pass --auto-scale-lr.
+"""
+
+_base_ = [
+    "mmpretrain::_base_/datasets/imagenet_bs64_swin_224.py",
+    "mmpretrain::_base_/schedules/imagenet_bs1024_adamw_swin.py",
+    "mmpretrain::_base_/default_runtime.py",
+]
+custom_imports = dict(imports=["mmvssm", "mmvssm.pretraining"], allow_failed_imports=False)
+
+model = dict(
+    type="ImageClassifier",
+    backbone=dict(
+        type="mmvssm.GroupMamba",
+        arch="tiny",
+        out_indices=(3,),
+        out_type="unnormed",
+        drop_path_rate=0.05,
+    ),
+    neck=dict(type="mmvssm.ClassBlock", in_channels=448, mlp_ratio=4),
+    head=dict(
+        type="LinearClsHead",
+        num_classes=1000,
+        in_channels=448,
+        init_cfg=dict(type="TruncNormal", layer="Linear", std=0.02),
+        loss=dict(type="LabelSmoothLoss", label_smooth_val=0.1, mode="original"),
+    ),
+    train_cfg=dict(augments=[dict(type="Mixup", alpha=0.8), dict(type="CutMix", alpha=1.0)]),
+)
+
+train_dataloader = dict(batch_size=128)
+
+# Learning rate 1e-3, weight decay 0.05, 20 epochs of warm-up are the inherited schedule's.
+optim_wrapper = dict(
+    clip_grad=dict(max_norm=5.0),
+    paramwise_cfg=dict(custom_keys={"A_logs": dict(decay_mult=0.0), "Ds": dict(decay_mult=0.0)}),
+)
+custom_hooks = [dict(type="EMAHook", momentum=1e-4, priority="ABOVE_NORMAL")]
+default_hooks = dict(checkpoint=dict(max_keep_ckpts=3, save_best="auto"))

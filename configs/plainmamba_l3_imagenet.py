@@ -1,0 +1,10 @@
+"""The recipe of plainmamba_imagenet.py with PlainMamba-L3, and averaged weights (EMA), as published."""
+
+_base_ = "./plainmamba_imagenet.py"
+
+model = dict(
+    backbone=dict(arch="L3", drop_path_rate=0.4),
+    head=dict(in_channels=448),
+)
+optim_wrapper = dict(clip_grad=dict(max_norm=1.0))
+custom_hooks = [dict(type="EMAHook", momentum=1e-4, priority="ABOVE_NORMAL")]
