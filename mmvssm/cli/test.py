@@ -76,6 +76,8 @@ def test(args: argparse.Namespace) -> dict[str, Any]:
         content = {"config": args.config, "checkpoint": args.checkpoint, "metrics": _plain(metrics)}
         path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
         say(f"Results: {path}")
+    if args.show_dir and cfg.default_scope == "mmpretrain":
+        say(_warning_of_equal_names(runner.test_dataloader.dataset))
     for what, where in (("Pictures", args.show_dir), ("Predictions", args.out)):
         if where:
             say(f"{what}: {where}")
@@ -123,6 +125,18 @@ def _draw_predictions(cfg: Config, args: argparse.Namespace) -> None:
     visualizer.vis_backends = [{"type": "LocalVisBackend", "img_save_dir": folder}]
     # mmseg's own default covers the picture almost completely.
     visualizer.setdefault("alpha", 0.5)
+
+
+def _warning_of_equal_names(dataset: Any) -> Optional[str]:
+    """What to say where mmpretrain, which names pictures by the image's file alone, wrote over some."""
+    paths = [dataset.get_data_info(i).get("img_path") for i in range(len(dataset))]
+    names = {os.path.basename(path) for path in paths if path}
+    if len(names) == len(paths):
+        return None
+    return (
+        f"warning: the {len(paths)} images have {len(names)} file names between them (mmpretrain's pictures are called "
+        "by these), and of each name the last one's picture is there"
+    )
 
 
 def _use_tta(cfg: Config) -> None:

@@ -47,7 +47,7 @@ train_dataloader = dict(batch_size=2, num_workers=0, persistent_workers=False)
 val_dataloader = dict(batch_size=2, num_workers=0, persistent_workers=False)
 test_dataloader = dict(batch_size=2, num_workers=0, persistent_workers=False)
 train_cfg = dict(max_epochs=2)
-param_scheduler = [dict(_delete_=True, type="ConstantLR", factor=1.0)]
+param_scheduler = [dict(type="ConstantLR", factor=1.0)]
 default_hooks = dict(logger=dict(interval=1))
 randomness = dict(seed=0)
 """
