@@ -29,22 +29,22 @@ model = dict(
 
 classes = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 train_pipeline = [
-    dict(type="LoadImageFromFile"),
-    dict(type="RandomCrop", crop_size=32, padding=4),
-    dict(type="RandomFlip", prob=0.5, direction="horizontal"),
-    dict(type="PackInputs"),
+    dict(type="mmpretrain.LoadImageFromFile"),
+    dict(type="mmpretrain.RandomCrop", crop_size=32, padding=4),
+    dict(type="mmpretrain.RandomFlip", prob=0.5, direction="horizontal"),
+    dict(type="mmpretrain.PackInputs"),
 ]
 test_pipeline = [
-    dict(type="LoadImageFromFile"),
-    dict(type="CenterCrop", crop_size=32),
-    dict(type="PackInputs"),
+    dict(type="mmpretrain.LoadImageFromFile"),
+    dict(type="mmpretrain.CenterCrop", crop_size=32),
+    dict(type="mmpretrain.PackInputs"),
 ]
 train_dataloader = dict(
     batch_size=128,
     num_workers=1,
     dataset=dict(
         _delete_=True,
-        type="CustomDataset",
+        type="mmpretrain.CustomDataset",
         data_root="data/cifar10",
         data_prefix="train",
         metainfo=dict(classes=classes),
@@ -56,7 +56,7 @@ val_dataloader = dict(
     num_workers=1,
     dataset=dict(
         _delete_=True,
-        type="CustomDataset",
+        type="mmpretrain.CustomDataset",
         data_root="data/cifar10",
         data_prefix="val",
         metainfo=dict(classes=classes),
@@ -81,5 +81,5 @@ param_scheduler = [
 ]
 auto_scale_lr = dict(base_batch_size=128)
 # Averages over the last 1000 steps, a quarter of the run.
-custom_hooks = [dict(type="EMAHook", momentum=1e-3, priority="ABOVE_NORMAL")]
+custom_hooks = [dict(type="mmpretrain.EMAHook", momentum=1e-3, priority="ABOVE_NORMAL")]
 default_hooks = dict(logger=dict(interval=50))

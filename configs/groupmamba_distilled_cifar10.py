@@ -16,13 +16,16 @@ model = dict(
         in_channels=96,
         distillation="hard",
         distillation_weight=0.5,
-        loss=dict(type="LabelSmoothLoss", label_smooth_val=0.1, mode="original"),
+        loss=dict(type="mmpretrain.LabelSmoothLoss", label_smooth_val=0.1, mode="original"),
     ),
     teacher=dict(
-        type="ImageClassifier",
-        backbone=dict(type="ResNet_CIFAR", depth=18, base_channels=32, stem_channels=32),
-        neck=dict(type="GlobalAveragePooling"),
-        head=dict(type="LinearClsHead", num_classes=10, in_channels=256),
+        type="mmpretrain.ImageClassifier",
+        _scope_="mmpretrain",
+        backbone=dict(type="mmpretrain.ResNet_CIFAR", depth=18, base_channels=32, stem_channels=32),
+        neck=dict(type="mmpretrain.GlobalAveragePooling"),
+        head=dict(
+            type="mmpretrain.LinearClsHead", _scope_="mmpretrain", num_classes=10, in_channels=256
+        ),
     ),
     teacher_checkpoint="work_dirs/resnet18_cifar10/epoch_15.pth",
 )

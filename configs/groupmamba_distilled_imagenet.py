@@ -16,7 +16,12 @@ model = dict(
         in_channels=448,
         distillation="hard",
         distillation_weight=0.5,
-        loss=dict(type="LabelSmoothLoss", label_smooth_val=0.1, mode="original"),
+        loss=dict(type="mmpretrain.LabelSmoothLoss", label_smooth_val=0.1, mode="original"),
     ),
-    teacher=dict(type="TimmClassifier", model_name="regnety_160.deit_in1k", pretrained=True),
+    teacher=dict(
+        type="mmpretrain.TimmClassifier",
+        _scope_="mmpretrain",
+        model_name="regnety_160.deit_in1k",
+        pretrained=True,
+    ),
 )

@@ -12,7 +12,8 @@ _base_ = [
 custom_imports = dict(imports=["mmvssm", "mmvssm.pretraining"], allow_failed_imports=False)
 
 model = dict(
-    type="ImageClassifier",
+    type="mmpretrain.ImageClassifier",
+    _scope_="mmpretrain",  # also in a config that inherits this one as mmvssm::...
     backbone=dict(
         type="mmvssm.GroupMamba",
         arch="tiny",
@@ -22,13 +23,18 @@ model = dict(
     ),
     neck=dict(type="mmvssm.ClassBlock", in_channels=448, mlp_ratio=4),
     head=dict(
-        type="LinearClsHead",
+        type="mmpretrain.LinearClsHead",
         num_classes=1000,
         in_channels=448,
         init_cfg=dict(type="TruncNormal", layer="Linear", std=0.02),
-        loss=dict(type="LabelSmoothLoss", label_smooth_val=0.1, mode="original"),
+        loss=dict(type="mmpretrain.LabelSmoothLoss", label_smooth_val=0.1, mode="original"),
     ),
-    train_cfg=dict(augments=[dict(type="Mixup", alpha=0.8), dict(type="CutMix", alpha=1.0)]),
+    train_cfg=dict(
+        augments=[
+            dict(type="mmpretrain.Mixup", alpha=0.8),
+            dict(type="mmpretrain.CutMix", alpha=1.0),
+        ]
+    ),
 )
 
 train_dataloader = dict(batch_size=128)
@@ -38,5 +44,5 @@ optim_wrapper = dict(
     clip_grad=dict(max_norm=5.0),
     paramwise_cfg=dict(custom_keys={"A_logs": dict(decay_mult=0.0), "Ds": dict(decay_mult=0.0)}),
 )
-custom_hooks = [dict(type="EMAHook", momentum=1e-4, priority="ABOVE_NORMAL")]
+custom_hooks = [dict(type="mmpretrain.EMAHook", momentum=1e-4, priority="ABOVE_NORMAL")]
 default_hooks = dict(checkpoint=dict(max_keep_ckpts=3, save_best="auto"))

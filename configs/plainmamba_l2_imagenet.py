@@ -7,4 +7,4 @@ model = dict(
     head=dict(in_channels=384),
 )
 optim_wrapper = dict(clip_grad=dict(max_norm=1.0))
-custom_hooks = [dict(type="EMAHook", momentum=1e-4, priority="ABOVE_NORMAL")]
+custom_hooks = [dict(type="mmpretrain.EMAHook", momentum=1e-4, priority="ABOVE_NORMAL")]

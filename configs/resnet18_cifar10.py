@@ -3,8 +3,10 @@
 _base_ = "./groupmamba_cifar10.py"
 
 model = dict(
-    backbone=dict(_delete_=True, type="ResNet_CIFAR", depth=18, base_channels=32, stem_channels=32),
-    neck=dict(_delete_=True, type="GlobalAveragePooling"),
+    backbone=dict(
+        _delete_=True, type="mmpretrain.ResNet_CIFAR", depth=18, base_channels=32, stem_channels=32
+    ),
+    neck=dict(_delete_=True, type="mmpretrain.GlobalAveragePooling"),
     head=dict(in_channels=256),
 )
 optim_wrapper = dict(
