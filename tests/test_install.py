@@ -306,7 +306,7 @@ def test_the_syntax_is_that_of_the_oldest_python_declared():
 def tools(monkeypatch):
     """The modules of tools/install, by name."""
     monkeypatch.syspath_prepend(ROOT / "tools" / "install")
-    names = ("packages", "mmcv_operators", "environment")
+    names = ("packages", "mmcv_operators", "environment", "pretraining")
     yield {name: importlib.import_module(name) for name in names}
     for name in names:
         sys.modules.pop(name, None)
@@ -566,3 +566,99 @@ def test_versions_are_said_in_one_line(tools, capsys):
     assert line.startswith(f"Python {sys.version.split()[0]}; torch {torch.__version__}, ")
     assert f"built for {build}" in line
     assert "mmengine" in line
+
+
+# --------------------------------------------------------------------------------------------------
+# Pre-training: torchvision and the torch that is there
+# --------------------------------------------------------------------------------------------------
+
+
+class Environment:
+    """What is installed, and what pip and Python say, all made up.
+
+    Args:
+        here: Versions by name.
+        pair_works: Whether torchvision loads.
+    """
+
+    def __init__(self, tools, monkeypatch, here, pair_works):
+        self.here, self.calls, self.pair_works = dict(here), [], pair_works
+        module = tools["pretraining"]
+        monkeypatch.setattr(module, "installed_versions", lambda: self.here)
+        monkeypatch.setattr(tools["environment"], "installed_versions", lambda: self.here)
+        monkeypatch.setattr(module, "install_missing", self.install_missing)
+        monkeypatch.setattr(module, "python_says", self.python_says)
+        monkeypatch.setattr(module.subprocess, "run", self.run)
+
+    def install_missing(self, requirements, what):
+        for line in requirements:
+            name, _, version = line.partition("==")
+            if name not in self.here:
+                self.calls.append(f"install {name}")
+                self.here[name] = version or "1.0"
+
+    def python_says(self, code):
+        broken = "torchvision" in code and not self.pair_works
+        return not broken, "operator torchvision::nms does not exist" if broken else ""
+
+    def run(self, command, check):
+        assert command[3] == "uninstall" and check
+        self.calls.append(f"uninstall {command[-1]}")
+
+
+@pytest.mark.parametrize(
+    ("here", "mmpretrain"),
+    [
+        ({"torch": "2.13.0", "mmcv": "2.1.0"}, "mmpretrain"),
+        ({"torch": "2.13.0", "onedl-mmcv": "2.3.6"}, "onedl-mmpretrain"),
+    ],
+)
+def test_pretraining_shares_an_environment_whose_torchvision_loads(
+    tools, monkeypatch, capsys, here, mmpretrain
+):
+    environment = Environment(tools, monkeypatch, here, pair_works=True)
+    tools["pretraining"].set_up()
+    expected = ["install torchvision", f"install {mmpretrain}", "install timm"]
+    assert environment.calls == expected
+    assert f"{mmpretrain} 1." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("was_here", [True, False])
+def test_a_torchvision_that_does_not_load_asks_for_another_environment(
+    tools, monkeypatch, was_here
+):
+    here = {
+        "torch": "2.13.0+cpu",
+        "mmcv": "2.1.0",
+        **({"torchvision": "0.28.0"} if was_here else {}),
+    }
+    environment = Environment(tools, monkeypatch, here, pair_works=False)
+    with pytest.raises(SystemExit) as caught:
+        tools["pretraining"].set_up()
+    assert caught.value.code == tools["pretraining"].NO_PAIR
+    # What this script had not installed itself stays as it is.
+    assert environment.calls == (
+        [] if was_here else ["install torchvision", "uninstall torchvision"]
+    )
+    assert f"-eq {caught.value.code} ]" in (ROOT / "Makefile").read_text()
+
+
+def test_a_matching_pair_is_the_one_of_the_index(tools, monkeypatch):
+    """Which is not the build of the same version, for the CPU, that pip may see first: "+cpu" counts as newer."""
+    from packaging.specifiers import SpecifierSet
+
+    module, asked = tools["pretraining"], []
+
+    class Done:
+        def wait(self):
+            return 0
+
+    monkeypatch.setattr(module, "installed_versions", lambda: {})
+    monkeypatch.setattr(
+        module, "start_pip_install", lambda lines, unpinned: asked.extend(lines) or Done()
+    )
+    module.install_pair()
+    torch, torchvision = asked
+    assert torchvision == "torchvision"  # each names the one torch that it goes with
+    versions = list(SpecifierSet(torch.removeprefix("torch")).filter(["2.13.0", "2.13.0+cpu"]))
+    assert versions == ["2.13.0"]

@@ -90,16 +90,16 @@ def test_imagenet(name):
         assert (cfg.model.head.distillation, cfg.model.head.distillation_weight) == ("hard", 0.5)
         cfg.model.teacher = dict(type="TimmClassifier", model_name="resnet10t", pretrained=False)
         pytest.importorskip("timm")
+    cfg.model.backbone.drop_path_rate = 0.0  # which would leave out whole layers of so few images
     model = build(cfg)
     assert sum(p.numel() for p in model.parameters()) == IMAGENET[name]
     cfg.optim_wrapper.optimizer.lr = 1e-3
     logged, unmoved = step(cfg, model, 224, 2)
     assert all(map(math.isfinite, logged.values()))
-    assert logged["loss"] == pytest.approx(math.log(1000), abs=1.0)
-    # Of images of one token, as the class block sees them, no scan depends on its step size or decay.
-    assert not [
-        name for name in unmoved if not name.startswith("neck.") and "direction_Bs" not in name
-    ]
+    assert logged["loss"] == pytest.approx(math.log(1000), abs=2.0)
+    # A scan of one token, the class block's, knows no decay; a norm undoes a scale; and a ReLU may be closed for both.
+    spared = ("neck.mixer.scan.A_logs", "neck.mixer.skip_scale", "affinity.0.bias")
+    assert not [name for name in unmoved if not name.endswith(spared)]
 
 
 @pytest.mark.parametrize("name", [n for n in IMAGENET if "pruned" not in n])
