@@ -17,6 +17,7 @@ from torch import nn
 import mmvssm  # noqa: F401  (registers the models)
 from mmvssm.analysis.flops import count
 from mmvssm.cli.errors import UserError, add_traceback_option, run_tool, user_mistakes
+from mmvssm.cli.mmpretrain_missing import telling_of_mmpretrain
 
 
 def parse_args() -> argparse.Namespace:
@@ -48,7 +49,7 @@ def build(args: argparse.Namespace) -> nn.Module:
             return MODELS.build(dict(type=f"mmvssm.{args.model}", **args.cfg_options))
     if not Path(args.model).is_file():
         raise UserError(f"there is no config file {args.model}")
-    with user_mistakes(f"cannot build the model of {args.model}"):
+    with user_mistakes(f"cannot build the model of {args.model}"), telling_of_mmpretrain():
         cfg = Config.fromfile(args.model)
         cfg.merge_from_dict(args.cfg_options)
         init_default_scope(cfg.get("default_scope", "mmengine"))
@@ -59,14 +60,20 @@ def default_shape(model: nn.Module) -> tuple[int, int]:
     """The size at which papers give FLOPs."""
     if hasattr(model, "decode_head"):
         return 512, 2048
-    return (800, 1280) if hasattr(model, "data_preprocessor") else (224, 224)
+    is_detector = hasattr(model, "data_preprocessor") and not is_classifier(model)
+    return (800, 1280) if is_detector else (224, 224)
+
+
+def is_classifier(model: nn.Module) -> bool:
+    """Whether a model is one of mmpretrain's; detectors' heads have longer names."""
+    return hasattr(model, "data_preprocessor") and hasattr(model, "head")
 
 
 def run_once(model: nn.Module, image: torch.Tensor) -> object:
     """Run a backbone, classifier, segmenter or detector, without its post-processing."""
     if not hasattr(model, "data_preprocessor"):
         return model(image)
-    if hasattr(model, "decode_head"):
+    if hasattr(model, "decode_head") or is_classifier(model):
         return model(image, mode="tensor")
     from mmdet.structures import DetDataSample
 

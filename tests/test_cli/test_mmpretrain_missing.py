@@ -1,0 +1,47 @@
+"""Configs for mmpretrain where that is not installed, or does not load."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from mmvssm.cli import mmpretrain_missing
+from mmvssm.engine import UserError
+from support.tool_runs import sentence_of_refusal
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.mark.skipif(find_spec("mmpretrain") is not None, reason="mmpretrain is installed here")
+@pytest.mark.parametrize("tool, arguments", [("train.py", []), ("test.py", ["x.pth"])])
+def test_tools_say_how_to_get_it(in_folder, capsys, tool, arguments):
+    config = CONFIGS / "groupmamba_cifar10.py"
+    sentence = sentence_of_refusal(capsys, tool, config, *arguments)
+    assert "one for mmpretrain, which is not installed here; `make setup-pretrain`" in sentence
+
+
+def raise_deeply(message):
+    try:
+        raise RuntimeError(message)
+    except RuntimeError as error:
+        raise ImportError("Failed to import mmvssm.pretraining") from error
+
+
+def test_what_keeps_it_from_loading_is_named(monkeypatch):
+    def import_module(name):
+        if name == "torchvision":
+            raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr(mmpretrain_missing, "import_module", import_module)
+    monkeypatch.setattr(mmpretrain_missing, "find_spec", lambda name: True)
+    words = r"torchvision does not load here \(operator torchvision::nms .*make setup-pretrain"
+    with pytest.raises(UserError, match=words), mmpretrain_missing.telling_of_mmpretrain():
+        raise_deeply("in mmpretrain/models/__init__.py")
+
+
+def test_other_failures_stay_what_they_are(monkeypatch):
+    monkeypatch.setattr(mmpretrain_missing, "import_module", lambda name: None)
+    monkeypatch.setattr(mmpretrain_missing, "find_spec", lambda name: True)
+    for message in ("no such file", "mmpretrain has no such config"):
+        with pytest.raises(ImportError), mmpretrain_missing.telling_of_mmpretrain():
+            raise_deeply(message)
