@@ -13,6 +13,7 @@ from fractions import Fraction
 from typing import Callable, NoReturn, Optional, Union
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 METRICS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -23,11 +24,27 @@ METRICS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 """Importance of tokens ``(B, L)`` from the scan's output ``(B, L, D)``: the paper's, and those of its ablation."""
 
+RANDOM = "random"
+"""Instead of a metric: any tokens, the baseline that says what a metric is worth.
+
+While training they are drawn anew for each image and step; in evaluation they are the same ones for all images.
+"""
+
+REDUCTIONS = ("prune", "merge")
+"""What becomes of tokens that leave.
+
+``'prune'``: the least important ones are dropped. ``'merge'``, a baseline that needs no training: each is averaged into
+the most similar of its neighbours, see :func:`similarity_to_neighbors`, whatever the metric.
+"""
+
 ALIGNMENTS = ("decay", "hold", "none")
 """What becomes of the hidden state where a walk passes a pruned position.
 
 ``'decay'``: what a token of value zero would make of it; ``'hold'``: nothing; ``'none'``: there are no such positions,
 since the kept tokens are packed row by row into a smaller grid, and walked there.
+
+Whether the published method decays the state or holds it is not settled: no code of the alignment came with the paper,
+and what others write about it describes it both ways.
 """
 
 PRESETS: dict[str, dict] = {
@@ -52,8 +69,9 @@ class TokenPruning:
     Args:
         layers: After which layers tokens leave, counted from 0, increasing.
         keep_ratio: The share of its tokens, in (0, 1], that each of these layers keeps: one number, or one for each.
-        metric: How important a token is: see :data:`METRICS`.
+        metric: How important a token is: see :data:`METRICS`, and :data:`RANDOM`.
         alignment: See :data:`ALIGNMENTS`.
+        reduction: See :data:`REDUCTIONS`. Merging can make no less than half of the tokens at a time.
         num_layers: How many layers there are.
 
     Attributes:
@@ -70,6 +88,7 @@ class TokenPruning:
         keep_ratio: Union[float, Sequence[float]],
         metric: str = "clip",
         alignment: str = "decay",
+        reduction: str = "prune",
         *,
         num_layers: int,
     ) -> None:
@@ -93,17 +112,24 @@ class TokenPruning:
             )
         if not all(0 < ratio <= 1 for ratio in ratios):
             raise ValueError(f"pruning: keep_ratio must be in (0, 1]; got {keep_ratio}.")
-        if metric not in METRICS:
+        for what, value, known in (
+            ("metric", metric, (*METRICS, RANDOM)),
+            ("alignment", alignment, ALIGNMENTS),
+            ("reduction", reduction, REDUCTIONS),
+        ):
+            if value not in known:
+                raise ValueError(
+                    f"pruning: unknown {what} {value!r}; known are {', '.join(map(repr, known))}."
+                )
+        if reduction == "merge" and min(ratios) < 0.5:
             raise ValueError(
-                f"pruning: unknown metric {metric!r}; known are {', '.join(map(repr, METRICS))}."
-            )
-        if alignment not in ALIGNMENTS:
-            raise ValueError(
-                f"pruning: unknown alignment {alignment!r}; known are {', '.join(map(repr, ALIGNMENTS))}."
+                "pruning: reduction='merge' merges tokens in pairs, so that keep_ratio must be at least 0.5; got "
+                f"{keep_ratio}."
             )
         self.keep_ratios = dict(zip(layers, map(float, ratios)))
         self.metric = metric
         self.alignment = alignment
+        self.reduction = reduction
         self.progress = 1.0
 
     @classmethod
@@ -113,14 +139,14 @@ class TokenPruning:
             if settings not in PRESETS:
                 raise ValueError(
                     f"pruning: unknown preset {settings!r}; known are {', '.join(map(repr, PRESETS))}, or a dict with "
-                    "layers and keep_ratio, and perhaps metric and alignment."
+                    "layers and keep_ratio, and perhaps metric, alignment and reduction."
                 )
             settings = PRESETS[settings]
-        known = {"layers", "keep_ratio", "metric", "alignment"}
+        known = {"layers", "keep_ratio", "metric", "alignment", "reduction"}
         if not {"layers", "keep_ratio"} <= set(settings) <= known:
             raise ValueError(
-                "pruning: expected a dict with layers and keep_ratio, and perhaps metric and alignment; got the keys "
-                f"{sorted(settings)}."
+                "pruning: expected a dict with layers and keep_ratio, and perhaps metric, alignment and reduction; got "
+                f"the keys {sorted(settings)}."
             )
         return cls(**settings, num_layers=num_layers)
 
@@ -140,9 +166,14 @@ class TokenPruning:
     def _warmed_up(self, ratio: float) -> float:
         return 1 - self.progress * (1 - ratio)
 
-    def importance(self, y: Tensor) -> Tensor:
+    def importance(self, y: Tensor, training: bool = False) -> Tensor:
         """Importance of tokens ``(B, L)`` from the scan's output, summed over its walks, ``(B, L, D)``."""
         y = y.detach()
+        if self.metric == RANDOM:
+            if training:
+                return torch.rand(y.shape[:2], device=y.device)
+            fixed = torch.Generator().manual_seed(y.shape[1])
+            return torch.rand(y.shape[1], generator=fixed).to(y.device).expand(y.shape[:2])
         return METRICS[self.metric](y.float() if y.itemsize < 4 else y)
 
 
@@ -169,6 +200,74 @@ def select(importance: Tensor, num_kept: int) -> tuple[Tensor, Tensor]:
     """
     ranked = importance.sort(dim=-1, descending=True, stable=True).indices
     return ranked[:, :num_kept].sort(-1).values, ranked[:, num_kept:].sort(-1).values
+
+
+def similarity_to_neighbors(
+    tokens: Tensor, positions: Optional[Tensor], grid: tuple[int, int], absent: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Find out which tokens can be merged at the smallest loss, and into which.
+
+    The matching of ToMe (ICLR 2023, arXiv 2210.09461) among neighbours of a grid. Every second token along the walk
+    that goes through the rows like a snake may leave; on a full grid these are the black squares of a chessboard. It
+    would join the most similar, by the cosine, of those that come before and after it along this walk and along the
+    one through the columns; on a full grid these are the up to four around it, all of them on white squares.
+
+    Args:
+        tokens: ``(B, L, C)``.
+        positions: Where they are in the grid, row by row, int64 ``(B, L)``; None if they fill it.
+        grid: Its height and width.
+        absent: Tokens that nothing is to join, bool ``(B, L)``.
+
+    Returns:
+        Importance ``(B, L)``, the less the more similar to the other, and 2 or more of tokens that are to stay; and the
+        index of the token to join, int64 ``(B, L)``, a token's own where there is none.
+    """
+    batch, count, _ = tokens.shape
+    height, width = grid
+    if positions is None:
+        positions = torch.arange(count, device=tokens.device).expand(batch, count)
+    row, column = positions // width, positions % width
+    snakes = (
+        row * width + torch.where(row % 2 == 1, width - 1 - column, column),
+        column * height + torch.where(column % 2 == 1, height - 1 - row, row),
+    )
+    orders = [snake.argsort(1) for snake in snakes]
+    ranks = [order.argsort(1) for order in orders]
+    leaves = ranks[0] % 2 == 1
+    unit = F.normalize(tokens.detach().float(), dim=-1)
+    best = unit.new_full((batch, count), -math.inf)
+    target = torch.arange(count, device=tokens.device).expand(batch, count)
+    for order, rank in zip(orders, ranks):
+        for step in (-1, 1):
+            there = (rank + step >= 0) & (rank + step < count)
+            other = order.gather(1, (rank + step).clamp(0, count - 1))
+            there &= leaves & ~leaves.gather(1, other) & ~absent.gather(1, other)
+            similarity = (unit * take(unit, other)).sum(-1).masked_fill(~there, -math.inf)
+            target = torch.where(similarity > best, other, target)
+            best = torch.maximum(best, similarity)
+    alone = torch.where(leaves, 2.0, 3.0)  # above any cosine, turned round
+    return torch.where(best == -math.inf, alone, -best), target
+
+
+def merge(tokens: Tensor, sizes: Tensor, leaving: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Average tokens that leave into others.
+
+    Args:
+        tokens: ``(B, L, C)``.
+        sizes: How many tokens each of them stands for ``(B, L)``, by which it counts.
+        leaving: Indices of those that leave ``(B, K)``, int64.
+        target: For each token that into which it goes ``(B, L)``, int64.
+
+    Returns:
+        Tokens and sizes with those that stay changed.
+    """
+    joined = target.gather(1, leaving)
+    weighted = tokens * sizes[..., None].to(tokens.dtype)
+    index = joined[..., None].expand(-1, -1, tokens.shape[2])
+    sums = weighted.scatter_add(1, index, take(weighted, leaving))
+    merged = sizes.scatter_add(1, joined, sizes.gather(1, leaving))
+    changed = (merged != sizes)[..., None]
+    return torch.where(changed, sums / merged[..., None].to(tokens.dtype), tokens), merged
 
 
 def padding_tokens(images: Tensor, patch_size: int) -> Tensor:

@@ -425,6 +425,33 @@ def test_what_leaves_and_what_stays(alignment):
         assert (y.positions.diff(dim=-1) > 0).all()
 
 
+@pytest.mark.parametrize("baseline", [dict(reduction="merge"), dict(metric="random")])
+def test_baselines_leave_as_many_and_learn(baseline):
+    model = build(PRUNING | baseline).train()
+    x = torch.randn(2, 3, 48, 64)
+    x[1, :, 40:] = 0  # padding, which goes first here, too
+    outputs = model(x)
+    assert [values(y).shape[-1] for y in outputs[2:]] == [16] * 3
+    assert [y.tokens.shape[1] for y in outputs[2:]] == [24, 24, 18]
+    assert outputs[2].departed_positions[1].sort().values[-8:].tolist() == list(range(40, 48))
+    sum(values(y).square().mean() for y in outputs).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_merged_tokens_stand_for_all():
+    """With the layers between taken out, what is left has the mean of all that there was."""
+    model = build(dict(layers=(0, 1, 2), keep_ratio=0.6, reduction="merge"))
+    for layer in model.layers:
+        layer.forward = lambda x, *_: (x, x)
+    states = list(model.walk_layers(torch.randn(2, 3, 48, 64)))
+    everything, left = states[0].tokens, states[3].tokens
+    assert left.shape[1] == 11  # of 48, 29 and 18
+    # The sizes are not told: they solve for the mean, as 16 channels and 11 tokens let them.
+    sizes = torch.linalg.lstsq(left.transpose(1, 2), everything.sum(1)[..., None]).solution[..., 0]
+    torch.testing.assert_close(sizes, sizes.round(), atol=1e-2, rtol=0)
+    assert (sizes.round() >= 1).all() and sizes.sum(1).round().tolist() == [48, 48]
+
+
 def test_departed_tokens_keep_their_last_value():
     model = build(PRUNING)
     states = list(model.walk_layers(torch.randn(2, 3, 48, 64)))

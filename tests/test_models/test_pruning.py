@@ -11,9 +11,11 @@ from mmvssm.models.pruning import (
     PruningError,
     TokenPruning,
     leave,
+    merge,
     packed_grid,
     padding_tokens,
     select,
+    similarity_to_neighbors,
     take,
 )
 
@@ -41,6 +43,8 @@ def pruning(**settings):
         (dict(layers=[]), r"increasing numbers from 0 to 6.*got \[\]"),
         (dict(metric="max"), "unknown metric 'max'; known are 'clip', 'value', 'l1', 'l2'"),
         (dict(alignment="align"), "unknown alignment 'align'; known are 'decay', 'hold', 'none'"),
+        (dict(reduction="melt"), "unknown reduction 'melt'; known are 'prune', 'merge'"),
+        (dict(reduction="merge", keep_ratio=0.4), "keep_ratio must be at least 0.5; got 0.4"),
         (dict(ratio=1), r"expected a dict with layers and keep_ratio, .* got the keys"),
     ],
 )
@@ -209,3 +213,88 @@ def test_padding_is_what_is_zero_below_and_to_the_right():
     assert (~padding[1]).int().tolist() == [[1, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
     assert not padding[2].any()
     assert padding[3].all()
+
+
+# ------------------------------------------------------------------------------- the baselines
+
+
+def test_random_choice_repeats_itself_in_evaluation_only():
+    chosen = pruning(metric="random")
+    y = torch.randn(3, 40, 4)
+    first, second = chosen.importance(y), chosen.importance(-y)
+    assert torch.equal(first, second) and torch.equal(first[0], first[2])
+    torch.manual_seed(0)
+    first, second = (chosen.importance(y, training=True) for _ in range(2))
+    assert not torch.equal(first, second) and not torch.equal(first[0], first[2])
+    torch.manual_seed(0)
+    assert torch.equal(first, chosen.importance(y, training=True))
+
+
+def walk(positions, grid, through_rows):
+    """Positions in the order in which a snake through the whole grid comes to them."""
+    height, width = grid
+    cells = [(r, c) for r in range(height) for c in range(width)[:: -1 if r % 2 else 1]]
+    if not through_rows:
+        cells = [(r, c) for c in range(width) for r in range(height)[:: -1 if c % 2 else 1]]
+    return [r * width + c for r, c in cells if r * width + c in positions]
+
+
+def matching(tokens, positions, grid, absent):
+    """similarity_to_neighbors for one image, step by step."""
+    rows, columns = walk(positions, grid, True), walk(positions, grid, False)
+    moving = set(rows[1::2])
+    importance, target = [], []
+    for i, position in enumerate(positions):
+        best, joined = (2.0 if position in moving else 3.0), i
+        for order in (rows, columns):
+            rank = order.index(position)
+            for other in order[max(rank - 1, 0) : rank + 2]:
+                j = positions.index(other)
+                if position not in moving or other in moving or absent[j]:
+                    continue
+                turned = -F.cosine_similarity(tokens[i], tokens[j], dim=0).item()
+                if turned < best:
+                    best, joined = turned, j
+        importance.append(best)
+        target.append(joined)
+    return importance, target
+
+
+@pytest.mark.parametrize("grid", [(4, 5), (3, 3), (1, 6), (5, 1), (1, 1)])
+@pytest.mark.parametrize("share", [1.0, 0.6])
+def test_matching_of_neighbours(grid, share):
+    torch.manual_seed(0)
+    cells = grid[0] * grid[1]
+    count = -(-int(cells * share * 10) // 10) or 1
+    positions = torch.stack([torch.randperm(cells)[:count].sort().values for _ in range(3)])
+    tokens, absent = torch.randn(3, count, 4), torch.rand(3, count) < 0.2
+    given = None if count == cells else positions
+    importance, target = similarity_to_neighbors(tokens, given, grid, absent)
+    for b in range(3):
+        expected = matching(tokens[b], positions[b].tolist(), grid, absent[b])
+        torch.testing.assert_close(importance[b], torch.tensor(expected[0]), atol=1e-6, rtol=0)
+        assert target[b].tolist() == expected[1]
+    if (
+        given is None
+    ):  # those that may join another are the black squares of a chessboard, the others the white
+        row, column = positions // grid[1], positions % grid[1]
+        black = (row + column) % 2 == 1
+        assert (importance[~black] == 3).all() and (importance[black] <= 2).all()
+
+
+def test_merging_keeps_sums():
+    tokens = torch.randn(1, 6, 3, dtype=torch.float64, requires_grad=True)
+    sizes = torch.tensor([[1.0, 2.0, 1.0, 3.0, 1.0, 1.0]], dtype=torch.float64)
+    target = torch.tensor([[0, 0, 0, 4, 4, 5]])
+    leaving = torch.tensor([[1, 2, 3]])
+    merged, weights = merge(tokens, sizes, leaving, target)
+    stay = torch.tensor([0, 4, 5])
+    assert weights[0, stay].tolist() == [4, 4, 1]
+    first = (tokens[0, 0] + 2 * tokens[0, 1] + tokens[0, 2]) / 4
+    torch.testing.assert_close(merged[0, 0], first)
+    torch.testing.assert_close(merged[0, 4], (3 * tokens[0, 3] + tokens[0, 4]) / 4)
+    assert torch.equal(merged[0, [1, 2, 3, 5]], tokens[0, [1, 2, 3, 5]])
+    whole = (tokens[0] * sizes[0, :, None]).sum(0)
+    torch.testing.assert_close((merged[0, stay] * weights[0, stay, None]).sum(0), whole)
+    merged[0, stay].sum().backward()
+    assert (tokens.grad != 0).all()

@@ -33,9 +33,11 @@ from ..pruning import (
     PrunedTokens,
     TokenPruning,
     leave,
+    merge,
     packed_grid,
     padding_tokens,
     select,
+    similarity_to_neighbors,
     take,
 )
 from .common import (
@@ -72,9 +74,9 @@ class PlainMamba(BaseModule):
             parts stay in evaluation mode.
         with_cp: Whether to recompute each layer's activations in the backward pass instead of storing them. Those of
             ``layers_with_dwconv``'s convolutions are stored: their BatchNorm would count each batch twice.
-        pruning: None for the dense model; or ``dict(layers=..., keep_ratio=..., metric='clip', alignment='decay')``,
-            see :class:`~mmvssm.models.pruning.TokenPruning`; or the name of one of its presets, ``'L1'``, ``'L2'`` or
-            ``'L3'``. ``layers`` are those after which tokens leave.
+        pruning: None for the dense model; or ``dict(layers=..., keep_ratio=..., metric='clip', alignment='decay',
+            reduction='prune')``, see :class:`~mmvssm.models.pruning.TokenPruning`; or the name of one of its presets,
+            ``'L1'``, ``'L2'`` or ``'L3'``. ``layers`` are those after which tokens leave.
         raster_source: Whether step ``i`` of every walk reads ``delta``, ``B`` and ``C`` from the ``i``-th token in
             raster order, as the published weights expect, instead of from the token that it visits.
         double_step_bias: Whether the bias of ``dt_proj`` counts twice, as the published weights expect.
@@ -222,7 +224,7 @@ class PlainMamba(BaseModule):
         padding = None if self.pruning is None else padding_tokens(x, self.patch_size)
         tokens, grid = self.patch_embed(x)
         tokens = tokens + self._pos_embed_for(grid)
-        layout, pruned = self._dense_layout(grid, x.device), None
+        layout, pruned, sizes = self._dense_layout(grid, x.device), None, None
         for i, layer in enumerate(self.layers):
             num_tokens = tokens.shape[1]
             num_kept = num_tokens
@@ -232,11 +234,21 @@ class PlainMamba(BaseModule):
             if num_kept == num_tokens:
                 yield LayerState(tokens, grid, pruned)
                 continue
-            importance = self.pruning.importance(y)
-            yield LayerState(tokens, grid, pruned, importance)
             there = padding if pruned is None else padding.gather(1, pruned.positions)
-            importance = importance.masked_fill(there, -math.inf)
-            pruned = leave(tokens, pruned, grid, *select(importance, num_kept))
+            merges = self.pruning.reduction == "merge"
+            if merges:
+                positions = None if pruned is None else pruned.positions
+                importance, target = similarity_to_neighbors(tokens, positions, grid, there)
+            else:
+                importance = self.pruning.importance(y, self.training)
+            yield LayerState(tokens, grid, pruned, importance)
+            kept, dropped = select(importance.masked_fill(there, -math.inf), num_kept)
+            if merges:
+                if sizes is None:
+                    sizes = importance.new_ones(importance.shape)
+                tokens, sizes = merge(tokens, sizes, dropped, target)
+                sizes = sizes.gather(1, kept)
+            pruned = leave(tokens, pruned, grid, kept, dropped)
             tokens, layout = pruned.tokens, self._pruned_layout(pruned)
 
     def train(self, mode: bool = True) -> PlainMamba:
