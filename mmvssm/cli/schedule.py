@@ -100,7 +100,8 @@ def change_length(cfg: Config, option: str, length: int, given: Collection[str] 
 def shorten_warm_ups(runner: Runner, old_epochs: int, given: Collection[str] = ()) -> Optional[str]:
     """Shorten warm-ups in iterations that take most of a run by epochs, as only its data loader tells.
 
-    That of the learning rate, and that of the keep ratio, after which a pruned model has to be trained some more.
+    That of the learning rate, and that of the keep ratio, after which a pruned model has to be trained some more. A
+    warm-up in epochs that steps with every iteration is left out where it has too few of them to be any.
 
     Args:
         runner: Before training, with its training loop built.
@@ -113,6 +114,8 @@ def shorten_warm_ups(runner: Runner, old_epochs: int, given: Collection[str] = (
     total, ratio = runner.max_iters, Fraction(runner.max_epochs, old_epochs)
     changes = _Changes(given)
     for path, schedulers in _scheduler_lists(runner.cfg):
+        if changes.allows(path):
+            _leave_out_shortest(schedulers, len(runner.train_dataloader), changes)
         warm_up = _fitting_warm_up(schedulers, total, ratio, changes, path)
         if warm_up is not None and warm_up[0] != warm_up[1]:
             follower = _Follower(Fraction(1), "iters", total, warm_up, changes)
@@ -131,6 +134,23 @@ def shorten_warm_ups(runner: Runner, old_epochs: int, given: Collection[str] = (
         hook.num_iters, hook.begin = config.num_iters, config.get("begin", 0)
     runner.dump_config()
     return f"Schedule of {total} iterations: " + "; ".join(changes.notes)
+
+
+def _leave_out_shortest(schedulers: list, epoch_length: int, changes: _Changes) -> None:
+    """Take out of ``schedulers`` warm-ups in parts of epochs that mmengine could not step through."""
+    ends = {
+        scheduler.end
+        for scheduler in schedulers
+        if scheduler.get("convert_to_iter_based")
+        and _is_warm_up(scheduler)
+        and int(scheduler.end * epoch_length) < _SHORTEST_WARM_UP
+    }
+    for end in ends:
+        schedulers[:] = [s for s in schedulers if not (_is_warm_up(s) and s.end == end)]
+        for scheduler in schedulers:
+            if scheduler.get("begin") == end:
+                scheduler.begin = 0
+        changes.notes.append(f"the warm-up of {_shown(float(end))} epochs is left out")
 
 
 def hint_at_options(cfg: Config, given: Collection[str]) -> Optional[str]:
@@ -286,8 +306,12 @@ def _base(scheduler: dict) -> Optional[str]:
 
 
 def _is_warm_up_in_iterations(scheduler: dict) -> bool:
+    return not scheduler.get("by_epoch", True) and _is_warm_up(scheduler)
+
+
+def _is_warm_up(scheduler: dict) -> bool:
     kind = _base(scheduler)
-    if kind not in _WARM_UPS or scheduler.get("by_epoch", True) or scheduler.get("begin", 0) != 0:
+    if kind not in _WARM_UPS or scheduler.get("begin", 0) != 0:
         return False
     if scheduler.get("end", INF) >= INF:
         return False

@@ -20,9 +20,10 @@ def test_tools_say_how_to_get_it(in_folder, capsys, tool, arguments):
     assert "one for mmpretrain, which is not installed here; `make setup-pretrain`" in sentence
 
 
-def raise_deeply(message):
+def fail_inside(file, message):
+    """What mmengine raises where a module that a config names runs ``file``, which fails."""
     try:
-        raise RuntimeError(message)
+        exec(compile(f"raise RuntimeError({message!r})", file, "exec"))
     except RuntimeError as error:
         raise ImportError("Failed to import mmvssm.pretraining") from error
 
@@ -33,15 +34,21 @@ def test_what_keeps_it_from_loading_is_named(monkeypatch):
             raise RuntimeError("operator torchvision::nms does not exist")
 
     monkeypatch.setattr(mmpretrain_missing, "import_module", import_module)
-    monkeypatch.setattr(mmpretrain_missing, "find_spec", lambda name: True)
     words = r"torchvision does not load here \(operator torchvision::nms .*make setup-pretrain"
     with pytest.raises(UserError, match=words), mmpretrain_missing.telling_of_mmpretrain():
-        raise_deeply("in mmpretrain/models/__init__.py")
+        fail_inside("/env/mmpretrain/models/__init__.py", "it fails")
 
 
-def test_other_failures_stay_what_they_are(monkeypatch):
+@pytest.mark.parametrize("file", ["/env/mmpretrain/a.py", "/env/mmdet/a.py"])
+def test_other_failures_stay_what_they_are(monkeypatch, file):
     monkeypatch.setattr(mmpretrain_missing, "import_module", lambda name: None)
-    monkeypatch.setattr(mmpretrain_missing, "find_spec", lambda name: True)
-    for message in ("no such file", "mmpretrain has no such config"):
-        with pytest.raises(ImportError), mmpretrain_missing.telling_of_mmpretrain():
-            raise_deeply(message)
+    with (
+        pytest.raises(ImportError, match=r"pretraining$"),
+        mmpretrain_missing.telling_of_mmpretrain(),
+    ):
+        fail_inside(file, "no such file")
+
+
+def test_other_configs_are_not_taken_for_mmpretrain_s(in_folder, capsys):
+    Path("broken.py").write_text("_base_ = ['mmdet::no/such/config.py']\n")
+    assert "mmpretrain" not in sentence_of_refusal(capsys, "train.py", "broken.py")

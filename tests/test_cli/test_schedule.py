@@ -296,6 +296,19 @@ class TestWarmUp:
         values = longer(tmp_path, [WARM_UP, self.POLY], 1000, 10, by_epoch=False)
         assert values[:10:3] == pytest.approx([1, 2 / 3, 1 / 3, 0])
 
+    def test_in_parts_of_epochs_too_short_to_be_any_is_left_out(self, tmp_path):
+        """mmpretrain's, on a data set of 3 iterations an epoch: a fifth of an epoch has none."""
+        warm_up = dict(type="LinearLR", start_factor=0.001, end=1, convert_to_iter_based=True)
+        annealing = dict(type="CosineAnnealingLR", begin=1, end=10, convert_to_iter_based=True)
+        cfg = config(tmp_path, [warm_up, annealing], 10, epoch_length=3)
+        change_length(cfg, "epochs", 2)
+        run = set_up(cfg)
+        assert "the warm-up of 0.2 epochs is left out" in shorten_warm_ups(run, 10)
+        values = rates(run)
+        assert values[0] == pytest.approx(1) and values == sorted(values, reverse=True)
+        long_enough = longer(tmp_path / "b", [warm_up, annealing], 10, 2, epoch_length=20)
+        assert long_enough[0] == pytest.approx(0.001) and max(long_enough) == pytest.approx(1)
+
     def test_of_the_keep_ratio_ends_in_the_first_half_of_the_run(self, tmp_path):
         """Evaluation prunes fully: a run that ends before has trained another model."""
         hook = dict(type="mmvssm.KeepRatioWarmup", num_iters=300, begin=100)
