@@ -14,11 +14,10 @@ from torch import nn
 
 import mmvssm.registry
 from mmvssm.engine import UnsafeCheckpointError
+from support.tiny_configs import DENSE
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-# Those for classification are in test_pretraining/test_configs.py.
-CLASSIFICATION = ("_imagenet", "_cifar10")
-NAMES = sorted(p.stem for p in CONFIGS.glob("*.py") if not p.stem.endswith(CLASSIFICATION))
+NAMES = [path.stem for path in DENSE]
 SHAPES = [
     f"{backbone}_{method}_shapes"
     for backbone in ("groupmamba", "plainmamba", "plainmamba_pruned")

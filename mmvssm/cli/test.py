@@ -163,7 +163,7 @@ def _write_predictions(cfg: Config, out: str) -> None:
         kind = "mmdet.DumpDetResults" if cfg.default_scope == "mmdet" else "DumpResults"
         evaluators.append(ConfigDict(type=kind, out_file_path=out))
     elif cfg.default_scope != "mmseg":
-        raise UserError(f"--out {out}: predictions go to a .pkl file, but those of a segmenter")
+        raise UserError(f"--out {out}: only a segmenter's go to a folder; name a .pkl file")
     else:
         evaluators[0].output_dir = out
     cfg.test_evaluator = evaluators

@@ -3,6 +3,10 @@
 from pathlib import Path
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+# Those for mmpretrain are in tests/test_pretraining/test_configs.py.
+DENSE = sorted(
+    path for path in CONFIGS.glob("*.py") if not path.stem.endswith(("_imagenet", "_cifar10"))
+)
 SIZE = dict(num_train=4, num_val=2, image_size=64, seed=0)
 _ARCH = "dict(_delete_=True, stem_hidden_dim=8, embed_dims=[16] * 4, depths=[1] * 4, mlp_ratios=[2] * 4)"
 _DATA = """

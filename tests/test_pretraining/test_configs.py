@@ -1,6 +1,8 @@
 """Every classification config builds, has the published size, and trains for a step."""
 
+import ast
 import math
+import re
 import runpy
 from copy import deepcopy
 from pathlib import Path
@@ -12,6 +14,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, TRANSFORMS, DefaultScope
 
 from mmvssm.analysis.flops import count
+from mmvssm.cli.settings import check_types, check_values
 from mmvssm.registry import MODELS
 from support.pretraining import require_mmpretrain
 
@@ -101,6 +104,19 @@ def test_imagenet(name):
     # A scan of one token, the class block's, knows no decay; a norm undoes a scale; and a ReLU may be closed for both.
     spared = ("neck.mixer.scan.A_logs", "neck.mixer.skip_scale", "affinity.0.bias")
     assert not [name for name in unmoved if not name.endswith(spared)]
+
+
+@pytest.mark.parametrize("name", [*IMAGENET, *CIFAR10])
+def test_the_tools_take_them(name):
+    cfg = load(name)
+    check_types(cfg)
+    check_values(cfg)
+    text = ast.get_docstring(ast.parse((CONFIGS / f"{name}.py").read_text()))
+    for other in re.findall(r"(\w+\.py)", text):
+        assert (
+            other in ("train.py", "config.py", "convert_checkpoint.py")
+            or (CONFIGS / other).exists()
+        )
 
 
 @pytest.mark.parametrize("name", [n for n in IMAGENET if "pruned" not in n])
