@@ -76,6 +76,10 @@ def load_exported(path: str, cfg: Config) -> dict[str, Any]:
         model = onnx.load(path)
         said = metadata_of(model)
     scope = cfg.default_scope
+    if scope not in _TASKS:
+        raise UserError(
+            f"{path} cannot be tested with a config of {scope}'s: detectors and segmenters are what is exported"
+        )
     outputs = {output.name for output in model.graph.output}
     if "mmvssm_version" not in said or not _OUTPUTS[scope] <= outputs:
         other = next((task for name, task in _TASKS.items() if _OUTPUTS[name] <= outputs), None)

@@ -14,10 +14,13 @@ pytest.importorskip("onnx")
 import onnx
 from mmdet.structures import DetDataSample
 from mmdet.structures.bbox import HorizontalBoxes
+from mmengine.config import Config
 from mmengine.structures import InstanceData
 
 from mmvssm.cli.arguments import export_onnx_parser
+from mmvssm.cli.errors import UserError
 from mmvssm.cli.export_onnx import export_onnx
+from mmvssm.cli.exported import load_exported
 from mmvssm.export.onnx_model import OnnxModel
 from mmvssm.ops import onnxruntime_library
 from support import tiny_configs
@@ -64,6 +67,12 @@ def write_model(path, outputs, metadata):
     model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
     onnx.helper.set_model_props(model, metadata)
     onnx.save(model, path)
+
+
+def test_a_config_for_classification(tmp_path):
+    write_model(tmp_path / "m.onnx", ["logits", "labels"], {})
+    with pytest.raises(UserError, match="config of mmpretrain's: detectors and segmenters are"):
+        load_exported(str(tmp_path / "m.onnx"), Config(dict(default_scope="mmpretrain")))
 
 
 def test_detections_beside_the_annotations_of_an_image(tmp_path):
