@@ -1,4 +1,4 @@
-"""A small PlainMamba on CIFAR-10: 256 tokens for 32x32 pixels, a size that two cores train in minutes."""
+"""A small PlainMamba on CIFAR-10: 256 tokens for 32x32 pixels, whose training takes about an hour of one core."""
 
 _base_ = "./groupmamba_cifar10.py"
 
