@@ -159,11 +159,9 @@ def members_of_session(session):
     ("text", "checkpoint", "resumed_at"),
     [
         (DETECTION, "epoch_2.pth", 12),
-        (SEGMENTATION, "iter_8.pth", 8),
-        (PRUNED_DETECTION, "epoch_2.pth", 12),
         (PRUNED_SEGMENTATION, "iter_8.pth", 8),
     ],
-    ids=["detection", "segmentation", "pruned detection", "pruned segmentation"],
+    ids=["detection, by epochs", "pruned segmentation, by iterations"],
 )
 def test_killed_and_resumed_equals_uninterrupted(config, tmp_path, text, checkpoint, resumed_at):
     path = config(text)
