@@ -161,9 +161,14 @@ class DistilledClassifier(ImageClassifier):
         """Build the teacher and load its weights.
 
         Raises:
-            UserError: If there is no such file, if its weights are another model's, or if its classes are not as many
-                as the student's.
+            UserError: If there is no such file, if its weights are another model's, if its classes are not as many
+                as the student's, or if timm is to read a file by itself.
         """
+        if self.teacher_cfg.get("checkpoint_path"):  # which some releases of timm unpickle
+            raise UserError(
+                "model.teacher.checkpoint_path is loaded by timm itself; name the file as model.teacher_checkpoint, of "
+                "which nothing but weights is read"
+            )
         teacher = MODELS.build(self.teacher_cfg)
         if self.teacher_checkpoint is not None:
             _load_all(teacher, self.teacher_checkpoint)

@@ -180,6 +180,13 @@ def test_what_cannot_be_is_one_sentence(settings, error, words, tmp_path, monkey
     assert "\n" not in str(caught.value)
 
 
+def test_timm_reads_no_file_by_itself(tmp_path):
+    file = str(tmp_path / "teacher.pth")
+    model = student(teacher=dict(type="TimmClassifier", model_name="any", checkpoint_path=file))
+    with pytest.raises(UserError, match=r"name the file as model\.teacher_checkpoint"):
+        model.load_teacher()
+
+
 def test_timm_s_teachers_and_their_files(tmp_path):
     pytest.importorskip("timm")
     timm = dict(type="TimmClassifier", model_name="resnet10t", num_classes=2, pretrained=False)
@@ -279,7 +286,7 @@ def test_a_killed_run_goes_on_bit_for_bit_and_saves_no_teacher(project):
     assert "Resuming from" in output
     assert json.dumps(logged(project / "killed")) == json.dumps(logged(project / "whole"))
     whole, killed = (
-        torch.load(project / name / "epoch_2.pth", weights_only=False)
+        torch.load(project / name / "epoch_2.pth", weights_only=True)
         for name in ("whole", "killed")
     )
     for part in ("state_dict", "ema_state_dict"):

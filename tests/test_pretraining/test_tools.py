@@ -40,7 +40,7 @@ def results(folder):
 def test_training_and_testing(project, capsys):
     call("train.py", "plain.py", "--data-root", "data", "--work-dir", "run")
     assert "ImageNet's layout, 2 classes (cat, dog)" in capsys.readouterr().out
-    checkpoint = torch.load("run/epoch_2.pth", weights_only=False)
+    checkpoint = torch.load("run/epoch_2.pth", weights_only=True)
     assert checkpoint["meta"]["dataset_meta"]["classes"] == ("cat", "dog")
     assert checkpoint["state_dict"]["head.fc.weight"].shape == (2, 16)
     shutil.rmtree("data/train")  # a test needs no training set
