@@ -30,7 +30,7 @@ RUN = env $$($(BIN)/python tools/install/environment.py --print-run-env) $(BIN)/
 help: ## Show this list.
 	@echo "Targets (each sets up $(VENV) by itself when it is missing or out of date):"
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | \
-		awk -F '|' '{ printf "%-18s %s\n", $$1, $$2 }'
+		awk -F '|' '{ printf "%-22s %s\n", $$1, $$2 }'
 	@echo "Variables:"
 	@echo "  PYTHON=python3.12   the interpreter that $(VENV) is made with, 3.10 to 3.13 (here: $(PYTHON))"
 	@echo "  VENV=.venv          the environment; one that exists is used, and what it has stays as it is"
