@@ -28,6 +28,7 @@ from .settings import (
     check_options,
     check_types,
     check_values,
+    find_type,
     naming_the_nearest,
 )
 
@@ -84,11 +85,22 @@ def _open_config(
         init_default_scope(cfg.default_scope)
         check_types(cfg)
     check_values(cfg)
+    _check_runner(cfg)
     init_processes(cfg)
     adapt_to_machine(cfg)
     if unsure:
         say(f"New in this config, read if its model or data set knows it: {', '.join(unsure)}")
     return cfg
+
+
+def _check_runner(cfg: Config) -> None:
+    kind = cfg.get("runner_type", "Runner")
+    found = find_type(kind)
+    if isinstance(found, type) and not issubclass(found, Runner):
+        raise UserError(
+            f"runner_type={kind}: that is another kind than mmengine's Runner, on which resuming and saving here rely; "
+            "remove runner_type and strategy"
+        )
 
 
 def prepare_data(

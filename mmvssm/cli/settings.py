@@ -343,7 +343,7 @@ def check_values(cfg: Config) -> None:
     """Check the numbers that would be found wrong only when training has been set up.
 
     Raises:
-        UserError: On the first that is not a whole number, or too small.
+        UserError: On the first that is not a whole number, or too small, and on schedulers that end before they begin.
     """
     for part in ("train_dataloader", "val_dataloader", "test_dataloader", "train_cfg"):
         node = cfg.get(part) or {}
@@ -357,6 +357,14 @@ def check_values(cfg: Config) -> None:
                 raise UserError(
                     f"{part}.{name} is {value!r}; it has to be a whole number from {least} on"
                 )
+    schedulers = cfg.get("param_scheduler")
+    for index, scheduler in enumerate(schedulers if isinstance(schedulers, list) else []):
+        settings = scheduler if isinstance(scheduler, dict) else {}
+        begin, end = settings.get("begin", 0), settings.get("end")
+        if isinstance(begin, int) and isinstance(end, int) and end <= begin:
+            raise UserError(
+                f"param_scheduler.{index} begins at {begin} and ends at {end}; the end has to be later"
+            )
 
 
 def check_types(cfg: Config) -> None:

@@ -1,11 +1,12 @@
 """What tools/train.py does."""
 
 import argparse
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.hooks import CheckpointHook
+from mmengine.runner import Runner
 from torch import nn
 
 from ..engine.reproducible import make_reproducible
@@ -79,6 +80,7 @@ def train(args: argparse.Namespace) -> None:
         with user_mistakes("cannot set up the training", (KeyError, TypeError, ValueError)):
             _ = runner.train_loop
             runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+        _tell_of_bad_schedules(runner)
         if option == "epochs":
             say(shorten_warm_ups(runner, old_epochs, given))
         with run_failures(runner.work_dir):
@@ -101,6 +103,17 @@ def prepare_training(cfg: Config) -> None:
     use_worker_init(cfg)
 
 
+def _tell_of_bad_schedules(runner: Runner) -> None:
+    """Make a mistake in ``param_scheduler`` one sentence; the runner reads that only once it trains."""
+    build = runner.build_param_scheduler
+
+    def build_or_tell(schedulers: Any) -> Any:
+        with user_mistakes("cannot set up the schedule (param_scheduler)"):
+            return build(schedulers)
+
+    runner.build_param_scheduler = build_or_tell
+
+
 def _option_of_length(args: argparse.Namespace) -> Optional[str]:
     """``"epochs"`` or ``"iters"``, if the command line says how long to train."""
     return next((name for name in ("epochs", "iters") if getattr(args, name) is not None), None)
@@ -108,6 +121,7 @@ def _option_of_length(args: argparse.Namespace) -> Optional[str]:
 
 def _choose_start(cfg: Config, args: argparse.Namespace, model: nn.Module) -> None:
     """Settle what training starts from, and check that it fits."""
+    weights = cfg.get("load_from")
     if args.resume:
         cfg.resume, cfg.load_from = True, None if args.resume == "auto" else args.resume
     checkpoint = None
@@ -115,8 +129,9 @@ def _choose_start(cfg: Config, args: argparse.Namespace, model: nn.Module) -> No
         found = _find_resumable(cfg.work_dir)
         if found is None:
             check_unused(cfg.work_dir, None)
-            say(f"There is no checkpoint in {cfg.work_dir}; training starts from the beginning")
-            cfg.resume = False
+            start = weights or "the beginning"
+            say(f"There is no checkpoint in {cfg.work_dir}; training starts from {start}")
+            cfg.resume, cfg.load_from = False, weights
         else:
             cfg.load_from, checkpoint = found.path, found.content
             for path in found.skipped:

@@ -84,9 +84,11 @@ OPTIONS = [
     ("optim_wrapper.optimizer.type=AdamV", "optim_wrapper.optimizer.type='AdamV' is not registered; the nearest is"),
     ("train_dataloader.dataset.pipeline.4.type=RandomFlap", "the nearest is 'RandomFlip'"),
     ("param_scheduler.0.type=LinearRL", "the nearest is 'LinearLR'"),
+    ("param_scheduler.1.end=4", "param_scheduler.1 begins at 50 and ends at 4; the end has to be later"),
     ("test_evaluator.type=IoUMetrics", "the nearest is 'IoUMetric'"),
     ("default_hooks.checkpoint.type=CheckpointHok", "the nearest is 'CheckpointHook'"),
     ("model.backbone.arch=huge", "huge"),
+    ("runner_type=FlexibleRunner", "runner_type=FlexibleRunner: that is another kind than mmengine's Runner"),
     ("default_scope=mmfoo", "is not a config for mmdet or mmseg"),
 ]  # fmt: skip
 
@@ -122,7 +124,7 @@ TAKEN = [
     "optim_wrapper.paramwise_cfg.layer_decay_rate=0.9",
     "check_data=False",
     "train_cfg.val_interval=9.0",
-    "runner_type=FlexibleRunner strategy.type=SingleDeviceStrategy",
+    "runner_type=Runner",
     "optim_wrapper.type=AmpOptimWrapper optim_wrapper.loss_scale=512",
     "param_scheduler.0.end=2",
     "model.neck._delete_=True model.neck.type=Feature2Pyramid model.neck.embed_dim=16",
@@ -154,6 +156,22 @@ def refused(capsys):
 def test_option_that_has_no_effect(tiny, refused, option, said):
     tiny("model = dict(test_cfg=dict(mode='whole'))\ncustom_hooks = []\n")
     assert said in refused("train.py", "tiny.py", "--cfg-options", option)
+
+
+def test_a_schedule_that_cannot_be_built(tiny, capsys):
+    with pytest.raises(SystemExit):
+        call(
+            "train.py",
+            tiny(),
+            "--work-dir",
+            "run",
+            "--cfg-options",
+            "param_scheduler.0.start_factor=2",
+        )
+    sentence, _ = capsys.readouterr().err.splitlines()
+    assert sentence.startswith(
+        "error: cannot set up the schedule (param_scheduler): Starting multiplicative"
+    )
 
 
 class StoppedError(Exception):
@@ -410,6 +428,24 @@ def test_init_cfg_that_fits_in_part_trains_and_is_said(tiny, trained, capsys):
     line = next(text for text in capsys.readouterr().out.splitlines() if "init_cfg" in text)
     assert "weights come from a.pth" in line and "stages.3." in line
     assert Path("out/iter_2.pth").exists()
+
+
+def test_resume_with_nothing_to_resume_starts_from_load_from(tiny, trained, capsys):
+    """As it would without --resume: what is always told to resume, on a cluster, would else forget the weights."""
+    tiny()
+    weights(trained)
+    options = [
+        "--cfg-options",
+        "load_from=a.pth",
+        "optim_wrapper.optimizer.lr=0",
+        "train_cfg.max_iters=1",
+    ]
+    call("train.py", "tiny.py", "--work-dir", "out", "--resume", *options)
+    assert "There is no checkpoint in out; training starts from a.pth" in capsys.readouterr().out
+    before, after = (
+        torch.load(path, weights_only=True)["state_dict"] for path in ("a.pth", "out/iter_1.pth")
+    )
+    assert torch.equal(before["decode_head.conv_seg.weight"], after["decode_head.conv_seg.weight"])
 
 
 def test_load_from_says_how_much_it_has(tiny, trained, refused, capsys):
