@@ -2,7 +2,7 @@
 
 _base_ = "./groupmamba_cifar10.py"
 
-embed_dims = 48
+embed_dims = 32
 model = dict(
     backbone=dict(
         _delete_=True,

@@ -39,6 +39,7 @@ IMAGENET = {
 }
 CIFAR10 = [
     *("groupmamba_cifar10", "groupmamba_distilled_cifar10", "resnet18_cifar10"),
+    *("resnet_small_cifar10", "resnet_small_distilled_cifar10"),
     *("plainmamba_cifar10", "plainmamba_pruned_cifar10"),
 ]
 # The smallest of each kind; the others differ by numbers alone.

@@ -11,15 +11,13 @@ Example:
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from prettytable import PrettyTable, TableStyle
 
+from mmvssm.cli.campaign import Task, last_metric, run_tasks
 from mmvssm.cli.errors import UserError, add_traceback_option, run_tool
 
 REPO = Path(__file__).resolve().parents[2]
@@ -34,10 +32,13 @@ VARIANTS = {
     "metric l1": (PRUNED, ["model.backbone.pruning.metric=l1"]),
     "metric l2": (PRUNED, ["model.backbone.pruning.metric=l2"]),
     "metric value": (PRUNED, ["model.backbone.pruning.metric=value"]),
+    "random choice": (PRUNED, ["model.backbone.pruning.metric=random"]),
+    "merging": (PRUNED, ["model.backbone.pruning.reduction=merge"]),
     "fill zero": (PRUNED, ["model.neck.0.fill=zero"]),
 }
 """Config and the options that make the variant."""
 
+START = "start"
 SIZE = 96
 START_ITERATIONS = 1500
 ITERATIONS = 250
@@ -87,62 +88,32 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def start(seed: int, args: argparse.Namespace) -> Path:
-    """Train the dense model that this seed's variants start from, unless that was done before.
+def tasks(args: argparse.Namespace) -> dict[tuple[str, int], Task]:
+    """All runs, by variant and seed; each seed's variants start from the dense model that ``START`` trains."""
+    folder = Path(args.work_dir)
 
-    Returns:
-        Its checkpoint.
-    """
-    folder = Path(args.work_dir) / "start" / f"seed{seed}"
-    checkpoint = folder / f"iter_{START_ITERATIONS}.pth"
-    run(DENSE, schedule(START_ITERATIONS), seed, folder, args)
-    return checkpoint
-
-
-def fine_tune(variant: str, seed: int, checkpoint: Path, args: argparse.Namespace) -> float:
-    """Train and evaluate one variant with one seed, unless that was done before.
-
-    Returns:
-        Its mIoU in percent.
-    """
-    config, options = VARIANTS[variant]
-    options = [*schedule(ITERATIONS), *(NO_WARM_UP if config == PRUNED else []), *options]
-    options += [f"load_from={checkpoint.resolve()}", "optim_wrapper.optimizer.lr=1e-3"]
-    folder = Path(args.work_dir) / variant.replace(", ", "_").replace(" ", "_") / f"seed{seed}"
-    miou = run(config, options, seed, folder, args)
-    print(f"{variant}, seed {seed}: {miou:.2f} mIoU", flush=True)
-    return miou
-
-
-def run(
-    config: Path, options: list[str], seed: int, folder: Path, args: argparse.Namespace
-) -> float:
-    """Run tools/train.py in a process of its own unless its result is there; returns the final mIoU."""
-    result = folder / "result.json"
-    if not result.exists():
+    def task(name: str, config: Path, options: list[str], seed: int, *after: Task) -> Task:
         command = [sys.executable, str(REPO / "tools/train.py"), str(config)]
-        command += ["--work-dir", str(folder)]
-        if (folder / "last_checkpoint").exists():
-            command += ["--resume"]
         command += ["--cfg-options", f"randomness.seed={seed}", *COMMON, *options]
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "output.txt", "a") as output:
-            code = subprocess.run(
-                [*command, *args.cfg_options],
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            ).returncode
-        if code:
-            raise UserError(f"a run failed, see {folder / 'output.txt'}")
-        result.write_text(json.dumps(dict(mIoU=_last_miou(folder))))
-    return json.loads(result.read_text())["mIoU"]
+        return Task(
+            f"{name}, seed {seed}",
+            folder / name.replace(", ", "_").replace(" ", "_") / f"seed{seed}",
+            (*command, *args.cfg_options),
+            lambda folder: dict(mIoU=last_metric(folder, "mIoU")),
+            tuple(other.name for other in after),
+        )
 
-
-def _last_miou(folder: Path) -> float:
-    logs = sorted(folder.glob("*/vis_data/scalars.json"))
-    records = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
-    return [record["mIoU"] for record in records if "mIoU" in record][-1]
+    found = {}
+    for seed in range(args.seeds):
+        start = task(START, DENSE, schedule(START_ITERATIONS), seed)
+        checkpoint = start.folder.resolve() / f"iter_{START_ITERATIONS}.pth"
+        found[START, seed] = start
+        for variant in args.variants:
+            config, options = VARIANTS[variant]
+            options = [*schedule(ITERATIONS), *(NO_WARM_UP if config == PRUNED else []), *options]
+            options += [f"load_from={checkpoint}", "optim_wrapper.optimizer.lr=1e-3"]
+            found[variant, seed] = task(variant, config, options, seed, start)
+    return found
 
 
 def report(results: dict[str, list[float]], folder: Path) -> None:
@@ -177,14 +148,12 @@ def report(results: dict[str, list[float]], folder: Path) -> None:
 def main() -> None:
     """Run the tool."""
     args = parse_args()
-    seeds = range(args.seeds)
-    runs = [(variant, seed) for seed in seeds for variant in args.variants]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        checkpoints = list(pool.map(lambda seed: start(seed, args), seeds))
-        mious = list(pool.map(lambda run: fine_tune(*run, checkpoints[run[1]], args), runs))
-    results = {variant: [] for variant in args.variants}
-    for (variant, _), miou in zip(runs, mious):
-        results[variant].append(miou)
+    runs = tasks(args)
+    run_tasks(list(runs.values()), args.jobs)
+    results: dict[str, list[float]] = {variant: [] for variant in args.variants}
+    for (variant, _), task in runs.items():
+        if variant != START:
+            results[variant].append(task.result["mIoU"])
     report(results, Path(args.work_dir))
 
 

@@ -1,0 +1,187 @@
+"""Trainings that belong together: each a process of its own, some at a time, none done twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Callable, NoReturn, Optional
+
+from ..analysis.training_log import read_run
+from .errors import UserError
+from .run import say
+
+_RESULT, _OUTPUT, _PARTS = "result.json", "output.txt", "seconds.txt"
+_LOOK_EVERY = 0.2  # seconds
+_TELL_EVERY = 300.0
+
+
+@dataclass(frozen=True)
+class Task:
+    """Something that takes a process.
+
+    Attributes:
+        name: How it is called in what is printed; no other task of a campaign is called so.
+        folder: Its work dir.
+        command: What to run. ``--work-dir`` is added, and ``--resume`` if there is a checkpoint.
+        finish: Called with the folder when the command is through; returns the result.
+        after: Names of the tasks that have to be done before.
+    """
+
+    name: str
+    folder: Path
+    command: tuple[str, ...]
+    finish: Callable[[Path], dict[str, Any]] = field(repr=False)
+    after: tuple[str, ...] = ()
+
+    @property
+    def result(self) -> Optional[dict[str, Any]]:
+        """What ``finish`` returned, and the ``seconds`` that the processes took; None before."""
+        path = self.folder / _RESULT
+        return json.loads(path.read_text()) if path.exists() else None
+
+
+def run_tasks(tasks: Sequence[Task], jobs: int = 1) -> None:
+    """Do those tasks that were not done before, each as soon as those that it waits for are done.
+
+    Every process has one thread. When this one is told to end, by Ctrl-C or SIGTERM, it tells the others, which save
+    before they do; started again, it goes on where they stopped.
+
+    Args:
+        tasks: What to do. Of those that could start, the first does.
+        jobs: How many processes at a time.
+
+    Raises:
+        UserError: If some failed. What does not depend on them was done all the same.
+    """
+    done = {task.name for task in tasks if task.result is not None}
+    waiting = [task for task in tasks if task.name not in done]
+    failed: list[Task] = []
+    say(f"{len(done)} of {len(tasks)} runs were done before" if done else f"{len(tasks)} runs")
+    with _processes() as running:
+        told = time.monotonic()
+        while True:
+            ready = [task for task in waiting if done.issuperset(task.after)]
+            for task in ready[: jobs - len(running)]:
+                waiting.remove(task)
+                running[task.name] = _Process(task)
+            if not running:
+                break
+            time.sleep(_LOOK_EVERY)
+            for process in [process for process in running.values() if process.ended]:
+                task = running.pop(process.task.name).task
+                if process.succeeded:
+                    _write_result(task)
+                    done.add(task.name)
+                    say(f"[{len(done)} of {len(tasks)}] {task.name}: {_in_words(task.result)}")
+                else:
+                    failed.append(task)
+                    say(f"{task.name} failed, see {task.folder / _OUTPUT}")
+            if time.monotonic() - told > _TELL_EVERY:
+                told = time.monotonic()
+                say("; ".join(process.progress for process in running.values()))
+    if failed:
+        left = f" and {len(waiting)} that wait for them were left out" * bool(waiting)
+        raise UserError(
+            f"of {len(tasks)} runs {', '.join(task.name for task in failed)} failed{left}; the end of "
+            f"{failed[0].folder / _OUTPUT} says why, and the same command goes on from here"
+        )
+
+
+class _Process:
+    """The process of a task; how long it took is noted whatever ends it."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        command = [*task.command, "--work-dir", str(task.folder)]
+        if (task.folder / "last_checkpoint").exists():
+            command.append("--resume")
+        task.folder.mkdir(parents=True, exist_ok=True)
+        self._begun = time.monotonic()
+        with open(task.folder / _OUTPUT, "a") as output:
+            self._process = subprocess.Popen(
+                command,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+
+    @property
+    def ended(self) -> bool:
+        if self._process.poll() is None:
+            return False
+        with open(self.task.folder / _PARTS, "a") as parts:
+            parts.write(f"{time.monotonic() - self._begun:.1f}\n")
+        return True
+
+    @property
+    def succeeded(self) -> bool:
+        return self._process.returncode == 0
+
+    @property
+    def progress(self) -> str:
+        minutes = f"{self.task.name}: {(time.monotonic() - self._begun) / 60:.0f} min"
+        try:
+            curve = read_run(str(self.task.folder)).training["loss"]
+        except (UserError, KeyError):  # nothing logged yet, or nothing that trains
+            return minutes
+        return f"{minutes}, iteration {curve.steps[-1]}, loss {curve.values[-1]:.3f}"
+
+    def end(self) -> None:
+        """Tell it to save and end, and wait until it has."""
+        self._process.terminate()
+        self._process.wait()
+        _ = self.ended
+
+
+@contextmanager
+def _processes() -> Iterator[dict[str, _Process]]:
+    """Processes by name; those that are still there at the end are told to end."""
+
+    def stop(*_: object) -> NoReturn:
+        sys.exit(128 + signal.SIGTERM)
+
+    running: dict[str, _Process] = {}
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield running
+    finally:
+        for process in running.values():
+            process.end()
+        signal.signal(signal.SIGTERM, before)
+
+
+def _write_result(task: Task) -> None:
+    result = task.finish(task.folder)
+    result["seconds"] = sum(map(float, (task.folder / _PARTS).read_text().split()))
+    path = task.folder / _RESULT
+    part = path.with_suffix(".part")  # so that a kill leaves all of it or nothing
+    part.write_text(json.dumps(result) + "\n")
+    part.replace(path)
+
+
+def _in_words(result: dict[str, Any]) -> str:
+    values = {key: value for key, value in result.items() if key != "seconds"}
+    return ", ".join(
+        [
+            *(f"{key} {value:.2f}" for key, value in values.items()),
+            f"{result['seconds'] / 60:.1f} min",
+        ]
+    )
+
+
+def last_metric(folder: Path, key: str) -> float:
+    """What the last evaluation of a training found.
+
+    Args:
+        folder: The training's work dir.
+        key: Of the metric, such as ``'accuracy/top1'``.
+    """
+    return read_run(str(folder)).metrics[key].values[-1]

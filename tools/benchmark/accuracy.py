@@ -1,0 +1,396 @@
+"""What distillation, alignment and the choice of tokens are worth: small classifiers on real images, over seeds.
+
+Trains every arm below with every seed, each with one thread, and writes a table, results.json and a picture: accuracy
+against time, and the losses with and without a teacher. Runs that are done are kept and interrupted ones go on where
+they stopped, so the same command continues, and with all done only measures time and reports.
+
+On CIFAR-10 as folders of images, train/<class>/ and val/<class>/, with --jobs 2, it takes HOURS hours on two cores.
+
+Examples:
+    python tools/benchmark/accuracy.py --data-root path/to/cifar10 --jobs 2
+    python tools/benchmark/accuracy.py --data-root path/to/cifar10 --arms GroupMamba "GroupMamba, distilled" --seeds 0
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from common import about, markdown_table, time_side_by_side, write_json
+from matplotlib.figure import Figure
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from torch import Tensor, nn
+
+from mmvssm.analysis.flops import count
+from mmvssm.analysis.training_log import Curve, read_run
+from mmvssm.cli.campaign import Task, last_metric, run_tasks
+from mmvssm.cli.errors import UserError, add_traceback_option, run_tool
+from mmvssm.registry import MODELS
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A model and how it is trained.
+
+    Attributes:
+        config: Its file in ``configs``.
+        options: Settings changed in it.
+        start: The arm whose weights, of the same seed, it starts from.
+        teacher: The arm that teaches it, of the first seed.
+        tuned: Whether it trains at all; one that doesn't is ``start`` evaluated with these options.
+        flags: More arguments of tools/train.py.
+    """
+
+    config: str
+    options: tuple[str, ...] = ()
+    start: Optional[str] = None
+    teacher: Optional[str] = None
+    tuned: bool = True
+    flags: tuple[str, ...] = ()
+
+
+def pruned(*options: str, tuned: bool = True) -> Arm:
+    """The pruned PlainMamba, fine-tuned from the dense one or as it is, but for options of its pruning.
+
+    None of them warms up, since alignment='none' packs only some numbers of tokens.
+    """
+    settings = [f"model.backbone.pruning.{option}" for option in options]
+    config = "plainmamba_pruned_cifar10.py"
+    return Arm(config, ("custom_hooks.0.num_iters=0", *settings), start="PlainMamba", tuned=tuned)
+
+
+NOT_TUNED = ", not tuned"
+PRUNINGS = {
+    "decay": (),
+    "hold": ("alignment=hold",),
+    "none": ("alignment=none",),
+    "random choice": ("metric=random",),
+    "merging": ("reduction=merge",),
+}
+"""What becomes of tokens, by the settings that differ from the method's: importance by clip, alignment by decay."""
+
+TEACHER_BF16 = ("model.teacher_bf16=True",)
+ARMS = {
+    "teacher": Arm("resnet18_cifar10.py", flags=("--amp",)),
+    "PlainMamba": Arm("plainmamba_cifar10.py"),
+    "PlainMamba, trained on": pruned("keep_ratio=1"),  # as long as the pruned ones are tuned
+    **{f"pruned, {name}": pruned(*options) for name, options in PRUNINGS.items()},
+    **{
+        f"pruned, {name}{NOT_TUNED}": pruned(*options, tuned=False)
+        for name, options in PRUNINGS.items()
+    },
+    "GroupMamba": Arm("groupmamba_cifar10.py"),
+    "GroupMamba, distilled": Arm(
+        "groupmamba_distilled_cifar10.py", TEACHER_BF16, teacher="teacher"
+    ),
+    "ResNet": Arm("resnet_small_cifar10.py"),
+    "ResNet, distilled": Arm("resnet_small_distilled_cifar10.py", TEACHER_BF16, teacher="teacher"),
+}
+ONE_SEED = ("teacher",)
+SEEDS = (0, 1)
+METRIC = "accuracy/top1"
+BATCH, IMAGE = 64, 32  # of the images whose time is measured
+
+
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data-root", required=True, metavar="DIR", help="train/ and val/ with a folder per class"
+    )
+    parser.add_argument(
+        "--out",
+        default="work_dirs/benchmark/accuracy",
+        metavar="DIR",
+        help="where runs and results go",
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), metavar="N")
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        default=list(ARMS),
+        metavar="NAME",
+        help="which, and what they start from; default all",
+    )
+    parser.add_argument(
+        "--epochs", type=int, metavar="N", help="so many in every run, to try it out"
+    )
+    parser.add_argument("--no-time", action="store_true", help="do not measure time")
+    add_traceback_option(parser)
+    args = parser.parse_args()
+    unknown = [name for name in args.arms if name not in ARMS]
+    if unknown:
+        raise UserError(
+            f"unknown arms {', '.join(map(repr, unknown))}; known are {', '.join(map(repr, ARMS))}"
+        )
+    if args.jobs < 1:
+        raise UserError(f"--jobs must be at least 1; got {args.jobs}")
+    if not Path(args.data_root, "train").is_dir():
+        raise UserError(
+            f"there is no folder {args.data_root}/train; accuracy is measured on images as train/<class>/ and "
+            "val/<class>/, such as CIFAR-10's"
+        )
+    return args
+
+
+class Campaign:
+    """All runs that the command line asks for.
+
+    Args:
+        args: The command line.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.out = Path(args.out)
+        self.data_root = args.data_root
+        self.epochs = args.epochs
+        self.arms = [name for name in ARMS if name in _with_what_they_need(args.arms)]
+        self.seeds = args.seeds
+        self.num_classes = sum(path.is_dir() for path in Path(args.data_root, "train").iterdir())
+        runs = [
+            (arm, seed) for seed in args.seeds for arm in self.arms if seed in self.seeds_of(arm)
+        ]
+        self.tasks = {run: self._task(*run) for run in runs}
+
+    def seeds_of(self, arm: str) -> list[int]:
+        """The seeds that an arm is trained with."""
+        return self.seeds[:1] if arm in ONE_SEED else self.seeds
+
+    def config(self, arm: str) -> Config:
+        """An arm's config as its first run used it."""
+        return Config.fromfile(self._folder(arm, self.seeds[0]) / ARMS[arm].config)
+
+    def checkpoint(self, arm: str, seed: int) -> Path:
+        """The weights that an arm ends with."""
+        if not ARMS[arm].tuned:
+            arm = ARMS[arm].start
+        cfg = Config.fromfile(REPO / "configs" / ARMS[arm].config)
+        return self._folder(arm, seed) / f"epoch_{self.epochs or cfg.train_cfg.max_epochs}.pth"
+
+    def results(self, arm: str, key: str = "top1") -> list[float]:
+        """What the runs of an arm that are done found, by seed."""
+        tasks = [self.tasks[arm, seed] for seed in self.seeds_of(arm)]
+        return [task.result[key] for task in tasks if task.result is not None]
+
+    def curves(self, arm: str) -> list[Curve]:
+        """The loss on the labels of an arm's runs, by seed."""
+        runs = [read_run(str(self._folder(arm, seed))) for seed in self.seeds_of(arm)]
+        share = 1 - self.config(arm).model.head.get("distillation_weight", 0)
+        curves = [run.training["loss_label" if share < 1 else "loss"] for run in runs]
+        return [Curve(curve.steps, [value / share for value in curve.values]) for curve in curves]
+
+    def _folder(self, arm: str, seed: int) -> Path:
+        return self.out / arm.replace(", ", "_").replace(" ", "_") / f"seed{seed}"
+
+    def _task(self, arm: str, seed: int) -> Task:
+        settings = ARMS[arm]
+        name, needs, options = f"{arm}, seed {seed}", [], list(settings.options)
+        if settings.start:
+            needs.append(f"{settings.start}, seed {seed}")
+        if settings.start and settings.tuned:
+            options.append(f"load_from={self.checkpoint(settings.start, seed)}")
+        if settings.teacher:
+            needs.append(f"{settings.teacher}, seed {self.seeds[0]}")
+            weights = self.checkpoint(settings.teacher, self.seeds[0])
+            options.append(f"model.teacher_checkpoint={weights}")
+            options.append(f"model.teacher.head.num_classes={self.num_classes}")
+        tool = [str(REPO / "tools" / ("train.py" if settings.tuned else "test.py"))]
+        tool += [str(REPO / "configs" / settings.config), *settings.flags]
+        if not settings.tuned:
+            tool.append(str(self.checkpoint(arm, seed)))
+        elif self.epochs:
+            tool += ["--epochs", str(self.epochs)]
+        tool += [
+            "--data-root",
+            self.data_root,
+            "--cfg-options",
+            f"randomness.seed={seed}",
+            *options,
+        ]
+        finish = _of_training if settings.tuned else _of_test
+        return Task(name, self._folder(arm, seed), (sys.executable, *tool), finish, tuple(needs))
+
+
+def _with_what_they_need(arms: list[str]) -> set[str]:
+    needed = {name for arm in arms for name in (ARMS[arm].start, ARMS[arm].teacher) if name}
+    return {*arms, *(_with_what_they_need(list(needed)) if needed else ())}
+
+
+def _of_training(folder: Path) -> dict[str, Any]:
+    return dict(top1=last_metric(folder, METRIC))
+
+
+def _of_test(folder: Path) -> dict[str, Any]:
+    return dict(top1=json.loads((folder / "test_results.json").read_text())["metrics"][METRIC])
+
+
+def settle(args: argparse.Namespace) -> None:
+    """Note what all runs in a folder have in common.
+
+    Raises:
+        UserError: If those that are there had something else.
+    """
+    path = Path(args.out) / "campaign.json"
+    common = dict(data_root=str(Path(args.data_root).resolve()), epochs=args.epochs)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(common) + "\n")
+        return
+    before = json.loads(path.read_text())
+    for key, value in common.items():
+        if before.get(key) != value:
+            raise UserError(
+                f"the runs in {args.out} have {key.replace('_', '-')} {before.get(key)}, not {value}; name another"
+                " --out"
+            )
+
+
+# ------------------------------------------------------------------------------------------- time
+
+
+def build(campaign: Campaign, arm: str) -> nn.Module:
+    """An arm's model with the weights of its first run."""
+    cfg = campaign.config(arm)
+    init_default_scope(cfg.default_scope)
+    model = MODELS.build(cfg.model)
+    path = campaign.checkpoint(arm, campaign.seeds[0])
+    model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["state_dict"])
+    return model.eval()
+
+
+def measure(campaign: Campaign, arms: list[str]) -> dict[str, dict[str, float]]:
+    """Milliseconds an image, millions of FLOPs and parameters of arms, which run in turn."""
+    x = torch.rand(BATCH, 3, IMAGE, IMAGE)
+    models = {arm: build(campaign, arm) for arm in arms}
+
+    def run(model: nn.Module, x: Tensor) -> None:
+        with torch.no_grad():
+            model(x)
+
+    seconds = time_side_by_side({arm: partial(run, m, x) for arm, m in models.items()}, "cpu", 2.0)
+    costs = {arm: count(m, partial(run, m, x[:1]))["total"] for arm, m in models.items()}
+    return {
+        arm: dict(
+            milliseconds=min(seconds[arm]) * 1e3 / BATCH,
+            flops=costs[arm].flops / 1e6,
+            parameters=costs[arm].parameters / 1e6,
+        )
+        for arm in arms
+    }
+
+
+# ----------------------------------------------------------------------------------------- report
+
+
+def table_of(results: dict[str, dict[str, Any]]) -> str:
+    """A Markdown table; what was not tuned stands beside what was."""
+    fields = ["arm", "parameters (M)", "FLOPs (M)", "ms an image", "top-1", "runs", "not tuned"]
+    table = markdown_table(fields)
+    table.align["arm"] = "l"
+    for arm, result in results.items():
+        if arm.removesuffix(NOT_TUNED) in results.keys() - {arm}:
+            continue
+        costs = [
+            *(f"{result[key]:.2f}" if key in result else "" for key in ("parameters", "flops")),
+            f"{result['milliseconds']:.3f}" if "milliseconds" in result else "",
+        ]
+        untuned = results.get(arm + NOT_TUNED, {}).get("top1", [])
+        runs = ", ".join(f"{value:.2f}" for value in result["top1"])
+        table.add_row([arm, *costs, in_words(result["top1"]), runs, in_words(untuned)])
+    return table.get_string()
+
+
+def in_words(values: list[float]) -> str:
+    """Mean and, of several values, standard deviation."""
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
+
+
+def draw(campaign: Campaign, results: dict[str, dict[str, Any]]) -> Figure:
+    """Accuracy against time, of those with and without a teacher and of the pruned ones, and the former's losses."""
+    figure = Figure((15, 4.6), dpi=110, layout="constrained")
+    taught, pruning, losses = figure.subplots(1, 3)
+    shown = [arm for arm, result in results.items() if ARMS[arm].tuned and "milliseconds" in result]
+    of_tokens = [arm for arm in shown if arm.startswith(("PlainMamba", "pruned"))]
+    others = [arm for arm in shown if arm not in of_tokens and arm != "teacher"]
+    for axes, arms, title in (
+        (taught, others, "with and without a teacher"),
+        (pruning, of_tokens, "dense and pruned"),
+    ):
+        for index, arm in enumerate(arms):
+            top1, milliseconds = results[arm]["top1"], results[arm]["milliseconds"]
+            axes.plot([milliseconds] * len(top1), top1, ".", color=f"C{index}", alpha=0.5)
+            axes.plot(
+                milliseconds,
+                statistics.mean(top1),
+                "_",
+                color=f"C{index}",
+                markersize=16,
+                label=arm,
+            )
+        axes.set(
+            xlabel="ms an image", ylabel="top-1 (%), each run a dot, their mean a line", title=title
+        )
+        axes.grid(alpha=0.3)
+        if arms:
+            axes.legend(fontsize="small")
+    for index, arm in enumerate(others):
+        for curve in campaign.curves(arm):
+            losses.plot(curve.steps, curve.values, color=f"C{index}", linewidth=0.8, alpha=0.8)
+        losses.plot([], [], color=f"C{index}", label=arm)
+    losses.set(
+        xlabel="iteration",
+        ylabel="training loss on the labels",
+        title="losses, a line for each run",
+    )
+    losses.grid(alpha=0.3)
+    if others:
+        losses.legend(fontsize="small")
+    return figure
+
+
+def main() -> None:
+    """Run the tool."""
+    args = parse_args()
+    settle(args)
+    campaign = Campaign(args)
+    run_tasks(list(campaign.tasks.values()), args.jobs)
+    machine = about("cpu")
+    results: dict[str, dict[str, Any]] = {
+        arm: dict(
+            top1=campaign.results(arm),
+            seconds=campaign.results(arm, "seconds"),
+            config=ARMS[arm].config,
+            options=ARMS[arm].options,
+        )
+        for arm in campaign.arms
+    }
+    trained = [arm for arm in campaign.arms if ARMS[arm].tuned]
+    if not args.no_time:
+        for arm, costs in measure(campaign, trained).items():
+            results[arm].update(costs)
+    table = table_of(results)
+    hours = sum(sum(result["seconds"]) for result in results.values()) / 3600
+    print(table)
+    print(f"\nAll runs together took {hours:.1f} hours of one core.", flush=True)
+    (campaign.out / "table.md").write_text(table + "\n")
+    write_json(str(campaign.out / "results.json"), dict(machine, seeds=args.seeds, arms=results))
+    draw(campaign, results).savefig(campaign.out / "accuracy.png")
+    print(f"{campaign.out / 'accuracy.png'} shows the same")
+
+
+if __name__ == "__main__":
+    run_tool(main)
