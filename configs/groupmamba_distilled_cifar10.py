@@ -2,7 +2,7 @@
 
     python tools/train.py configs/resnet18_cifar10.py --work-dir work_dirs/resnet18_cifar10
     python tools/train.py configs/groupmamba_distilled_cifar10.py --cfg-options \
-        model.teacher_checkpoint=work_dirs/resnet18_cifar10/epoch_12.pth
+        model.teacher_checkpoint=work_dirs/resnet18_cifar10/epoch_40.pth
 """
 
 _base_ = ["./groupmamba_cifar10.py"]
@@ -27,5 +27,5 @@ model = dict(
             type="mmpretrain.LinearClsHead", _scope_="mmpretrain", num_classes=10, in_channels=256
         ),
     ),
-    teacher_checkpoint="work_dirs/resnet18_cifar10/epoch_12.pth",
+    teacher_checkpoint="work_dirs/resnet18_cifar10/epoch_40.pth",
 )

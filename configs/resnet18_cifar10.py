@@ -10,10 +10,12 @@ model = dict(
     head=dict(in_channels=256),
 )
 optim_wrapper = dict(
-    optimizer=dict(_delete_=True, type="SGD", lr=0.1, momentum=0.9, weight_decay=5e-4),
+    optimizer=dict(
+        _delete_=True, type="SGD", lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4
+    ),
     paramwise_cfg=dict(_delete_=True, norm_decay_mult=0.0),
 )
-train_cfg = dict(max_epochs=12)
+train_cfg = dict(max_epochs=40, val_interval=5)
 param_scheduler = [
     dict(type="LinearLR", start_factor=1e-3, by_epoch=True, end=1, convert_to_iter_based=True),
     dict(
@@ -21,7 +23,7 @@ param_scheduler = [
         eta_min=0.0,
         by_epoch=True,
         begin=1,
-        end=12,
+        end=40,
         convert_to_iter_based=True,
     ),
 ]

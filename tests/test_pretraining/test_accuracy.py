@@ -65,7 +65,7 @@ def test_arms_differ_in_what_they_are_called_for(images, tmp_path):
     distilled = tasks["ResNet, distilled", 1]
     assert distilled.after == ("teacher, seed 0",)
     assert (
-        f"model.teacher_checkpoint={tasks['teacher', 0].folder / 'epoch_12.pth'}"
+        f"model.teacher_checkpoint={tasks['teacher', 0].folder / 'epoch_40.pth'}"
         in distilled.command
     )
     assert "model.teacher.head.num_classes=2" in distilled.command  # as many as there are folders

@@ -4,7 +4,7 @@ Trains every arm below with every seed, each with one thread, and writes a table
 against time, and the losses with and without a teacher. Runs that are done are kept and interrupted ones go on where
 they stopped, so the same command continues, and with all done only measures time and reports.
 
-On CIFAR-10 as folders of images, train/<class>/ and val/<class>/, with --jobs 2, it takes HOURS hours on two cores.
+On CIFAR-10 as folders of images, train/<class>/ and val/<class>/, it takes some hours; with --jobs 2 half as many.
 
 Examples:
     python tools/benchmark/accuracy.py --data-root path/to/cifar10 --jobs 2
