@@ -97,6 +97,7 @@ ARMS = {
 ONE_SEED = ("teacher",)
 SEEDS = (0, 1)
 METRIC = "accuracy/top1"
+ONLY_THE_LAST = 1000  # epochs between evaluations; the last epoch is evaluated anyway
 BATCH, IMAGE = 64, 32  # of the images whose time is measured
 
 
@@ -198,6 +199,8 @@ class Campaign:
         name, needs, options = f"{arm}, seed {seed}", [], list(settings.options)
         if settings.start:
             needs.append(f"{settings.start}, seed {seed}")
+        if settings.tuned:
+            options.append(f"train_cfg.val_interval={ONLY_THE_LAST}")
         if settings.start and settings.tuned:
             options.append(f"load_from={self.checkpoint(settings.start, seed)}")
         if settings.teacher:
