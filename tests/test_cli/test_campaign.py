@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -85,7 +86,7 @@ def test_told_to_end_it_ends_the_others_and_goes_on_later(tmp_path, task):
 
     def tell():
         while not (tmp_path / "log.txt").exists():
-            pass
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=tell, daemon=True)

@@ -87,6 +87,8 @@ def test_only_some_arms_and_what_they_start_from(images, tmp_path):
     [
         (["--arms", "hold"], "unknown arms 'hold'; known are 'teacher', 'PlainMamba'"),
         (["--jobs", "0"], "--jobs must be at least 1"),
+        (["--epochs", "0"], "--epochs must be at least 1"),
+        (["--seeds", "1", "1"], "--seeds 1 1: each seed once"),
         (["--data-root", "nowhere"], "there is no folder nowhere/train"),
     ],
 )

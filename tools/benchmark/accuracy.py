@@ -135,8 +135,13 @@ def parse_args() -> argparse.Namespace:
         raise UserError(
             f"unknown arms {', '.join(map(repr, unknown))}; known are {', '.join(map(repr, ARMS))}"
         )
-    if args.jobs < 1:
-        raise UserError(f"--jobs must be at least 1; got {args.jobs}")
+    for option in ("jobs", "epochs"):
+        value = getattr(args, option)
+        if value is not None and value < 1:
+            raise UserError(f"--{option} must be at least 1; got {value}")
+    if len(set(args.seeds)) < len(args.seeds):
+        given = " ".join(map(str, args.seeds))
+        raise UserError(f"--seeds {given}: each seed once, or the spread would be that of one run")
     if not Path(args.data_root, "train").is_dir():
         raise UserError(
             f"there is no folder {args.data_root}/train; accuracy is measured on images as train/<class>/ and "
