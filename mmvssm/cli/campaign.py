@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from ..analysis.training_log import read_run
 from .errors import UserError
 from .run import say
 
-_RESULT, _OUTPUT, _PARTS = "result.json", "output.txt", "seconds.txt"
+_RESULT, _OUTPUT, _PARTS, _ORIGIN = "result.json", "output.txt", "seconds.txt", "origin.json"
 _LOOK_EVERY = 0.2  # seconds
 _TELL_EVERY = 300.0
 
@@ -33,6 +33,8 @@ class Task:
         command: What to run. ``--work-dir`` is added, and ``--resume`` if there is a checkpoint.
         finish: Called with the folder when the command is through; returns the result.
         after: Names of the tasks that have to be done before.
+        settings: What the result depends on, as JSON has it. A folder that has a run with others is refused, where it
+            would be gone on with or its result taken for this one's.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Task:
     command: tuple[str, ...]
     finish: Callable[[Path], dict[str, Any]] = field(repr=False)
     after: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def result(self) -> Optional[dict[str, Any]]:
@@ -59,8 +62,12 @@ def run_tasks(tasks: Sequence[Task], jobs: int = 1) -> None:
         jobs: How many processes at a time.
 
     Raises:
-        UserError: If some failed. What does not depend on them was done all the same.
+        UserError: If folders have runs with other settings, or from another run of a task that they wait for; nothing
+            was done then. If some failed; what does not depend on them was done all the same.
     """
+    by_name = {task.name: task for task in tasks}
+    for task in tasks:
+        _refuse_another(task, by_name)
     done = {task.name for task in tasks if task.result is not None}
     waiting = [task for task in tasks if task.name not in done]
     failed: list[Task] = []
@@ -71,6 +78,7 @@ def run_tasks(tasks: Sequence[Task], jobs: int = 1) -> None:
             ready = [task for task in waiting if done.issuperset(task.after)]
             for task in ready[: jobs - len(running)]:
                 waiting.remove(task)
+                _write(task.folder / _ORIGIN, _origin(task, by_name))
                 running[task.name] = _Process(task)
             if not running:
                 break
@@ -103,7 +111,6 @@ class _Process:
         command = [*task.command, "--work-dir", str(task.folder)]
         if (task.folder / "last_checkpoint").exists():
             command.append("--resume")
-        task.folder.mkdir(parents=True, exist_ok=True)
         self._begun = time.monotonic()
         with open(task.folder / _OUTPUT, "a") as output:
             self._process = subprocess.Popen(
@@ -158,12 +165,54 @@ def _processes() -> Iterator[dict[str, _Process]]:
         signal.signal(signal.SIGTERM, before)
 
 
+def _origin(task: Task, tasks: Mapping[str, Task]) -> dict[str, dict[str, Any]]:
+    """What a run comes from: its settings, and the results of those that it waits for."""
+    found = dict(
+        settings=dict(task.settings), after={name: tasks[name].result for name in task.after}
+    )
+    return json.loads(json.dumps(found))  # tuples as lists, as a file has them
+
+
+def _refuse_another(task: Task, tasks: Mapping[str, Task]) -> None:
+    path = task.folder / _ORIGIN
+    if not path.exists():
+        return
+    before, now = json.loads(path.read_text()), _origin(task, tasks)
+    others = [name for name, result in now["after"].items() if before["after"].get(name) != result]
+    if others:
+        what = f"that came from another run of {others[0]}"
+    elif before["settings"] != now["settings"]:
+        key, was, expected = _first_difference(before["settings"], now["settings"])
+        what = f"with {key} {was}, not {expected}"
+    else:
+        return
+    raise UserError(
+        f"{task.folder} has a run {what}. Move that folder away, or have all runs written elsewhere"
+    )
+
+
+def _first_difference(was: Any, now: Any, key: str = "") -> tuple[str, Any, Any]:
+    """The dotted key of the first value that differs, and what it is in each; None where there is none."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        pairs = {name: (was.get(name), now.get(name)) for name in (*was, *now)}
+    elif isinstance(was, list) and isinstance(now, list) and len(was) == len(now):
+        pairs = {str(index): pair for index, pair in enumerate(zip(was, now))}
+    else:
+        return key, was, now
+    name, pair = next((name, pair) for name, pair in pairs.items() if pair[0] != pair[1])
+    return _first_difference(*pair, f"{key}.{name}".lstrip("."))
+
+
 def _write_result(task: Task) -> None:
     result = task.finish(task.folder)
     result["seconds"] = sum(map(float, (task.folder / _PARTS).read_text().split()))
-    path = task.folder / _RESULT
+    _write(task.folder / _RESULT, result)
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")  # so that a kill leaves all of it or nothing
-    part.write_text(json.dumps(result) + "\n")
+    part.write_text(json.dumps(content) + "\n")
     part.replace(path)
 
 

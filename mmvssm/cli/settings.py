@@ -84,7 +84,11 @@ _AT_LEAST = {"batch_size": 1, "num_workers": 0, "max_epochs": 1, "max_iters": 1,
 
 
 class SettingsAction(DictAction):
-    """Reads ``--cfg-options``; what cannot be read is one sentence."""
+    """Reads ``--cfg-options``; what cannot be read is one sentence.
+
+    Values are read as mmengine does, which drops spaces and makes lists of what has commas; but a path that exists
+    stays as it is.
+    """
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
         """Read the options.
@@ -92,17 +96,24 @@ class SettingsAction(DictAction):
         Raises:
             UserError: If one has no ``=`` or brackets that do not match.
         """
+        found = dict(getattr(namespace, self.dest, None) or {})
         for text in values or []:
             if "=" not in text or text.startswith("="):
                 raise UserError(f"--cfg-options {text}: options are KEY=VALUE, without spaces")
+            key, value = text.split("=", 1)
+            if set(" ,") & set(value) and os.path.exists(value):
+                found[key] = value
+                continue
+            one = argparse.Namespace()
             try:
-                super().__call__(parser, argparse.Namespace(), [text], option_string)
+                super().__call__(parser, one, [text], option_string)
             except (AssertionError, ValueError) as error:
                 raise UserError(
                     f"--cfg-options {text}: the value cannot be read; lists are "
                     'key="[a,b]" or key=a,b, without spaces and with matching brackets'
                 ) from error
-        super().__call__(parser, namespace, values, option_string)
+            found.update(getattr(one, self.dest))
+        setattr(namespace, self.dest, found)
 
 
 def check_config_file(path: str) -> None:

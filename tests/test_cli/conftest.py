@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from mmengine.registry import init_default_scope
 
 from mmvssm.datasets.shapes import ShapesGenerator
 from support import tiny_configs
@@ -21,8 +20,7 @@ def in_folder(tmp_path, monkeypatch):
     """Runs the test in an empty folder, and undoes what the tools set for a process."""
     monkeypatch.chdir(tmp_path)
     undo_what_tools_set(monkeypatch)
-    yield tmp_path
-    init_default_scope("mmengine")
+    return tmp_path
 
 
 @pytest.fixture
@@ -46,5 +44,4 @@ def trained(shapes, tmp_path_factory):
         undo_what_tools_set(patch)
         torch.manual_seed(0)
         call("train.py", "tiny.py", "--work-dir", "run")
-    init_default_scope("mmengine")
     return folder / "run"

@@ -200,8 +200,7 @@ class TestAnchors:
     @pytest.fixture
     def anchors(self):
         init_default_scope("mmdet")
-        yield Anchors(self.HEAD, self.ASSIGNER, divisor=32)
-        init_default_scope("mmengine")
+        return Anchors(self.HEAD, self.ASSIGNER, divisor=32)
 
     def test_best_overlaps(self, anchors):
         assert (anchors.smallest, anchors.largest) == (16, 32)

@@ -1,10 +1,12 @@
 """Many runs as processes: what waits for what, what fails, what is not done twice, and how it ends."""
 
 import os
+import shutil
 import signal
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -39,10 +41,15 @@ def task(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
 
-    def make(name, *after, kind="works"):
+    def make(name, *after, kind="works", **settings):
         command = (sys.executable, "-S", str(script), kind)
         return Task(
-            name, tmp_path / name, command, lambda folder: dict(top1=len(folder.name)), after
+            name,
+            tmp_path / name,
+            command,
+            lambda folder: dict(top1=len(folder.name)),
+            after,
+            settings,
         )
 
     return make
@@ -102,6 +109,32 @@ def test_told_to_end_it_ends_the_others_and_goes_on_later(tmp_path, task):
     assert log(tmp_path) == ["long", "long --resume", "next"]
     parts = (tmp_path / "long/seconds.txt").read_text().split()
     assert len(parts) == 2 and tasks[0].result["seconds"] == pytest.approx(sum(map(float, parts)))
+
+
+@pytest.mark.parametrize("kind", ["works", "fails"])
+def test_a_run_with_other_settings_is_refused(tmp_path, task, kind):
+    """Its result is not this one's, and there is no going on with it."""
+
+    def run(rate):
+        run_tasks([task("one", kind=kind, options=(), model=dict(layers=[dict(rate=rate)]))])
+
+    for _ in range(2):  # the same settings once more are not refused
+        with pytest.raises(UserError, match="one failed") if kind == "fails" else nullcontext():
+            run(0.5)
+    with pytest.raises(UserError, match="Move that folder away") as caught:
+        run(0.25)
+    assert str(caught.value).startswith(
+        f"{tmp_path / 'one'} has a run with model.layers.0.rate 0.5, not 0.25."
+    )
+
+
+def test_what_came_from_another_run_is_refused(tmp_path, task):
+    tasks = [task("start"), task("from it", "start")]
+    run_tasks(tasks)
+    shutil.rmtree(tmp_path / "start")
+    with pytest.raises(UserError, match="from it has a run that came from another run of start"):
+        run_tasks(tasks)
+    assert log(tmp_path) == ["start", "from it"]
 
 
 def test_last_metric(tmp_path):

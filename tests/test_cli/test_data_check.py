@@ -36,9 +36,8 @@ RNG = np.random.RandomState(0)
 
 
 @pytest.fixture(autouse=True)
-def scope():
+def nothing_remembered():
     yield
-    init_default_scope("mmengine")
     read_coco.cache_clear()
 
 

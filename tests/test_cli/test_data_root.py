@@ -97,12 +97,6 @@ def segmenter(**leaf):
     )
 
 
-@pytest.fixture(autouse=True)
-def scope():
-    yield
-    init_default_scope("mmengine")
-
-
 def test_detection_follows_through_wrappers(tmp_path):
     cfg = detector()
     root = str(write_coco(tmp_path))

@@ -9,7 +9,6 @@ from types import ModuleType
 import cv2
 import pytest
 from mmengine.config import Config
-from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
 from mmvssm.analysis.training_log import default_keys, draw_runs, read_run
@@ -24,7 +23,6 @@ def surroundings(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(logging, "raiseExceptions", False)
     monkeypatch.delenv("MMVSSM_TRACEBACK", raising=False)
-    init_default_scope("mmengine")
 
 
 def log(folder, *records):

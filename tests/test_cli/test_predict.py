@@ -72,7 +72,6 @@ def weights(tmp_path_factory, shapes):
             "dataset_meta": {"classes": list(cfg.metainfo.classes), "palette": cfg.metainfo.palette}
         }
         torch.save({"state_dict": model.state_dict(), "meta": meta}, folder / f"{name}.pth")
-    init_default_scope("mmengine")
     return folder
 
 

@@ -4,6 +4,7 @@ Each row is a case, what is called, and words of the one sentence that the user 
 called in this process; a refusal must leave every file as it was and make no work dir.
 """
 
+import argparse
 import errno
 import fcntl
 import json
@@ -33,7 +34,7 @@ from mmvssm.cli import checkpoints
 from mmvssm.cli import work_dir as work_dirs
 from mmvssm.cli.errors import UserError
 from mmvssm.cli.run import build_model
-from mmvssm.cli.settings import check_types, check_values
+from mmvssm.cli.settings import SettingsAction, check_types, check_values
 from mmvssm.cli.test import _plain
 from mmvssm.cli.work_dir import LOCK
 from support import tiny_configs
@@ -129,6 +130,19 @@ TAKEN = [
     "param_scheduler.0.end=2",
     "model.neck._delete_=True model.neck.type=Feature2Pyramid model.neck.embed_dim=16",
 ]
+
+
+def test_a_path_that_exists_is_taken_as_it_is(in_folder):
+    """mmengine drops spaces and makes a list of what has commas."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--cfg-options", nargs="+", action=SettingsAction)
+    path = str(in_folder / "my runs, 1" / "epoch_1.pth")
+    arguments = ["--cfg-options", f"load_from={path}", "sizes=1, 2", "lr=0.1"]
+    read = parser.parse_args(arguments).cfg_options
+    assert read == dict(load_from=path.replace(" ", "").split(","), sizes=[1, 2], lr=0.1)
+    Path(path).parent.mkdir()
+    Path(path).touch()
+    assert parser.parse_args(arguments).cfg_options == {**read, "load_from": path}
 
 
 @pytest.fixture

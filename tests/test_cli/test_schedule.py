@@ -22,9 +22,8 @@ STEPS = dict(type="MultiStepLR", by_epoch=True, begin=0, end=12, milestones=[8, 
 
 
 @pytest.fixture(autouse=True)
-def default_scope(monkeypatch):
+def failing_logs_are_quiet(monkeypatch):
     monkeypatch.setattr(logging, "raiseExceptions", False)
-    init_default_scope("mmengine")
 
 
 def config(work_dir, schedulers, length, by_epoch=True, epoch_length=20, **changes):

@@ -170,7 +170,6 @@ def export(tmp_path_factory):
                 return Exported(mine, text)
 
         yield export
-        init_default_scope("mmengine")
 
 
 @pytest.fixture(scope="module")
@@ -422,8 +421,7 @@ def tool(tmp_path, monkeypatch):
             assert files_in(".") == before
             raise
 
-    yield call
-    init_default_scope("mmengine")
+    return call
 
 
 @pytest.mark.parametrize(("text", "options", "words"), REFUSED, ids=str)

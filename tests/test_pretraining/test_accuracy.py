@@ -27,7 +27,7 @@ def images(tmp_path):
 
 
 def campaign(images, out, **settings):
-    settings = dict(arms=list(ARMS), seeds=[0, 1], epochs=None, **settings)
+    settings = {**dict(arms=list(ARMS), seeds=[0, 1], epochs=None), **settings}
     return Campaign(argparse.Namespace(data_root=str(images), out=str(out), **settings))
 
 
@@ -38,7 +38,6 @@ def test_equal_flops():
     for name in ("GroupMamba", "ResNet"):
         model = MODELS.build(Config.fromfile(CONFIGS / ARMS[name].config).model).eval()
         found.append(count(model, lambda m=model: m(torch.rand(1, 3, 32, 32)))["total"].flops)
-    init_default_scope("mmengine")
     assert found[1] == pytest.approx(found[0], rel=0.02)
 
 
@@ -72,14 +71,27 @@ def test_arms_differ_in_what_they_are_called_for(images, tmp_path):
 
 
 def test_only_some_arms_and_what_they_start_from(images, tmp_path):
-    few = Campaign(
-        argparse.Namespace(
-            data_root=str(images), out=str(tmp_path), arms=["pruned, none"], seeds=[3], epochs=2
-        )
-    )
+    few = campaign(images, tmp_path, arms=["pruned, none"], seeds=[3], epochs=2)
     assert list(few.tasks) == [("PlainMamba", 3), ("pruned, none", 3)]
     (dense,) = {option for option in few.tasks["pruned, none", 3].command if "load_from" in option}
     assert dense.endswith("PlainMamba/seed3/epoch_2.pth")
+
+
+def test_one_teacher_whatever_the_seeds_of_students(images, tmp_path):
+    few = campaign(images, tmp_path, arms=["ResNet, distilled"], seeds=[3, 1])
+    assert list(few.tasks) == [
+        ("teacher", 0),
+        ("ResNet, distilled", 3),
+        ("ResNet, distilled", 1),
+    ]
+    assert all(task.after in ((), ("teacher, seed 0",)) for task in few.tasks.values())
+
+
+def test_settings_of_an_arm_and_of_its_config_are_known(images, tmp_path):
+    """By which runs of others are found."""
+    of_hold = json.loads(json.dumps(campaign(images, tmp_path).tasks["pruned, hold", 1].settings))
+    assert "model.backbone.pruning.alignment=hold" in of_hold["options"]
+    assert of_hold["config"]["train_cfg"]["max_epochs"] == 3
 
 
 @pytest.mark.parametrize(
@@ -150,4 +162,3 @@ def test_a_whole_campaign(images, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "out/table.md").read_text() in output
     accuracy.main()
     assert "2 of 2 runs were done before" in capsys.readouterr().out
-    init_default_scope("mmengine")

@@ -29,8 +29,7 @@ def project(tmp_path, monkeypatch):
         (tmp_path / f"{name}.py").write_text(text.replace("CONFIGS", str(CONFIGS)))
     monkeypatch.chdir(tmp_path)
     undo_what_tools_set(monkeypatch)
-    yield tmp_path
-    init_default_scope("mmengine")
+    return tmp_path
 
 
 def results(folder):

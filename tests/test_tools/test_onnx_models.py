@@ -96,7 +96,6 @@ def tool(tmp_path, monkeypatch):
 
     yield call
     torch.set_num_threads(threads)
-    init_default_scope("mmengine")
 
 
 def test_random_weights_find_as_many_objects_as_they_may(tmp_path):
@@ -108,7 +107,6 @@ def test_random_weights_find_as_many_objects_as_they_may(tmp_path):
     images = [onnx_models.noise(size) for size in ((64, 96), (100, 80))]
     onnx_models.let_it_find(model, images)
     assert [len(onnx_models.in_pytorch(model, image)["boxes"]) for image in images] == [100, 100]
-    init_default_scope("mmengine")
 
 
 SHORT = """

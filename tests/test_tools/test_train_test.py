@@ -16,8 +16,6 @@ import torch
 pytest.importorskip("mmdet")
 pytest.importorskip("mmseg")
 
-from mmengine.registry import init_default_scope
-
 from mmvssm.cli.errors import HINT
 from mmvssm.datasets.shapes import ShapesGenerator
 from support.tool_runs import sentence_of_refusal, undo_what_tools_set
@@ -337,8 +335,7 @@ def refused(tmp_path, monkeypatch, capsys):
     """
     monkeypatch.chdir(tmp_path)
     undo_what_tools_set(monkeypatch)
-    yield partial(sentence_of_refusal, capsys)
-    init_default_scope("mmengine")
+    return partial(sentence_of_refusal, capsys)
 
 
 def test_code_in_a_checkpoint_is_refused_and_not_run(config, tmp_path, refused):

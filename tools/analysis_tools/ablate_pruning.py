@@ -15,6 +15,7 @@ import statistics
 import sys
 from pathlib import Path
 
+from mmengine.config import Config
 from prettytable import PrettyTable, TableStyle
 
 from mmvssm.cli.campaign import Task, last_metric, run_tasks
@@ -41,6 +42,7 @@ VARIANTS = {
 START = "start"
 SIZE = 96
 START_ITERATIONS = 1500
+START_CHECKPOINT = f"iter_{START_ITERATIONS}.pth"
 ITERATIONS = 250
 COMMON = [
     f"train_dataloader.dataset.pipeline.2.scale=({SIZE},{SIZE})",
@@ -93,25 +95,27 @@ def tasks(args: argparse.Namespace) -> dict[tuple[str, int], Task]:
     folder = Path(args.work_dir)
 
     def task(name: str, config: Path, options: list[str], seed: int, *after: Task) -> Task:
+        options = [*COMMON, *options, *args.cfg_options]
         command = [sys.executable, str(REPO / "tools/train.py"), str(config)]
-        command += ["--cfg-options", f"randomness.seed={seed}", *COMMON, *options]
+        command += ["--cfg-options", f"randomness.seed={seed}", *options]
+        command += [f"load_from={other.folder.resolve()}/{START_CHECKPOINT}" for other in after]
         return Task(
             f"{name}, seed {seed}",
             folder / name.replace(", ", "_").replace(" ", "_") / f"seed{seed}",
-            (*command, *args.cfg_options),
+            tuple(command),
             lambda folder: dict(mIoU=last_metric(folder, "mIoU")),
-            tuple(other.name for other in after),
+            after=tuple(other.name for other in after),
+            settings=dict(config=Config.fromfile(config).to_dict(), options=options),
         )
 
     found = {}
     for seed in range(args.seeds):
         start = task(START, DENSE, schedule(START_ITERATIONS), seed)
-        checkpoint = start.folder.resolve() / f"iter_{START_ITERATIONS}.pth"
         found[START, seed] = start
         for variant in args.variants:
             config, options = VARIANTS[variant]
             options = [*schedule(ITERATIONS), *(NO_WARM_UP if config == PRUNED else []), *options]
-            options += [f"load_from={checkpoint}", "optim_wrapper.optimizer.lr=1e-3"]
+            options.append("optim_wrapper.optimizer.lr=1e-3")
             found[variant, seed] = task(variant, config, options, seed, start)
     return found
 

@@ -44,7 +44,7 @@ class Arm:
         config: Its file in ``configs``.
         options: Settings changed in it.
         start: The arm whose weights, of the same seed, it starts from.
-        teacher: The arm that teaches it, of the first seed.
+        teacher: The arm that teaches it.
         tuned: Whether it trains at all; one that doesn't is ``start`` evaluated with these options.
         flags: More arguments of tools/train.py.
     """
@@ -94,7 +94,7 @@ ARMS = {
     "ResNet": Arm("resnet_small_cifar10.py"),
     "ResNet, distilled": Arm("resnet_small_distilled_cifar10.py", TEACHER_BF16, teacher="teacher"),
 }
-ONE_SEED = ("teacher",)
+TEACHER_SEED = 0  # one teacher for all students, whatever their seeds
 SEEDS = (0, 1)
 METRIC = "accuracy/top1"
 ONLY_THE_LAST = 1000  # epochs between evaluations; the last epoch is evaluated anyway
@@ -164,18 +164,17 @@ class Campaign:
         self.arms = [name for name in ARMS if name in _with_what_they_need(args.arms)]
         self.seeds = args.seeds
         self.num_classes = sum(path.is_dir() for path in Path(args.data_root, "train").iterdir())
-        runs = [
-            (arm, seed) for seed in args.seeds for arm in self.arms if seed in self.seeds_of(arm)
-        ]
+        one = [(arm, TEACHER_SEED) for arm in self.arms if arm == "teacher"]
+        runs = one + [(arm, seed) for seed in args.seeds for arm in self.arms if arm != "teacher"]
         self.tasks = {run: self._task(*run) for run in runs}
 
     def seeds_of(self, arm: str) -> list[int]:
         """The seeds that an arm is trained with."""
-        return self.seeds[:1] if arm in ONE_SEED else self.seeds
+        return [TEACHER_SEED] if arm == "teacher" else self.seeds
 
     def config(self, arm: str) -> Config:
         """An arm's config as its first run used it."""
-        return Config.fromfile(self._folder(arm, self.seeds[0]) / ARMS[arm].config)
+        return Config.fromfile(self._folder(arm, self.seeds_of(arm)[0]) / ARMS[arm].config)
 
     def checkpoint(self, arm: str, seed: int) -> Path:
         """The weights that an arm ends with."""
@@ -209,8 +208,8 @@ class Campaign:
         if settings.start and settings.tuned:
             options.append(f"load_from={self.checkpoint(settings.start, seed)}")
         if settings.teacher:
-            needs.append(f"{settings.teacher}, seed {self.seeds[0]}")
-            weights = self.checkpoint(settings.teacher, self.seeds[0])
+            needs.append(f"{settings.teacher}, seed {TEACHER_SEED}")
+            weights = self.checkpoint(settings.teacher, TEACHER_SEED)
             options.append(f"model.teacher_checkpoint={weights}")
             options.append(f"model.teacher.head.num_classes={self.num_classes}")
         tool = [str(REPO / "tools" / ("train.py" if settings.tuned else "test.py"))]
@@ -226,8 +225,18 @@ class Campaign:
             f"randomness.seed={seed}",
             *options,
         ]
-        finish = _of_training if settings.tuned else _of_test
-        return Task(name, self._folder(arm, seed), (sys.executable, *tool), finish, tuple(needs))
+        return Task(
+            name,
+            self._folder(arm, seed),
+            (sys.executable, *tool),
+            _of_training if settings.tuned else _of_test,
+            after=tuple(needs),
+            settings=dict(
+                config=Config.fromfile(REPO / "configs" / settings.config).to_dict(),
+                options=settings.options,
+                flags=settings.flags,
+            ),
+        )
 
 
 def _with_what_they_need(arms: list[str]) -> set[str]:
@@ -272,7 +281,7 @@ def build(campaign: Campaign, arm: str) -> nn.Module:
     cfg = campaign.config(arm)
     init_default_scope(cfg.default_scope)
     model = MODELS.build(cfg.model)
-    path = campaign.checkpoint(arm, campaign.seeds[0])
+    path = campaign.checkpoint(arm, campaign.seeds_of(arm)[0])
     model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["state_dict"])
     return model.eval()
 
