@@ -168,6 +168,17 @@ class TestText:
             assert (CONFIGS / other).exists()
 
 
+def test_mmsegs_configs_are_found_whatever_it_is_installed_as(monkeypatch):
+    """The forks' distribution is called onedl-mmsegmentation, and their mmengine asks for mmsegmentation."""
+    pytest.importorskip("mmseg")
+    for place in ("mmengine.config.config", "mmvssm.engine.packaged_configs"):
+        monkeypatch.setattr(f"{place}.is_installed", lambda name: name != "mmsegmentation")
+    cfg = Config.fromfile(CONFIGS / "groupmamba_upernet_ade20k.py")
+    assert without_scopes(cfg.to_dict()) == without_scopes(
+        load("groupmamba_upernet_ade20k").to_dict()
+    )
+
+
 class TestRecipes:
     @pytest.mark.parametrize("name", [n for n in NAMES if n.endswith("maskrcnn_coco")])
     def test_maskrcnn_coco(self, name):

@@ -4,6 +4,7 @@ They lie in ``mmvssm/.mim/configs``, where packages of OpenMMLab have theirs.
 """
 
 from mmengine.config import config as _mmengine
+from mmengine.utils import is_installed
 
 SCOPE = "mmvssm"
 
@@ -16,9 +17,13 @@ _package_and_path = _mmengine._get_package_and_cfg_path
 
 
 def _get_package_and_cfg_path(cfg_path: str) -> tuple[str, str]:
-    """Split ``package::path``; mmengine's own function knows OpenMMLab's packages alone."""
-    package, _, path = cfg_path.partition("::")
-    return (_MODULE, path) if package == SCOPE else _package_and_path(cfg_path)
+    """Split ``package::path``; mmengine's own function knows OpenMMLab's distributions alone."""
+    module, _, path = cfg_path.partition("::")
+    if module == SCOPE:
+        return _MODULE, path
+    package, path = _package_and_path(cfg_path)
+    # mmseg is in mmsegmentation, but with the forks in onedl-mmsegmentation.
+    return (package if is_installed(package) else module), path
 
 
 def register_configs() -> None:

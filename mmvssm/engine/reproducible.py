@@ -8,8 +8,8 @@ the randomness of a training step (dropout, drop path, sampling of proposals) fr
 """
 
 import random
-from collections.abc import Iterator, Sequence
-from itertools import chain, islice, repeat
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any, Optional
 
 import numpy as np
@@ -259,7 +259,36 @@ def _fast_forward(loop: IterBasedTrainLoop) -> None:
     if isinstance(batches, ResumableBatchSampler) and batches.sampler.endless:
         batches.restart_at(loop.iter)
         # What the loop began to load when it was built are the batches of the beginning.
-        loop.dataloader_iterator = chain(repeat(None, loop.iter), loop.dataloader)
+        advances = not getattr(loop, "fast_forward_on_resume", False)  # which the forks have
+        loop.dataloader_iterator = _AdvancedBatches(loop.dataloader, loop.iter * advances)
+
+
+class _AdvancedBatches(Iterator[Any]):
+    """Batches of a loader that stands where it should, for a loop that is about to advance it.
+
+    mmengine's loop takes a batch for each of the iterations that are done; that of the forks calls ``skip_iter``.
+
+    Args:
+        loader: What to load from, when the first batch is wanted.
+        num_iters: By how many batches the loop will advance.
+    """
+
+    def __init__(self, loader: Iterable[Any], num_iters: int) -> None:
+        self._loader = loader
+        self._batches: Optional[Iterator[Any]] = None
+        self._to_advance = num_iters
+
+    def __next__(self) -> Any:
+        if self._to_advance:
+            self._to_advance -= 1
+            return None
+        if self._batches is None:
+            self._batches = iter(self._loader)
+        return next(self._batches)
+
+    def skip_iter(self, num_iters: int) -> None:
+        """Advance by so many at once."""
+        self._to_advance -= num_iters
 
 
 def make_reproducible(cfg: Config) -> None:

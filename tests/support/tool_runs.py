@@ -3,7 +3,6 @@
 import logging
 from pathlib import Path
 
-import mmengine.config.config
 import pytest
 import torch
 
@@ -48,9 +47,14 @@ def undo_what_tools_set(monkeypatch):
     for variable in ("LOCAL_RANK", "TORCH_FORCE_WEIGHTS_ONLY_LOAD"):
         monkeypatch.setenv(variable, "0")
     monkeypatch.delenv("MMVSSM_TRACEBACK", raising=False)
-    # Laying out the config's text takes longer than a few iterations.
-    monkeypatch.setattr(mmengine.config.config, "FormatCode", lambda text, **_: (text, True))
+    leave_configs_as_they_are(monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def leave_configs_as_they_are(monkeypatch):
+    """Do not lay out the text of configs, which takes longer than a few iterations."""
+    for place in ("mmengine.config.config", "yapf.yapflib.yapf_api"):  # upstream's, and the forks'
+        monkeypatch.setattr(f"{place}.FormatCode", lambda text, **_: (text, True), raising=False)
 
 
 def sentence_of_refusal(capsys, tool, *arguments):

@@ -37,7 +37,7 @@ from mmvssm.cli.prediction.outputs import JsonList, VideoFile, build_visualizer,
 from mmvssm.cli.prediction.predictor import Predictor, name_classes
 from mmvssm.cli.prediction.sources import describe_image, find_sources
 from support import tiny_configs
-from support.tool_runs import call, sentence_of_refusal
+from support.tool_runs import call, leave_configs_as_they_are, sentence_of_refusal
 
 REPO = Path(__file__).resolve().parents[2]
 MODELS_OF = {
@@ -59,7 +59,7 @@ def weights(tmp_path_factory, shapes):
             cfg.model.test_cfg.rcnn.max_per_img = 12  # drawing a hundred takes a second
         # As a whole, for what it inherits takes a second or two to find.
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("mmengine.config.config.FormatCode", lambda text, **_: (text, True))
+            leave_configs_as_they_are(patch)
             cfg.dump(folder / f"{name}.py")
         init_default_scope(cfg.default_scope)
         torch.manual_seed(0)

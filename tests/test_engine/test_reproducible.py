@@ -2,16 +2,18 @@
 
 import pickle
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
 from mmengine.dataset import DefaultSampler
-from mmengine.runner import Runner
+from mmengine.runner import IterBasedTrainLoop, Runner
 from torch.utils.data import Dataset
 
 from mmvssm.engine.reproducible import (
+    ReproducibleResumeHook,
     ResumableBatchSampler,
     SeededIndex,
     SeededSampler,
@@ -92,6 +94,25 @@ def test_endless_stream_restarts_anywhere(num_workers):
     stream = iter(loader)
     for batch in expected[5:]:
         assert all(torch.equal(x, y) for x, y in zip(batch, next(stream)))
+
+
+@pytest.mark.parametrize("advance", ["one by one", "at once", "not at all"])
+def test_the_loop_advances_nothing_twice(advance):
+    """mmengine's loop takes a batch for each iteration that is done; the forks' skips them, or leaves that out."""
+    stream = iter(make_loader(0, "InfiniteSampler"))
+    expected = [next(stream) for _ in range(8)]
+    runner = SimpleNamespace(iter=5, seed=0)
+    runner.train_loop = loop = IterBasedTrainLoop.__new__(IterBasedTrainLoop)
+    loop.dataloader, loop._iter = make_loader(0, "InfiniteSampler"), 5
+    loop.fast_forward_on_resume = advance == "not at all"
+    ReproducibleResumeHook().before_train_epoch(runner)
+    if advance == "one by one":
+        for _ in range(5):
+            next(loop.dataloader_iterator)
+    elif advance == "at once":
+        loop.dataloader_iterator.skip_iter(5)
+    for batch in expected[5:]:
+        assert all(torch.equal(x, y) for x, y in zip(batch, next(loop.dataloader_iterator)))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
