@@ -22,6 +22,7 @@ from ..models.pruning import PruningError
 
 _SHARED_MEMORY = re.compile(r"shared memory|Bus error|\bshm\b|/dev/shm", re.IGNORECASE)
 _KILLED_WORKER = re.compile(r"DataLoader worker .*(killed by signal: (?P<signal>\w+)|exited unex)")
+_ONE_VALUE = "Expected more than 1 value per channel when training"  # says BatchNorm
 _PORT_IN_USE = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
 _NO_PEER = re.compile(
     r"connection (?:closed|reset) by peer|broken pipe|remote process has terminated", re.IGNORECASE
@@ -59,7 +60,7 @@ def run_failures(work_dir: Optional[str] = None) -> Iterator[None]:
             raise
     except PruningError as error:  # a pruned model finds out about its neck only when it runs
         raise UserError(str(error)) from error
-    except (RuntimeError, OSError, MemoryError, EOFError) as error:
+    except (RuntimeError, ValueError, OSError, MemoryError, EOFError) as error:
         sentence = explain_failure(error)
         if sentence is None:
             raise
@@ -86,6 +87,12 @@ def explain_failure(error: BaseException) -> Optional[str]:
         return (
             "out of memory on the GPU; use a smaller train_dataloader.batch_size, smaller images, "
             "--amp, or with_cp=True in the backbone"
+        )
+    if _ONE_VALUE in text:
+        return (
+            "a batch of one image is too small for BatchNorm, which a head applies to maps of one pixel (UPerHead's "
+            "pooling does); use a train_dataloader.batch_size of at least 2, with drop_last=True where an epoch may "
+            "end in a batch of one, or another norm_cfg: SyncBN on several GPUs, GN on one"
         )
     if _SHARED_MEMORY.search(text) and ("worker" in text or "shm" in text):
         return _about_shared_memory()

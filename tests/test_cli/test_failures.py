@@ -117,6 +117,11 @@ def test_mistakes_in_the_code_keep_their_traceback(error):
     assert caught.value is error
 
 
+def test_a_batch_too_small_for_batch_norm():
+    with pytest.raises(RunFailure, match="batch_size of at least 2"), run_failures():
+        torch.nn.BatchNorm2d(3)(torch.rand(1, 3, 1, 1))
+
+
 def test_interrupted_where_a_library_makes_another_error_of_it():
     """As mmengine does while it formats a config, which is for a good part of the time that saving takes."""
 
