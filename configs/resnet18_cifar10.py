@@ -1,4 +1,4 @@
-"""mmpretrain's ResNet-18 for CIFAR-10 at half its width: the teacher of groupmamba_distilled_cifar10.py."""
+"""mmpretrain's ResNet-18 for CIFAR-10 at half its width: what resnet18_cutmix_cifar10.py starts from."""
 
 _base_ = "./groupmamba_cifar10.py"
 

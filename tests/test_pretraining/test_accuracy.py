@@ -7,7 +7,7 @@ from pathlib import Path
 import accuracy
 import pytest
 import torch
-from accuracy import ARMS, Campaign
+from accuracy import ARMS, TEACHERS, Campaign
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
@@ -43,10 +43,10 @@ def test_equal_flops():
 
 def test_arms_differ_in_what_they_are_called_for(images, tmp_path):
     tasks = campaign(images, tmp_path / "out").tasks
-    assert [seed for arm, seed in tasks if arm == "teacher"] == [0]
+    assert all([seed for arm, seed in tasks if arm == teacher] == [0] for teacher in TEACHERS)
     assert all(
         seeds == [0, 1]
-        for seeds in [[s for a, s in tasks if a == arm] for arm in ARMS if arm != "teacher"]
+        for seeds in [[s for a, s in tasks if a == arm] for arm in ARMS if arm not in TEACHERS]
     )
     assert (
         len({task.folder for task in tasks.values()})
@@ -64,7 +64,7 @@ def test_arms_differ_in_what_they_are_called_for(images, tmp_path):
     distilled = tasks["ResNet, distilled", 1]
     assert distilled.after == ("teacher, seed 0",)
     assert (
-        f"model.teacher_checkpoint={tasks['teacher', 0].folder / 'epoch_40.pth'}"
+        f"model.teacher_checkpoint={tasks['teacher', 0].folder / 'epoch_24.pth'}"
         in distilled.command
     )
     assert "model.teacher.head.num_classes=2" in distilled.command  # as many as there are folders
@@ -80,11 +80,13 @@ def test_only_some_arms_and_what_they_start_from(images, tmp_path):
 def test_one_teacher_whatever_the_seeds_of_students(images, tmp_path):
     few = campaign(images, tmp_path, arms=["ResNet, distilled"], seeds=[3, 1])
     assert list(few.tasks) == [
+        ("teacher, plain", 0),
         ("teacher", 0),
         ("ResNet, distilled", 3),
         ("ResNet, distilled", 1),
     ]
-    assert all(task.after in ((), ("teacher, seed 0",)) for task in few.tasks.values())
+    after = [task.after for task in few.tasks.values()]
+    assert after == [(), ("teacher, plain, seed 0",), *[("teacher, seed 0",)] * 2]
 
 
 def test_settings_of_an_arm_and_of_its_config_are_known(images, tmp_path):
@@ -97,7 +99,7 @@ def test_settings_of_an_arm_and_of_its_config_are_known(images, tmp_path):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--arms", "hold"], "unknown arms 'hold'; known are 'teacher', 'PlainMamba'"),
+        (["--arms", "hold"], "unknown arms 'hold'; known are 'teacher, plain', 'teacher'"),
         (["--jobs", "0"], "--jobs must be at least 1"),
         (["--epochs", "0"], "--epochs must be at least 1"),
         (["--seeds", "1", "1"], "--seeds 1 1: each seed once"),
@@ -153,12 +155,12 @@ def test_a_whole_campaign(images, tmp_path, monkeypatch, capsys):
     )
     accuracy.main()
     output = capsys.readouterr().out
-    assert "[2 of 2] GroupMamba, distilled, seed 0: top1" in output
+    assert "[3 of 3] GroupMamba, distilled, seed 0: top1" in output
     results = json.loads((tmp_path / "out/results.json").read_text())
-    assert set(results["arms"]) == {"teacher", "GroupMamba, distilled"}
+    assert set(results["arms"]) == {*TEACHERS, "GroupMamba, distilled"}
     student = results["arms"]["GroupMamba, distilled"]
     assert student["milliseconds"] == 0.5 and 4 < student["flops"] < 5 and len(student["top1"]) == 1
     assert (tmp_path / "out/accuracy.png").stat().st_size > 10_000
     assert (tmp_path / "out/table.md").read_text() in output
     accuracy.main()
-    assert "2 of 2 runs were done before" in capsys.readouterr().out
+    assert "3 of 3 runs were done before" in capsys.readouterr().out

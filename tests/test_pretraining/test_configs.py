@@ -38,7 +38,12 @@ IMAGENET = {
     "plainmamba_l3_pruned_imagenet": 50_507_456 + 449_000,
 }
 CIFAR10 = [
-    *("groupmamba_cifar10", "groupmamba_distilled_cifar10", "resnet18_cifar10"),
+    *(
+        "groupmamba_cifar10",
+        "groupmamba_distilled_cifar10",
+        "resnet18_cifar10",
+        "resnet18_cutmix_cifar10",
+    ),
     *("resnet_small_cifar10", "resnet_small_distilled_cifar10"),
     *("plainmamba_cifar10", "plainmamba_pruned_cifar10"),
 ]

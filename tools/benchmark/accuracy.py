@@ -79,7 +79,8 @@ PRUNINGS = {
 
 TEACHER_BF16 = ("model.teacher_bf16=True",)
 ARMS = {
-    "teacher": Arm("resnet18_cifar10.py", flags=("--amp",)),
+    "teacher, plain": Arm("resnet18_cifar10.py", flags=("--amp",)),
+    "teacher": Arm("resnet18_cutmix_cifar10.py", start="teacher, plain", flags=("--amp",)),
     "PlainMamba": Arm("plainmamba_cifar10.py"),
     "PlainMamba, trained on": pruned("keep_ratio=1"),  # as long as the pruned ones are tuned
     **{f"pruned, {name}": pruned(*options) for name, options in PRUNINGS.items()},
@@ -94,6 +95,7 @@ ARMS = {
     "ResNet": Arm("resnet_small_cifar10.py"),
     "ResNet, distilled": Arm("resnet_small_distilled_cifar10.py", TEACHER_BF16, teacher="teacher"),
 }
+TEACHERS = ("teacher, plain", "teacher")
 TEACHER_SEED = 0  # one teacher for all students, whatever their seeds
 SEEDS = (0, 1)
 METRIC = "accuracy/top1"
@@ -164,13 +166,13 @@ class Campaign:
         self.arms = [name for name in ARMS if name in _with_what_they_need(args.arms)]
         self.seeds = args.seeds
         self.num_classes = sum(path.is_dir() for path in Path(args.data_root, "train").iterdir())
-        one = [(arm, TEACHER_SEED) for arm in self.arms if arm == "teacher"]
-        runs = one + [(arm, seed) for seed in args.seeds for arm in self.arms if arm != "teacher"]
+        runs = [(arm, TEACHER_SEED) for arm in self.arms if arm in TEACHERS]
+        runs += [(arm, seed) for seed in args.seeds for arm in self.arms if arm not in TEACHERS]
         self.tasks = {run: self._task(*run) for run in runs}
 
     def seeds_of(self, arm: str) -> list[int]:
         """The seeds that an arm is trained with."""
-        return [TEACHER_SEED] if arm == "teacher" else self.seeds
+        return [TEACHER_SEED] if arm in TEACHERS else self.seeds
 
     def config(self, arm: str) -> Config:
         """An arm's config as its first run used it."""
@@ -342,7 +344,7 @@ def draw(campaign: Campaign, results: dict[str, dict[str, Any]]) -> Figure:
     taught, pruning, losses = figure.subplots(1, 3)
     shown = [arm for arm, result in results.items() if ARMS[arm].tuned and "milliseconds" in result]
     of_tokens = [arm for arm in shown if arm.startswith(("PlainMamba", "pruned"))]
-    others = [arm for arm in shown if arm not in of_tokens and arm != "teacher"]
+    others = [arm for arm in shown if arm not in (*of_tokens, *TEACHERS)]
     for axes, arms, title in (
         (taught, others, "with and without a teacher"),
         (pruning, of_tokens, "dense and pruned"),
