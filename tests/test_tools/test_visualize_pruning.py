@@ -109,8 +109,8 @@ def test_picture_and_numbers(visualize, files, tmp_path, name, config):
     before, after, factor, runs = map(float, times.groups())
     assert before > 0 and after > 0 and runs >= 5
     assert factor == pytest.approx(before / after, abs=0.02)
-    lines = [line for line in stdout.splitlines() if line != "Could not import OneDL"]  # the forks
-    assert len(lines) == 1
+    # The forks say on import what they could not import themselves.
+    assert sum("import OneDL" not in line for line in stdout.splitlines()) == 1
 
 
 def test_runs_as_a_program(files, tmp_path):
