@@ -179,6 +179,13 @@ def test_mmsegs_configs_are_found_whatever_it_is_installed_as(monkeypatch):
     )
 
 
+def test_what_lacks_is_named_as_pip_knows_it(monkeypatch):
+    for place in ("mmengine.config.config", "mmvssm.engine.packaged_configs"):
+        monkeypatch.setattr(f"{place}.is_installed", lambda name: False)
+    with pytest.raises(ModuleNotFoundError, match="mmsegmentation is not installed"):
+        Config.fromfile(CONFIGS / "groupmamba_upernet_ade20k.py")
+
+
 class TestRecipes:
     @pytest.mark.parametrize("name", [n for n in NAMES if n.endswith("maskrcnn_coco")])
     def test_maskrcnn_coco(self, name):

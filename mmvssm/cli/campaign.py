@@ -192,7 +192,7 @@ def _refuse_another(task: Task, tasks: Mapping[str, Task]) -> None:
 
 
 def _first_difference(was: Any, now: Any, key: str = "") -> tuple[str, Any, Any]:
-    """The dotted key of the first value that differs, and what it is in each; None where there is none."""
+    """The dotted key of the first value that differs, and what it is in each; None for a key that one lacks."""
     if isinstance(was, dict) and isinstance(now, dict):
         pairs = {name: (was.get(name), now.get(name)) for name in (*was, *now)}
     elif isinstance(was, list) and isinstance(now, list) and len(was) == len(now):

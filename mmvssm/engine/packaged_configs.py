@@ -22,8 +22,10 @@ def _get_package_and_cfg_path(cfg_path: str) -> tuple[str, str]:
     if module == SCOPE:
         return _MODULE, path
     package, path = _package_and_path(cfg_path)
-    # mmseg is in mmsegmentation, but with the forks in onedl-mmsegmentation.
-    return (package if is_installed(package) else module), path
+    # mmseg is in mmsegmentation, but with the forks in onedl-mmsegmentation. Where it is in
+    # neither, mmengine's sentence names the former.
+    forked = is_installed(module) and not is_installed(package)
+    return (module if forked else package), path
 
 
 def register_configs() -> None:
