@@ -232,5 +232,12 @@ def last_metric(folder: Path, key: str) -> float:
     Args:
         folder: The training's work dir.
         key: Of the metric, such as ``'accuracy/top1'``.
+
+    Raises:
+        UserError: If none found it.
     """
-    return read_run(str(folder)).metrics[key].values[-1]
+    metrics = read_run(str(folder)).metrics
+    if key not in metrics:
+        found = ", ".join(metrics) or "none"
+        raise UserError(f"no evaluation in {folder} logged {key}; metrics that are there: {found}")
+    return metrics[key].values[-1]

@@ -99,7 +99,12 @@ def prepare_training(cfg: Config) -> None:
     """
     _use_atomic_checkpoints(cfg)
     make_reproducible(cfg)
-    _add_hooks(cfg, "mmvssm.NonFiniteGuardHook", "mmvssm.InterruptionHook")
+    _add_hooks(
+        cfg,
+        "mmvssm.NonFiniteGuardHook",
+        "mmvssm.InterruptionHook",
+        "mmvssm.UnfinishedValidationHook",
+    )
     use_worker_init(cfg)
 
 

@@ -19,6 +19,7 @@ from .safe_checkpoint import (
     load_checkpoint_safely,
     register_safe_globals,
 )
+from .unfinished_validation import UnfinishedValidationHook
 from .user_error import RunFailure, Stopped, UserError, is_interruption
 from .workers import init_worker
 
@@ -41,6 +42,7 @@ __all__ = [
     "RunFailure",
     "SeededSampler",
     "Stopped",
+    "UnfinishedValidationHook",
     "UnsafeCheckpointError",
     "UserError",
     "guard_checkpoint_loader",

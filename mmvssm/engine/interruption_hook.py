@@ -24,8 +24,8 @@ class InterruptionHook(Hook):
     The iteration under way is finished (with gradient accumulation, the step), a checkpoint is saved
     by :class:`AtomicCheckpointHook`, and :class:`Stopped` raised. With what
     :func:`make_reproducible` adds, the resumed run repeats an uninterrupted one exactly, in the
-    middle of an epoch too. A validation under way is not finished and, after resuming, not begun
-    again.
+    middle of an epoch too. A validation under way is not finished; with
+    :class:`UnfinishedValidationHook` the resumed run begins with it.
 
     In a distributed run it is enough that one process gets the signal: all of them ask each other
     after every iteration, by an all-reduce of one number; in a validation as long as all of them have

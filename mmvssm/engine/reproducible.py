@@ -225,7 +225,7 @@ class ResumableEpochLoop(EpochBasedTrainLoop):
 
 @HOOKS.register_module()
 class ReproducibleResumeHook(Hook):
-    """Seeds every training iteration from (seed, rank, iteration).
+    """Seeds every training iteration, and every validation, from (seed, rank, iteration).
 
     With :class:`SeededSampler` (:func:`make_reproducible` adds both to a config) a resumed run
     repeats an uninterrupted one exactly, for epoch-based and iteration-based loops. Iteration-based
@@ -247,6 +247,10 @@ class ReproducibleResumeHook(Hook):
         self, runner: Runner, batch_idx: int, data_batch: Optional[Any] = None
     ) -> None:
         """Seed the iteration."""
+        seed_all(derive_seed(_STEP, runner.seed, get_rank(), runner.iter))
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        """Seed the validation, which may have to be repeated."""
         seed_all(derive_seed(_STEP, runner.seed, get_rank(), runner.iter))
 
 
