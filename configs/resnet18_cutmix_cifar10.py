@@ -1,4 +1,4 @@
-"""The ResNet-18 of resnet18_cifar10.py, trained on with CutMix: the teacher of groupmamba_distilled_cifar10.py.
+"""The ResNet-18 of resnet18_cifar10.py, trained on with CutMix: what resnet18_finetuned_cifar10.py starts from.
 
     python tools/train.py configs/resnet18_cutmix_cifar10.py --cfg-options \
         load_from=work_dirs/resnet18_cifar10/epoch_40.pth

@@ -81,12 +81,14 @@ def test_one_teacher_whatever_the_seeds_of_students(images, tmp_path):
     few = campaign(images, tmp_path, arms=["ResNet, distilled"], seeds=[3, 1])
     assert list(few.tasks) == [
         ("teacher, plain", 0),
+        ("teacher, CutMix", 0),
         ("teacher", 0),
         ("ResNet, distilled", 3),
         ("ResNet, distilled", 1),
     ]
     after = [task.after for task in few.tasks.values()]
-    assert after == [(), ("teacher, plain, seed 0",), *[("teacher, seed 0",)] * 2]
+    assert after[:2] == [(), ("teacher, plain, seed 0",)]
+    assert after[2:] == [("teacher, CutMix, seed 0",), *[("teacher, seed 0",)] * 2]
 
 
 def test_settings_of_an_arm_and_of_its_config_are_known(images, tmp_path):
@@ -99,7 +101,10 @@ def test_settings_of_an_arm_and_of_its_config_are_known(images, tmp_path):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--arms", "hold"], "unknown arms 'hold'; known are 'teacher, plain', 'teacher'"),
+        (
+            ["--arms", "hold"],
+            "unknown arms 'hold'; known are 'teacher, plain', 'teacher, CutMix', 'teacher'",
+        ),
         (["--jobs", "0"], "--jobs must be at least 1"),
         (["--epochs", "0"], "--epochs must be at least 1"),
         (["--seeds", "1", "1"], "--seeds 1 1: each seed once"),

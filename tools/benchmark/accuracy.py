@@ -80,7 +80,8 @@ PRUNINGS = {
 TEACHER_BF16 = ("model.teacher_bf16=True",)
 ARMS = {
     "teacher, plain": Arm("resnet18_cifar10.py", flags=("--amp",)),
-    "teacher": Arm("resnet18_cutmix_cifar10.py", start="teacher, plain", flags=("--amp",)),
+    "teacher, CutMix": Arm("resnet18_cutmix_cifar10.py", start="teacher, plain", flags=("--amp",)),
+    "teacher": Arm("resnet18_finetuned_cifar10.py", start="teacher, CutMix", flags=("--amp",)),
     "PlainMamba": Arm("plainmamba_cifar10.py"),
     "PlainMamba, trained on": pruned("keep_ratio=1"),  # as long as the pruned ones are tuned
     **{f"pruned, {name}": pruned(*options) for name, options in PRUNINGS.items()},
@@ -95,7 +96,7 @@ ARMS = {
     "ResNet": Arm("resnet_small_cifar10.py"),
     "ResNet, distilled": Arm("resnet_small_distilled_cifar10.py", TEACHER_BF16, teacher="teacher"),
 }
-TEACHERS = ("teacher, plain", "teacher")
+TEACHERS = ("teacher, plain", "teacher, CutMix", "teacher")
 TEACHER_SEED = 0  # one teacher for all students, whatever their seeds
 SEEDS = (0, 1)
 METRIC = "accuracy/top1"
