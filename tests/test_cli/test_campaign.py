@@ -147,5 +147,5 @@ def test_last_metric(tmp_path):
     ]
     Path(folder, "scalars.json").write_text("\n".join(lines))
     assert last_metric(tmp_path, "top1") == 20.5
-    with pytest.raises(UserError, match="logged top5; metrics that are there: top1$"):
+    with pytest.raises(UserError, match=r"logged top5; metrics that are there: top1$"):
         last_metric(tmp_path, "top5")
