@@ -1,10 +1,7 @@
-"""A small GroupMamba on CIFAR-10 with a convolutional teacher, that of resnet18_finetuned_cifar10.py.
+"""A small GroupMamba on CIFAR-10 with a convolutional teacher, that of resnet18_cutmix_cifar10.py.
 
-    python tools/train.py configs/resnet18_cifar10.py
-    python tools/train.py configs/resnet18_cutmix_cifar10.py --cfg-options \
-        load_from=work_dirs/resnet18_cifar10/epoch_40.pth
-    python tools/train.py configs/resnet18_finetuned_cifar10.py --cfg-options \
-        load_from=work_dirs/resnet18_cutmix_cifar10/epoch_24.pth
+How to train the teacher is said there; then:
+
     python tools/train.py configs/groupmamba_distilled_cifar10.py
 """
 
@@ -30,5 +27,5 @@ model = dict(
             type="mmpretrain.LinearClsHead", _scope_="mmpretrain", num_classes=10, in_channels=256
         ),
     ),
-    teacher_checkpoint="work_dirs/resnet18_finetuned_cifar10/epoch_5.pth",
+    teacher_checkpoint="work_dirs/resnet18_cutmix_again_cifar10/epoch_24.pth",
 )

@@ -1,7 +1,9 @@
-"""The ResNet-18 of resnet18_cifar10.py, trained on with CutMix: what resnet18_finetuned_cifar10.py starts from.
+"""The ResNet-18 of resnet18_cifar10.py, trained on with CutMix, twice: the teacher of groupmamba_distilled_cifar10.py.
 
     python tools/train.py configs/resnet18_cutmix_cifar10.py --cfg-options \
         load_from=work_dirs/resnet18_cifar10/epoch_40.pth
+    python tools/train.py configs/resnet18_cutmix_cifar10.py --work-dir work_dirs/resnet18_cutmix_again_cifar10 \
+        --cfg-options load_from=work_dirs/resnet18_cutmix_cifar10/epoch_24.pth randomness.seed=1
 """
 
 _base_ = "./resnet18_cifar10.py"

@@ -43,7 +43,6 @@ CIFAR10 = [
         "groupmamba_distilled_cifar10",
         "resnet18_cifar10",
         "resnet18_cutmix_cifar10",
-        "resnet18_finetuned_cifar10",
     ),
     *("resnet_small_cifar10", "resnet_small_distilled_cifar10"),
     *("plainmamba_cifar10", "plainmamba_pruned_cifar10"),
