@@ -1,5 +1,6 @@
 """The ResNet-18 of resnet18_cifar10.py, trained on with CutMix, twice: the teacher of groupmamba_distilled_cifar10.py.
 
+    python tools/train.py configs/resnet18_cifar10.py
     python tools/train.py configs/resnet18_cutmix_cifar10.py --cfg-options \
         load_from=work_dirs/resnet18_cifar10/epoch_40.pth
     python tools/train.py configs/resnet18_cutmix_cifar10.py --work-dir work_dirs/resnet18_cutmix_again_cifar10 \

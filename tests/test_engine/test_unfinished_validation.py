@@ -11,7 +11,7 @@ from mmengine.registry import METRICS
 
 from mmvssm.cli.checkpoints import find_resumable
 from mmvssm.engine import Stopped
-from support.toy_training import toy_runner
+from support.toy_training import losses, toy_runner
 
 UNFINISHED = "unfinished_validation"
 EMA = {"custom_hooks": [dict(type="EMAHook", momentum=0.3)]}
@@ -86,6 +86,20 @@ def test_it_is_made_up_for(tmp_path, which, by, averaged, iterations):
     runner(broken, resume=True, **settings).train()
     assert validations(broken) == validations(whole) and len(validations(whole)) == 3
     assert not list(tmp_path.glob(f"*/{UNFINISHED}"))
+
+
+def test_a_schedule_that_follows_a_metric_does_its_step(tmp_path):
+    plateau = dict(type="ReduceOnPlateauLR", monitor="score", rule="greater", patience=0)
+    settings = dict(param_scheduler=[dict(plateau, threshold=10.0, factor=0.5)])
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    runner(whole, **settings).train()
+    run = runner(broken, **settings)
+    run.register_hook(Breaking(2))
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    runner(broken, resume=True, **settings).train()
+    rates = [{step: logged["lr"] for step, logged in losses(d).items()} for d in (whole, broken)]
+    assert rates[0] == rates[1] and rates[0][18] < rates[0][12]
 
 
 def test_the_best_of_all_is_not_lost(tmp_path):
