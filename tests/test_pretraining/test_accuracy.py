@@ -77,6 +77,18 @@ def test_only_some_arms_and_what_they_start_from(images, tmp_path):
     assert dense.endswith("PlainMamba/seed3/epoch_2.pth")
 
 
+def test_seeds_of_each_arm(images, tmp_path):
+    """Two at least by default, and what an arm starts from has them all."""
+    tasks = campaign(images, tmp_path, seeds=None).tasks
+    names = [task.name for task in tasks.values()]
+    for index, task in enumerate(tasks.values()):
+        assert set(task.after) <= set(names[:index])
+    for arm in ARMS.keys() - set(TEACHERS):
+        seeds = [seed for name, seed in tasks if name == arm]
+        assert seeds == list(ARMS[arm].seeds) and len(seeds) >= 2
+    assert ("GroupMamba", 2) in tasks and ("PlainMamba", 2) not in tasks
+
+
 def test_one_teacher_whatever_the_seeds_of_students(images, tmp_path):
     few = campaign(images, tmp_path, arms=["ResNet, distilled"], seeds=[3, 1])
     assert list(few.tasks) == [

@@ -15,6 +15,7 @@ import argparse
 import json
 import statistics
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -47,6 +48,7 @@ class Arm:
         teacher: The arm that teaches it.
         tuned: Whether it trains at all; one that doesn't is ``start`` evaluated with these options.
         flags: More arguments of tools/train.py.
+        seeds: What it is trained with, unless the command line says so.
     """
 
     config: str
@@ -55,6 +57,7 @@ class Arm:
     teacher: Optional[str] = None
     tuned: bool = True
     flags: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = (0, 1)
 
 
 def pruned(*options: str, tuned: bool = True) -> Arm:
@@ -78,6 +81,7 @@ PRUNINGS = {
 """What becomes of tokens, by the settings that differ from the method's: importance by clip, alignment by decay."""
 
 TEACHER_BF16 = ("model.teacher_bf16=True",)
+THREE = (0, 1, 2)  # of what trains in minutes, and whose runs differ most
 ARMS = {
     "teacher, plain": Arm("resnet18_cifar10.py", flags=("--amp",)),
     "teacher, CutMix": Arm("resnet18_cutmix_cifar10.py", start="teacher, plain", flags=("--amp",)),
@@ -91,16 +95,17 @@ ARMS = {
         f"pruned, {name}{NOT_TUNED}": pruned(*options, tuned=False)
         for name, options in PRUNINGS.items()
     },
-    "GroupMamba": Arm("groupmamba_cifar10.py"),
+    "GroupMamba": Arm("groupmamba_cifar10.py", seeds=THREE),
     "GroupMamba, distilled": Arm(
-        "groupmamba_distilled_cifar10.py", TEACHER_BF16, teacher="teacher"
+        "groupmamba_distilled_cifar10.py", TEACHER_BF16, teacher="teacher", seeds=THREE
     ),
-    "ResNet": Arm("resnet_small_cifar10.py"),
-    "ResNet, distilled": Arm("resnet_small_distilled_cifar10.py", TEACHER_BF16, teacher="teacher"),
+    "ResNet": Arm("resnet_small_cifar10.py", seeds=THREE),
+    "ResNet, distilled": Arm(
+        "resnet_small_distilled_cifar10.py", TEACHER_BF16, teacher="teacher", seeds=THREE
+    ),
 }
 TEACHERS = ("teacher, plain", "teacher, CutMix", "teacher")
 TEACHER_SEED = 0  # one teacher for all students, whatever their seeds
-SEEDS = (0, 1)
 METRIC = "accuracy/top1"
 ONLY_THE_LAST = 1000  # epochs between evaluations; the last epoch is evaluated anyway
 BATCH, IMAGE = 64, 32  # of the images whose time is measured
@@ -121,7 +126,13 @@ def parse_args() -> argparse.Namespace:
         help="where runs and results go",
     )
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), metavar="N")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="of all arms but teachers; default 0, 1 and, of small models, 2",
+    )
     parser.add_argument(
         "--arms",
         nargs="+",
@@ -144,7 +155,7 @@ def parse_args() -> argparse.Namespace:
         value = getattr(args, option)
         if value is not None and value < 1:
             raise UserError(f"--{option} must be at least 1; got {value}")
-    if len(set(args.seeds)) < len(args.seeds):
+    if args.seeds and len(set(args.seeds)) < len(args.seeds):
         given = " ".join(map(str, args.seeds))
         raise UserError(f"--seeds {given}: each seed once, or the spread would be that of one run")
     if not Path(args.data_root, "train").is_dir():
@@ -170,12 +181,14 @@ class Campaign:
         self.seeds = args.seeds
         self.num_classes = sum(path.is_dir() for path in Path(args.data_root, "train").iterdir())
         runs = [(arm, TEACHER_SEED) for arm in self.arms if arm in TEACHERS]
-        runs += [(arm, seed) for seed in args.seeds for arm in self.arms if arm not in TEACHERS]
+        students = [arm for arm in self.arms if arm not in TEACHERS]
+        seeds = dict.fromkeys(seed for arm in students for seed in self.seeds_of(arm))
+        runs += [(arm, seed) for seed in seeds for arm in students if seed in self.seeds_of(arm)]
         self.tasks = {run: self._task(*run) for run in runs}
 
-    def seeds_of(self, arm: str) -> list[int]:
+    def seeds_of(self, arm: str) -> Sequence[int]:
         """The seeds that an arm is trained with."""
-        return [TEACHER_SEED] if arm in TEACHERS else self.seeds
+        return (TEACHER_SEED,) if arm in TEACHERS else self.seeds or ARMS[arm].seeds
 
     def config(self, arm: str) -> Config:
         """An arm's config as its first run used it."""
@@ -393,6 +406,7 @@ def main() -> None:
     machine = about("cpu")
     results: dict[str, dict[str, Any]] = {
         arm: dict(
+            seeds=campaign.seeds_of(arm),
             top1=campaign.results(arm),
             seconds=campaign.results(arm, "seconds"),
             config=ARMS[arm].config,
@@ -409,7 +423,7 @@ def main() -> None:
     print(table)
     print(f"\nAll runs together took {hours:.1f} hours of one core.", flush=True)
     (campaign.out / "table.md").write_text(table + "\n")
-    write_json(str(campaign.out / "results.json"), dict(machine, seeds=args.seeds, arms=results))
+    write_json(str(campaign.out / "results.json"), dict(machine, arms=results))
     draw(campaign, results).savefig(campaign.out / "accuracy.png")
     print(f"{campaign.out / 'accuracy.png'} shows the same")
 
