@@ -35,6 +35,7 @@ class Task:
         after: Names of the tasks that have to be done before.
         settings: What the result depends on, as JSON has it. A folder that has a run with others is refused, where it
             would be gone on with or its result taken for this one's.
+        prepare: Called before the process starts; ``folder`` exists then.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Task:
     finish: Callable[[Path], dict[str, Any]] = field(repr=False)
     after: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    prepare: Optional[Callable[[], None]] = field(default=None, repr=False)
 
     @property
     def result(self) -> Optional[dict[str, Any]]:
@@ -79,6 +81,8 @@ def run_tasks(tasks: Sequence[Task], jobs: int = 1) -> None:
             for task in ready[: jobs - len(running)]:
                 waiting.remove(task)
                 _write(task.folder / _ORIGIN, _origin(task, by_name))
+                if task.prepare:
+                    task.prepare()
                 running[task.name] = _Process(task)
             if not running:
                 break

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,17 @@ def test_each_waits_for_what_it_needs_and_is_done_once(tmp_path, task, capsys, j
     run_tasks([*tasks, task("more", "last")], jobs)
     assert log(tmp_path) == [*ran, "more"]
     assert "4 of 5 runs were done before" in capsys.readouterr().out
+
+
+def test_prepared_when_its_turn_comes_and_once(tmp_path, task):
+    """After what it waits for, before its own process, and with its folder there."""
+    ran = []
+    last = replace(
+        task("last", "first"), prepare=lambda: ran.append((log(tmp_path), *tmp_path.glob("last")))
+    )
+    for _ in range(2):
+        run_tasks([last, task("first")], 2)
+    assert ran == [(["first"], last.folder)] and log(tmp_path) == ["first", "last"]
 
 
 def test_a_failure_leaves_out_what_needs_it_and_nothing_else(tmp_path, task):

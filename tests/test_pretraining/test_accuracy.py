@@ -64,7 +64,7 @@ def test_arms_differ_in_what_they_are_called_for(images, tmp_path):
     distilled = tasks["ResNet, distilled", 1]
     assert distilled.after == ("teacher, seed 0",)
     assert (
-        f"model.teacher_checkpoint={tasks['teacher', 0].folder / 'epoch_24.pth'}"
+        f"model.teacher_checkpoint={tasks['teacher', 0].folder / 'average.pth'}"
         in distilled.command
     )
     assert "model.teacher.head.num_classes=2" in distilled.command  # as many as there are folders
@@ -89,18 +89,37 @@ def test_seeds_of_each_arm(images, tmp_path):
     assert ("GroupMamba", 2) in tasks and ("PlainMamba", 2) not in tasks
 
 
+def test_the_teacher_is_the_mean_of_what_was_trained(images, tmp_path):
+    """Made of whatever checkpoints are there, when its turn comes, and evaluated, not trained."""
+    few = campaign(images, tmp_path / "out", arms=["teacher"])
+    task = few.tasks["teacher", 0]
+    assert task.after == ("teacher, CutMix, seed 0", "teacher, CutMix again, seed 0")
+    assert Path(task.command[1]).name == "test.py"
+    assert task.command[3] == str(task.folder / "average.pth") == str(few.checkpoint("teacher", 0))
+    task.folder.mkdir(parents=True)
+    for name, value in zip(ARMS["teacher"].average, (1.0, 2.0)):
+        path = few.checkpoint(name, 0)
+        path.parent.mkdir(parents=True)
+        torch.save(dict(state_dict=dict(weight=torch.tensor([value]))), path)
+    task.prepare()
+    assert torch.load(task.command[3], weights_only=True)["state_dict"]["weight"].tolist() == [1.5]
+    assert few.tasks["teacher, CutMix", 0].prepare is None
+
+
+def test_mean_of_weights():
+    states = [
+        dict(weight=torch.tensor([1.0, 2.0]), steps=torch.tensor(7)),
+        dict(weight=torch.tensor([2.0, -4.0]), steps=torch.tensor(9)),
+    ]
+    found = accuracy.mean(states)
+    assert found["weight"].tolist() == [1.5, -1.0] and found["steps"] == 7
+
+
 def test_one_teacher_whatever_the_seeds_of_students(images, tmp_path):
     few = campaign(images, tmp_path, arms=["ResNet, distilled"], seeds=[3, 1])
-    assert list(few.tasks) == [
-        ("teacher, plain", 0),
-        ("teacher, CutMix", 0),
-        ("teacher", 0),
-        ("ResNet, distilled", 3),
-        ("ResNet, distilled", 1),
-    ]
-    after = [task.after for task in few.tasks.values()]
-    assert after[:2] == [(), ("teacher, plain, seed 0",)]
-    assert after[2:] == [("teacher, CutMix, seed 0",), *[("teacher, seed 0",)] * 2]
+    students = [("ResNet, distilled", 3), ("ResNet, distilled", 1)]
+    assert list(few.tasks) == [*((name, 0) for name in TEACHERS), *students]
+    assert all(few.tasks[student].after == ("teacher, seed 0",) for student in students)
 
 
 def test_settings_of_an_arm_and_of_its_config_are_known(images, tmp_path):
@@ -115,7 +134,7 @@ def test_settings_of_an_arm_and_of_its_config_are_known(images, tmp_path):
     [
         (
             ["--arms", "hold"],
-            "unknown arms 'hold'; known are 'teacher, plain', 'teacher, CutMix', 'teacher'",
+            f"unknown arms 'hold'; known are {', '.join(map(repr, ARMS))}",
         ),
         (["--jobs", "0"], "--jobs must be at least 1"),
         (["--epochs", "0"], "--epochs must be at least 1"),

@@ -46,6 +46,8 @@ class Arm:
         options: Settings changed in it.
         start: The arm whose weights, of the same seed, it starts from.
         teacher: The arm that teaches it.
+        average: Arms of the same config, one trained on from another; it does not train, it is the mean of their
+            weights (as in Izmailov et al. 2018, Wortsman et al. 2022).
         tuned: Whether it trains at all; one that doesn't is ``start`` evaluated with these options.
         flags: More arguments of tools/train.py.
         seeds: What it is trained with, unless the command line says so.
@@ -58,6 +60,12 @@ class Arm:
     tuned: bool = True
     flags: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0, 1)
+    average: tuple[str, ...] = ()
+
+    @property
+    def trains(self) -> bool:
+        """Whether its weights are its own making."""
+        return self.tuned and not self.average
 
 
 def pruned(*options: str, tuned: bool = True) -> Arm:
@@ -85,8 +93,11 @@ THREE = (0, 1, 2)  # of what trains in minutes, and whose runs differ most
 ARMS = {
     "teacher, plain": Arm("resnet18_cifar10.py", flags=("--amp",)),
     "teacher, CutMix": Arm("resnet18_cutmix_cifar10.py", start="teacher, plain", flags=("--amp",)),
-    "teacher": Arm(  # the same again, with other draws
+    "teacher, CutMix again": Arm(  # with other draws
         "resnet18_cutmix_cifar10.py", ("randomness.seed=1",), "teacher, CutMix", flags=("--amp",)
+    ),
+    "teacher": Arm(
+        "resnet18_cutmix_cifar10.py", average=("teacher, CutMix", "teacher, CutMix again")
     ),
     "PlainMamba": Arm("plainmamba_cifar10.py"),
     "PlainMamba, trained on": pruned("keep_ratio=1"),  # as long as the pruned ones are tuned
@@ -104,7 +115,7 @@ ARMS = {
         "resnet_small_distilled_cifar10.py", TEACHER_BF16, teacher="teacher", seeds=THREE
     ),
 }
-TEACHERS = ("teacher, plain", "teacher, CutMix", "teacher")
+TEACHERS = ("teacher, plain", "teacher, CutMix", "teacher, CutMix again", "teacher")
 TEACHER_SEED = 0  # one teacher for all students, whatever their seeds
 METRIC = "accuracy/top1"
 ONLY_THE_LAST = 1000  # epochs between evaluations; the last epoch is evaluated anyway
@@ -196,6 +207,8 @@ class Campaign:
 
     def checkpoint(self, arm: str, seed: int) -> Path:
         """The weights that an arm ends with."""
+        if ARMS[arm].average:
+            return self._folder(arm, seed) / "average.pth"
         if not ARMS[arm].tuned:
             arm = ARMS[arm].start
         cfg = Config.fromfile(REPO / "configs" / ARMS[arm].config)
@@ -221,18 +234,19 @@ class Campaign:
         name, needs, options = f"{arm}, seed {seed}", [], list(settings.options)
         if settings.start:
             needs.append(f"{settings.start}, seed {seed}")
-        if settings.tuned:
+        if settings.trains:
             options.append(f"train_cfg.val_interval={ONLY_THE_LAST}")
-        if settings.start and settings.tuned:
+        if settings.start and settings.trains:
             options.append(f"load_from={self.checkpoint(settings.start, seed)}")
         if settings.teacher:
             needs.append(f"{settings.teacher}, seed {TEACHER_SEED}")
             weights = self.checkpoint(settings.teacher, TEACHER_SEED)
             options.append(f"model.teacher_checkpoint={weights}")
             options.append(f"model.teacher.head.num_classes={self.num_classes}")
-        tool = [str(REPO / "tools" / ("train.py" if settings.tuned else "test.py"))]
+        needs += [f"{other}, seed {seed}" for other in settings.average]
+        tool = [str(REPO / "tools" / ("train.py" if settings.trains else "test.py"))]
         tool += [str(REPO / "configs" / settings.config), *settings.flags]
-        if not settings.tuned:
+        if not settings.trains:
             tool.append(str(self.checkpoint(arm, seed)))
         elif self.epochs:
             tool += ["--epochs", str(self.epochs)]
@@ -247,18 +261,39 @@ class Campaign:
             name,
             self._folder(arm, seed),
             (sys.executable, *tool),
-            _of_training if settings.tuned else _of_test,
+            _of_training if settings.trains else _of_test,
             after=tuple(needs),
             settings=dict(
                 config=Config.fromfile(REPO / "configs" / settings.config).to_dict(),
                 options=settings.options,
                 flags=settings.flags,
             ),
+            prepare=partial(self._average, arm, seed) if settings.average else None,
         )
+
+    def _average(self, arm: str, seed: int) -> None:
+        paths = [self.checkpoint(other, seed) for other in ARMS[arm].average]
+        weights = mean([torch.load(path, weights_only=True)["state_dict"] for path in paths])
+        torch.save(dict(state_dict=weights), self.checkpoint(arm, seed))
+
+
+def mean(states: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of each weight and running statistic; of counters the first."""
+    return {
+        key: torch.stack([state[key] for state in states]).mean(0)
+        if value.is_floating_point()
+        else value
+        for key, value in states[0].items()
+    }
 
 
 def _with_what_they_need(arms: list[str]) -> set[str]:
-    needed = {name for arm in arms for name in (ARMS[arm].start, ARMS[arm].teacher) if name}
+    needed = {
+        name
+        for arm in arms
+        for name in (ARMS[arm].start, ARMS[arm].teacher, *ARMS[arm].average)
+        if name
+    }
     return {*arms, *(_with_what_they_need(list(needed)) if needed else ())}
 
 
@@ -414,9 +449,9 @@ def main() -> None:
         )
         for arm in campaign.arms
     }
-    trained = [arm for arm in campaign.arms if ARMS[arm].tuned]
     if not args.no_time:
-        for arm, costs in measure(campaign, trained).items():
+        tuned = [arm for arm in campaign.arms if ARMS[arm].tuned]
+        for arm, costs in measure(campaign, tuned).items():
             results[arm].update(costs)
     table = table_of(results)
     hours = sum(sum(result["seconds"]) for result in results.values()) / 3600
