@@ -80,6 +80,5 @@ param_scheduler = [
     ),
 ]
 auto_scale_lr = dict(base_batch_size=128)
-# Averages over the last 1000 steps, a quarter of the run.
-custom_hooks = [dict(type="mmpretrain.EMAHook", momentum=1e-3, priority="ABOVE_NORMAL")]
+custom_hooks = []  # in so few epochs averaged weights lag behind those that are there at the end
 default_hooks = dict(logger=dict(interval=50))

@@ -44,5 +44,12 @@ optim_wrapper = dict(
     clip_grad=dict(max_norm=5.0),
     paramwise_cfg=dict(custom_keys={"A_logs": dict(decay_mult=0.0), "Ds": dict(decay_mult=0.0)}),
 )
-custom_hooks = [dict(type="mmpretrain.EMAHook", momentum=1e-4, priority="ABOVE_NORMAL")]
+custom_hooks = [
+    dict(
+        type="mmpretrain.EMAHook",
+        momentum=1e-4,
+        update_buffers=True,  # BatchNorm's statistics too, or they would be those of other weights
+        priority="ABOVE_NORMAL",
+    )
+]
 default_hooks = dict(checkpoint=dict(max_keep_ckpts=3, save_best="auto"))

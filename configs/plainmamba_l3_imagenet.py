@@ -7,4 +7,11 @@ model = dict(
     head=dict(in_channels=448),
 )
 optim_wrapper = dict(clip_grad=dict(max_norm=1.0))
-custom_hooks = [dict(type="mmpretrain.EMAHook", momentum=1e-4, priority="ABOVE_NORMAL")]
+custom_hooks = [
+    dict(
+        type="mmpretrain.EMAHook",
+        momentum=1e-4,
+        update_buffers=True,  # BatchNorm's statistics too, or they would be those of other weights
+        priority="ABOVE_NORMAL",
+    )
+]

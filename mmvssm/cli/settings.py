@@ -83,6 +83,10 @@ _LACKING = re.compile(r"(\S+) is not in the \S+ registry")  # mmengine's words
 _AT_LEAST = {"batch_size": 1, "num_workers": 0, "max_epochs": 1, "max_iters": 1, "val_interval": 1}
 
 
+# Of dicts, which mmengine would take apart at their commas; "{:05}.png" is none.
+_DICT = re.compile(r"""[\[(]+\{|[\[(]*(\{\s*["']|dict\()""")
+
+
 class SettingsAction(DictAction):
     """Reads ``--cfg-options``; what cannot be read is one sentence.
 
@@ -94,7 +98,7 @@ class SettingsAction(DictAction):
         """Read the options.
 
         Raises:
-            UserError: If one has no ``=`` or brackets that do not match.
+            UserError: If one has no ``=`` or brackets that do not match, or is a dict.
         """
         found = dict(getattr(namespace, self.dest, None) or {})
         for text in values or []:
@@ -104,6 +108,11 @@ class SettingsAction(DictAction):
             if set(" ,") & set(value) and os.path.exists(value):
                 found[key] = value
                 continue
+            if _DICT.match(value):
+                raise UserError(
+                    f"--cfg-options {text}: a dict cannot be given here; set one of its values with {key}.NAME=VALUE, "
+                    "or write it in a config file that has this one as its _base_"
+                )
             one = argparse.Namespace()
             try:
                 super().__call__(parser, one, [text], option_string)
