@@ -89,6 +89,7 @@ PRUNINGS = {
 """What becomes of tokens, by the settings that differ from the method's: importance by clip, alignment by decay."""
 
 TEACHER_BF16 = ("model.teacher_bf16=True",)
+SOFT = ("model.head.distillation=soft", "model.head.temperature=3.0")
 THREE = (0, 1, 2)  # of what trains in minutes, and whose runs differ most
 ARMS = {
     "teacher, plain": Arm("resnet18_cifar10.py", flags=("--amp",)),
@@ -109,6 +110,9 @@ ARMS = {
     "GroupMamba": Arm("groupmamba_cifar10.py", seeds=THREE),
     "GroupMamba, distilled": Arm(
         "groupmamba_distilled_cifar10.py", TEACHER_BF16, teacher="teacher", seeds=THREE
+    ),
+    "GroupMamba, distilled softly": Arm(
+        "groupmamba_distilled_cifar10.py", (*TEACHER_BF16, *SOFT), teacher="teacher"
     ),
     "ResNet": Arm("resnet_small_cifar10.py", seeds=THREE),
     "ResNet, distilled": Arm(
