@@ -53,7 +53,7 @@ def same_state(first, second):
 
 ASPECT = {"train_dataloader.batch_sampler": dict(type="mmdet.AspectRatioBatchSampler")}
 WORKERS = {"train_dataloader.num_workers": 2, "train_dataloader.persistent_workers": True}
-EMA = {"custom_hooks": [dict(type="EMAHook", momentum=0.3)]}
+EMA = {"custom_hooks": [dict(type="EMAHook", momentum=0.3, update_buffers=True)]}
 # Settings, when the signal comes, after how many iterations the run ends.
 MOMENTS = {
     "first iteration": ({}, Terminate(0), 1),

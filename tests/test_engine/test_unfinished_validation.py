@@ -14,7 +14,7 @@ from mmvssm.engine import Stopped
 from support.toy_training import losses, toy_runner
 
 UNFINISHED = "unfinished_validation"
-EMA = {"custom_hooks": [dict(type="EMAHook", momentum=0.3)]}
+EMA = {"custom_hooks": [dict(type="EMAHook", momentum=0.3, update_buffers=True)]}
 
 
 @METRICS.register_module(force=True)
