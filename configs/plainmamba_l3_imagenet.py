@@ -1,17 +1,8 @@
-"""The recipe of plainmamba_imagenet.py with PlainMamba-L3, and averaged weights (EMA), as published."""
+"""The recipe of plainmamba_l2_imagenet.py with PlainMamba-L3, as published."""
 
-_base_ = "./plainmamba_imagenet.py"
+_base_ = "./plainmamba_l2_imagenet.py"
 
 model = dict(
     backbone=dict(arch="L3", drop_path_rate=0.4),
     head=dict(in_channels=448),
 )
-optim_wrapper = dict(clip_grad=dict(max_norm=1.0))
-custom_hooks = [
-    dict(
-        type="mmpretrain.EMAHook",
-        momentum=1e-4,
-        update_buffers=True,  # BatchNorm's statistics too, or they would be those of other weights
-        priority="ABOVE_NORMAL",
-    )
-]

@@ -81,10 +81,8 @@ _BUILT = re.compile(
 )
 _LACKING = re.compile(r"(\S+) is not in the \S+ registry")  # mmengine's words
 _AT_LEAST = {"batch_size": 1, "num_workers": 0, "max_epochs": 1, "max_iters": 1, "val_interval": 1}
-
-
-# Of dicts, which mmengine would take apart at their commas; "{:05}.png" is none.
-_DICT = re.compile(r"""[\[(]+\{|[\[(]*(\{\s*["']|dict\()""")
+# Dicts, and lists with one in them, which mmengine would take apart at their commas; "{:05}.png" is none.
+_DICT = re.compile(r"""[\[(](.*[\[(,])?(\{|dict\()|\{["'}]|dict\(""")
 
 
 class SettingsAction(DictAction):
@@ -108,7 +106,7 @@ class SettingsAction(DictAction):
             if set(" ,") & set(value) and os.path.exists(value):
                 found[key] = value
                 continue
-            if _DICT.match(value):
+            if _DICT.match(value.replace(" ", "")):
                 raise UserError(
                     f"--cfg-options {text}: a dict cannot be given here; set one of its values with {key}.NAME=VALUE, "
                     "or write it in a config file that has this one as its _base_"
