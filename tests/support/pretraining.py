@@ -66,5 +66,6 @@ DISTILLED = (
 model["teacher"] = {TEACHER}
 model["teacher_checkpoint"] = "teacher.pth"
 model["train_cfg"] = dict(augments=[dict(type="Mixup", alpha=0.8), dict(type="CutMix", alpha=1.0)])
+custom_hooks = [dict(type="EMAHook", momentum=0.1, update_buffers=True)]
 """
 )
