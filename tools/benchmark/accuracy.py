@@ -4,7 +4,8 @@ Trains every arm below with every seed, each with one thread, and writes a table
 against time, and the losses with and without a teacher. Runs that are done are kept and interrupted ones go on where
 they stopped, so the same command continues, and with all done only measures time and reports.
 
-On CIFAR-10 as folders of images, train/<class>/ and val/<class>/, it takes some hours; with --jobs 2 half as many.
+On CIFAR-10 as folders of images, train/<class>/ and val/<class>/, it took 16 hours on one core of an AMD EPYC, 6.6 of
+them for the teacher; with --jobs 2 about half as many.
 
 Examples:
     python tools/benchmark/accuracy.py --data-root path/to/cifar10 --jobs 2
@@ -352,11 +353,11 @@ def measure(campaign: Campaign, arms: list[str]) -> dict[str, dict[str, float]]:
         with torch.no_grad():
             model(x)
 
-    seconds = time_side_by_side({arm: partial(run, m, x) for arm, m in models.items()}, "cpu", 2.0)
+    seconds = time_side_by_side({arm: partial(run, m, x) for arm, m in models.items()}, "cpu", 3.0)
     costs = {arm: count(m, partial(run, m, x[:1]))["total"] for arm, m in models.items()}
     return {
         arm: dict(
-            milliseconds=min(seconds[arm]) * 1e3 / BATCH,
+            milliseconds=statistics.median(seconds[arm]) * 1e3 / BATCH,
             flops=costs[arm].flops / 1e6,
             parameters=costs[arm].parameters / 1e6,
         )

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import platform
+import random
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -51,6 +52,9 @@ def time_side_by_side(
 ) -> dict[str, list[float]]:
     """Run candidates in turn, so that whatever else the machine does hits all of them alike.
 
+    Each round has an order of its own: what ran before leaves caches and memory behind, which would slow down or speed
+    up the same candidate each time.
+
     Args:
         candidates: What to run, by name.
         device: Where it runs.
@@ -63,10 +67,12 @@ def time_side_by_side(
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     warm: set[str] = set()
+    order = random.Random(0)
     while True:
         due = [n for n in candidates if len(times[n]) < min_runs or sum(times[n]) < seconds]
         if not due:
             return times
+        order.shuffle(due)
         for name in due:
             if setup is not None:
                 setup()
