@@ -15,6 +15,12 @@ from mmvssm.ops.selective_scan import pytorch, triton_launch
 from mmvssm.ops.selective_scan.inputs import ScanInputs
 from support.masked_scan import compare as compare_with_masked
 from support.scan_cases import CASES, GRADIENTS, Case, _defined, check, make_inputs
+from support.triton_interpreter import patch_languages_once
+
+
+@pytest.fixture(autouse=True)
+def _quicker_interpreter(monkeypatch):
+    patch_languages_once(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

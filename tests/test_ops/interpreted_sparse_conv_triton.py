@@ -10,8 +10,14 @@ import torch
 
 from mmvssm.ops.sparse_depthwise_conv import triton_launch as sparse_depthwise_conv_triton
 from support.sparse_conv_cases import CASES, Case, check, make_inputs, run_backend
+from support.triton_interpreter import patch_languages_once
 
 run = run_backend(sparse_depthwise_conv_triton)
+
+
+@pytest.fixture(autouse=True)
+def _quicker_interpreter(monkeypatch):
+    patch_languages_once(monkeypatch)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -18,7 +18,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Optional
 
@@ -216,7 +216,7 @@ class Campaign:
             return self._folder(arm, seed) / "average.pth"
         if not ARMS[arm].tuned:
             arm = ARMS[arm].start
-        cfg = Config.fromfile(REPO / "configs" / ARMS[arm].config)
+        cfg = _config(ARMS[arm].config)
         return self._folder(arm, seed) / f"epoch_{self.epochs or cfg.train_cfg.max_epochs}.pth"
 
     def results(self, arm: str, key: str = "top1") -> list[float]:
@@ -269,7 +269,7 @@ class Campaign:
             _of_training if settings.trains else _of_test,
             after=tuple(needs),
             settings=dict(
-                config=Config.fromfile(REPO / "configs" / settings.config).to_dict(),
+                config=_config(settings.config).to_dict(),
                 options=settings.options,
                 flags=settings.flags,
             ),
@@ -290,6 +290,13 @@ def mean(states: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         else value
         for key, value in states[0].items()
     }
+
+
+@cache
+def _config(name: str) -> Config:
+    return Config.fromfile(
+        REPO / "configs" / name
+    )  # arms share them, and reading one takes a while
 
 
 def _with_what_they_need(arms: list[str]) -> set[str]:
