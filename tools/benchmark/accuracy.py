@@ -292,11 +292,9 @@ def mean(states: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     }
 
 
-@cache
+@cache  # arms share them, and reading one takes a while
 def _config(name: str) -> Config:
-    return Config.fromfile(
-        REPO / "configs" / name
-    )  # arms share them, and reading one takes a while
+    return Config.fromfile(REPO / "configs" / name)
 
 
 def _with_what_they_need(arms: list[str]) -> set[str]:
