@@ -1,10 +1,8 @@
 """Exported models in onnxruntime, beside the libraries' own inference in PyTorch."""
 
-import fcntl
 import functools
 import hashlib
 import json
-import os
 
 import numpy as np
 import pytest
@@ -32,6 +30,7 @@ from mmvssm.export.preparation import UnsupportedModelError
 from mmvssm.ops import onnxruntime_library
 from support import tiny_configs
 from support.onnx_models import session
+from support.shared_folder import shared_folder
 from support.tool_runs import files_in, undo_what_tools_set
 from support.web_page import coloured, masks_drawn, skip_without_browser, viewer
 
@@ -154,20 +153,14 @@ def random_images(size):
 @pytest.fixture(scope="module")
 def export(tmp_path_factory):
     """Exports a model, which takes long, once for all processes that share out the tests."""
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent  # of all workers
-
     with pytest.MonkeyPatch.context() as patch:
         undo_what_tools_set(patch)
 
         def export(text):
-            mine = folder / f"export-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-            mine.mkdir(exist_ok=True)
-            patch.chdir(mine)
-            with (mine / "lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                return Exported(mine, text)
+            name = f"export-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+            with shared_folder(tmp_path_factory, name) as folder:
+                patch.chdir(folder)
+                return Exported(folder, text)
 
         yield export
 
