@@ -12,8 +12,8 @@ def patch_languages_once(monkeypatch):
     The interpreter exchanges the language's built-in functions for its own at each launch, and looks for them again at
     each call of a device function, which takes a quarter of the time and finds nothing.
     """
-    if not hasattr(interpreter, "_patch_lang"):
-        return
+    if not hasattr(interpreter, "_LangPatchScope"):
+        return  # a Triton whose interpreter works in another way
     patch = interpreter._patch_lang
 
     @cache
