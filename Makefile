@@ -75,7 +75,7 @@ $(ONNXRUNTIME_WEB): tools/install/onnxruntime_web.py | $(BIN)/python
 	@$(BIN)/python $< $(@D)
 	@touch $@
 
-# What tests/test_web looks for, too.
+# What tests/support/browser.py looks for, too.
 BROWSERS := chromium chromium-browser google-chrome
 
 setup-web: $(ONNXRUNTIME_WEB) ## Fetch onnxruntime-web and, for its test, Chromium (that only as root on Debian).

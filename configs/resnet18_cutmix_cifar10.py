@@ -6,7 +6,7 @@
     python tools/train.py configs/resnet18_cutmix_cifar10.py --work-dir work_dirs/resnet18_cutmix_again_cifar10 \
         --cfg-options load_from=work_dirs/resnet18_cutmix_cifar10/epoch_24.pth randomness.seed=1
 
-tools/benchmark/accuracy.py does all that, and takes the mean of the last two trainings' weights.
+tools/experiments/accuracy.py does all that, and takes the mean of the last two trainings' weights.
 """
 
 _base_ = "./resnet18_cifar10.py"

@@ -1,8 +1,9 @@
 """MMVSSM: state-space (Mamba) backbones for dense prediction on OpenMMLab.
 
-Importing this package registers its models, hooks and data generators under the scope ``mmvssm``. For that it needs
-torch, mmengine and mmcv; mmdet and mmseg only for the configs and tools that use them. Where mmengine or mmcv is
-missing, the operators can be used alone: ``import mmvssm.ops`` needs nothing but torch.
+Importing this package registers its models and data generators under the scope ``mmvssm``, lets configs inherit ours as
+``mmvssm::name.py``, and changes nothing else. It needs torch, mmengine and mmcv; mmdet and mmseg only for the configs
+and tools that use them. Without mmengine or mmcv, ``import mmvssm.ops`` still works: operators need torch alone.
+``mmvssm.run``, what our tools do around mmengine, is imported by them, and by configs that name one of its hooks.
 """
 
 import warnings
@@ -25,16 +26,17 @@ if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _OLDEST_TORCH
         "here. Install a later one, and mmcv once more, whose operators are compiled for one torch."
     )
 
-_FOLDERS = ("datasets", "engine", "models", "ops")
+_ROOMS = ("datasets", "models", "ops")
 _MISSING = " and ".join(
     f"{name} (or its fork onedl-{name})" for name in ("mmengine", "mmcv") if not find_spec(name)
 )
 
-__all__ = ["__version__", *_FOLDERS]
+__all__ = ["__version__", *_ROOMS]
 
 if not _MISSING:
-    for _name in _FOLDERS:
+    for _name in _ROOMS:
         import_module(f".{_name}", __name__)
+    import_module(".packaged_configs", __name__).register_configs()
 elif find_spec("mmengine"):
     # Somebody's config may be about to ask for a model by name.
     warnings.warn(
@@ -44,7 +46,7 @@ elif find_spec("mmengine"):
 
 
 def __getattr__(name: str) -> object:
-    if name not in _FOLDERS:
+    if name not in _ROOMS:
         raise AttributeError(f"module 'mmvssm' has no attribute {name!r}")
     if name != "ops" and _MISSING:
         raise ImportError(

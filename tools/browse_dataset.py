@@ -4,10 +4,353 @@ python tools/browse_dataset.py configs/groupmamba_maskrcnn_shapes.py
 python tools/browse_dataset.py configs/groupmamba_upernet_ade20k.py --data-root my_data --split val --num 20
 """
 
-import mmvssm  # noqa: F401
-from mmvssm.cli.arguments import browse_parser
-from mmvssm.cli.browse import browse
-from mmvssm.cli.errors import run_tool
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, Optional
+
+import mmcv
+import numpy as np
+from mmengine.config import Config, ConfigDict
+from mmengine.registry import DATASETS
+from rich.progress import track
+
+from mmvssm.analysis.dataset_view import (
+    Anchors,
+    PixelCounts,
+    SampleDrawer,
+    count_objects,
+    side_by_side,
+    table_of_anchors,
+    table_of_objects,
+    table_of_pixels,
+    table_of_sizes,
+)
+from mmvssm.datasets.walk import leaf_datasets
+from mmvssm.errors import UserError, add_traceback_option, run_tool, user_mistakes
+from mmvssm.run.arguments import add_data_options
+from mmvssm.run.hooks.reproducible import derive_seed, seed_all
+from mmvssm.run.setup import open_config, prepare_data, say
+
+_MANY = 200  # images, which take seconds to open: with progress
+
+
+def browse_parser() -> argparse.ArgumentParser:
+    """The arguments of tools/browse_dataset.py."""
+    parser = argparse.ArgumentParser(
+        description="Look at the data set of a detector's or segmenter's config: pictures of samples with their "
+        "annotations, before and after the pipeline, and what the annotations hold."
+    )
+    parser.add_argument("config", help="config file")
+    add_data_options(parser)
+    parser.add_argument(
+        "--split", choices=["train", "val"], default="train", help="which part (default: train)"
+    )
+    parser.add_argument(
+        "--num", type=int, default=10, metavar="N", help="how many samples to draw (default: 10)"
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the choice of samples and of their augmentation (default: 0)",
+    )
+    parser.add_argument(
+        "--max-images",
+        type=int,
+        default=500,
+        metavar="N",
+        help="how many images to open at most for sizes after the pipeline and for pixels; 0: all "
+        "(default: 500)",
+    )
+    parser.add_argument(
+        "--out-dir",
+        metavar="DIR",
+        help="folder for the pictures (default: work_dirs/<config name>/browse_<split>)",
+    )
+    add_traceback_option(parser)
+    parser.set_defaults(work_dir=None, launcher="none", local_rank=0)
+    return parser
+
+
+def browse(args: argparse.Namespace) -> None:
+    """What tools/browse_dataset.py does.
+
+    Args:
+        args: Parsed by :func:`~mmvssm.run.arguments.browse_parser`.
+
+    Raises:
+        UserError: If the config or the data will not do.
+    """
+    for name in ("num", "max_images", "seed"):
+        if getattr(args, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')} must not be negative")
+    cfg = open_config(args)
+    loader = f"{args.split}_dataloader"
+    if not cfg.get(loader):
+        raise UserError(f"--split {args.split}: the config has no {loader}")
+    prepare_data(cfg, args, [loader], None)
+    out_dir = Path(args.out_dir or os.path.join(cfg.work_dir, f"browse_{args.split}"))
+    if out_dir.exists() and not out_dir.is_dir():
+        raise UserError(f"--out-dir {out_dir} is a file, not a folder")
+    samples = Samples(cfg, loader, args.seed)
+    text = "\n".join(_statistics(cfg, samples, args.max_images))
+    say(text)
+    try:
+        for name, picture in _pictures(cfg, samples, args.num):
+            out_dir.mkdir(parents=True, exist_ok=True)
+            mmcv.imwrite(picture[..., ::-1], str(out_dir / name))
+        out_dir.mkdir(parents=True, exist_ok=True)
+        (out_dir / "statistics.txt").write_text(text + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write to --out-dir {out_dir}: {error.strerror}") from error
+    say(f"Pictures and statistics: {out_dir}")
+
+
+class Samples:
+    """The samples of a data loader's data set, before and after its pipeline.
+
+    Args:
+        cfg: The config.
+        loader: Name of the data loader in it.
+        seed: Of the choice of samples and of their augmentation.
+
+    Raises:
+        UserError: If the data set cannot be set up, or its pipeline loads no annotations.
+    """
+
+    def __init__(self, cfg: Config, loader: str, seed: int) -> None:
+        self.loader, self.seed = loader, seed
+        config = deepcopy(cfg[loader].dataset)
+        self._filters = [_without_filter(leaf) for leaf in leaf_datasets(config)]
+        for node in _with_pipelines(config):
+            node.pipeline = _unpacked(node.pipeline)
+        with user_mistakes(f"cannot set up the data set of {loader}"):
+            self.dataset = DATASETS.build(config)
+            self.leaves = list(_leaves_of(self.dataset))
+        for leaf in self.leaves:
+            names = [type(step).__name__ for step in leaf.pipeline.transforms]
+            if not any(name.startswith("Load") and "Annotation" in name for name in names):
+                raise UserError(
+                    f"the pipeline of {loader} loads no annotations that could be drawn or counted"
+                )
+        # By their images, of which wrappers of data sets know.
+        self._leaf_of = {r["img_path"]: leaf for leaf in self.leaves for r in leaf.data_list}
+        self._kept = {record["img_path"] for records in self._filtered() for record in records}
+
+    @property
+    def metainfo(self) -> dict[str, Any]:
+        """The data set's."""
+        return self.dataset.metainfo
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """What is known of all images, those that training leaves out included."""
+        return [record for leaf in self.leaves for record in leaf.data_list]
+
+    def num_left_out(self) -> int:
+        """How many images the data set's own filter leaves out."""
+        return len(self.records) - sum(map(len, self._filtered()))
+
+    def path(self, index: int) -> str:
+        """The image file of a sample."""
+        return self.dataset.get_data_info(index)["img_path"]
+
+    def choose(self, most: int) -> list[int]:
+        """Indices of different images, at random, of those that are not left out."""
+        chosen, seen = [], set()
+        for index in np.random.default_rng(self.seed).permutation(len(self.dataset)):
+            if len(chosen) == most:
+                break
+            path = self.path(int(index))
+            if path in self._kept and path not in seen:
+                seen.add(path)
+                chosen.append(int(index))
+        return chosen
+
+    def before(self, index: int) -> dict[str, Any]:
+        """A sample as its files have it."""
+        with self._mistakes(index):
+            results = self.dataset.get_data_info(index)
+            for step in self._leaf_of[results["img_path"]].pipeline.transforms:
+                if type(step).__name__.startswith("Load"):
+                    results = step(results)
+        return results
+
+    def after(self, index: int) -> dict[str, Any]:
+        """A sample as the pipeline makes it, without the last step, which packs it for the model."""
+        seed_all(derive_seed(self.seed, index))
+        with self._mistakes(index):
+            results = self.dataset[index]
+        if "img" not in results:
+            raise UserError(
+                f"the pipeline of {self.loader} ends in something else than Pack{{Det,Seg}}Inputs, so its "
+                "samples cannot be drawn"
+            )
+        return results
+
+    def _mistakes(self, index: int) -> Any:
+        return user_mistakes(f"the pipeline of {self.loader} fails on {self.path(index)}")
+
+    def _filtered(self) -> Iterator[Sequence[dict]]:
+        for leaf, filter_cfg in zip(self.leaves, self._filters):
+            leaf.filter_cfg = filter_cfg
+            yield leaf.filter_data()
+
+
+def _without_filter(leaf: ConfigDict) -> Optional[dict]:
+    """Let a data set keep all its records, to be looked at; returns the filter that it had."""
+    leaf.serialize_data = False
+    return leaf.pop("filter_cfg", None)
+
+
+def _with_pipelines(config: ConfigDict) -> Iterator[ConfigDict]:
+    """Every part of a data set's config that has a pipeline."""
+    if config.get("pipeline"):
+        yield config
+    inner = (
+        [config["dataset"]]
+        if isinstance(config.get("dataset"), dict)
+        else config.get("datasets", [])
+    )
+    for part in inner:
+        yield from _with_pipelines(part)
+
+
+def _unpacked(pipeline: Sequence[dict]) -> list[dict]:
+    """A pipeline without its last step, and with annotations loaded before anything changes the image.
+
+    Evaluation compares in the original image, so its pipelines load them after resizing.
+    """
+    kinds = [str(step.get("type")).rpartition(".")[2] for step in pipeline]
+    steps = [step for step, kind in zip(pipeline, kinds) if not kind.startswith("Pack")]
+    loading = [
+        step for step in steps if str(step.get("type")).rpartition(".")[2].startswith("Load")
+    ]
+    return loading + [step for step in steps if step not in loading]
+
+
+def _leaves_of(dataset: Any) -> Iterator[Any]:
+    """The data sets proper inside wrappers."""
+    if hasattr(dataset, "datasets"):
+        for part in dataset.datasets:
+            yield from _leaves_of(part)
+    elif hasattr(dataset, "dataset"):
+        yield from _leaves_of(dataset.dataset)
+    else:
+        yield dataset
+
+
+# --------------------------------------------------------------------------------------- statistics
+
+
+def _statistics(cfg: Config, samples: Samples, most: int) -> list[str]:
+    find = _statistics_of_objects if cfg.default_scope == "mmdet" else _statistics_of_pixels
+    return find(cfg, samples, most)
+
+
+def _chosen(samples: Samples, most: int) -> tuple[list[int], str]:
+    """The images to open, and how to call them."""
+    total = len(samples.records)
+    indices = samples.choose(most or total)
+    some = (
+        f"{len(indices):,} of {total:,} images" if len(indices) < total else f"all {total:,} images"
+    )
+    return indices, some
+
+
+def _opened(indices: list[int], what: str) -> Any:
+    return track(indices, what, disable=len(indices) < _MANY, transient=True)
+
+
+def _statistics_of_objects(cfg: Config, samples: Samples, most: int) -> list[str]:
+    counts = count_objects(samples.records, samples.metainfo["classes"])
+    left_out = samples.num_left_out()
+    lines = [
+        f"{counts.images:,} images, {counts.empty:,} of them without an object"
+        + f" ({left_out:,} are left out of training by filter_cfg)" * bool(left_out)
+        + f"; {counts.objects.sum():,} objects",
+        str(table_of_objects(counts)),
+        str(table_of_sizes(counts.sizes, "in the files, pixels")),
+    ]
+    indices, some = _chosen(samples, most)
+    sizes, overlaps, anchors = [], [], _anchors(cfg)
+    for index in _opened(indices, "Applying the pipeline"):
+        results = samples.after(index)
+        boxes = _boxes(results)
+        sizes += (boxes[:, 2:] - boxes[:, :2]).prod(1).sqrt().tolist()
+        if anchors is not None:
+            overlaps += anchors.best_overlaps(boxes, results["img"].shape[:2]).tolist()
+    lines.append(f"After the pipeline ({some}):")
+    lines.append(str(table_of_sizes(sizes, "as the model gets them, pixels")))
+    if anchors is None:
+        lines.append("The model has no anchors that objects could be compared with.")
+    else:
+        lines.append(str(table_of_anchors(np.array(sizes), np.array(overlaps), anchors)))
+    return lines
+
+
+def _boxes(results: dict[str, Any]) -> Any:
+    """The boxes ``(N, 4)`` of objects that are not ignored."""
+    import torch
+
+    boxes = results["gt_bboxes"]
+    boxes = torch.as_tensor(getattr(boxes, "tensor", boxes), dtype=torch.float32)
+    ignored = results.get("gt_ignore_flags")
+    return boxes if ignored is None else boxes[~torch.as_tensor(ignored, dtype=torch.bool)]
+
+
+def _anchors(cfg: Config) -> Optional[Anchors]:
+    """The anchors of a detector: a two-stage one's first stage's, or a one-stage one's."""
+    model = cfg.model
+    training = model.get("train_cfg") or {}
+    preprocessor = model.get("data_preprocessor") or {}
+    for head, assigner in (
+        (model.get("rpn_head"), (training.get("rpn") or {}).get("assigner")),
+        (model.get("bbox_head"), training.get("assigner")),
+    ):
+        if isinstance(head, dict) and head.get("anchor_generator"):
+            with user_mistakes("cannot set up the model's anchors"):
+                return Anchors(head, assigner, preprocessor.get("pad_size_divisor", 1))
+    return None
+
+
+def _statistics_of_pixels(cfg: Config, samples: Samples, most: int) -> list[str]:
+    counts = PixelCounts.of(samples.metainfo["classes"])
+    indices, some = _chosen(samples, most)
+    for index in _opened(indices, "Reading label maps"):
+        counts.add(samples.before(index)["gt_seg_map"])
+    return [
+        f"{some}: {counts.empty:,} of {counts.images:,} without any labelled pixel, {counts.uniform:,} with one "
+        "class only",
+        str(table_of_pixels(counts)),
+    ]
+
+
+# ----------------------------------------------------------------------------------------- pictures
+
+
+def _pictures(cfg: Config, samples: Samples, num: int) -> Iterator[tuple[str, np.ndarray]]:
+    """File names and pictures, RGB."""
+    drawer = SampleDrawer(cfg.default_scope, samples.metainfo)
+    num_classes = len(samples.metainfo["classes"])
+    for index in track(samples.choose(num), "Drawing", disable=num < _MANY, transient=True):
+        panels, labels = [], set()
+        for when, results in (("file", samples.before(index)), ("pipeline", samples.after(index))):
+            height, width = results["img"].shape[:2]
+            name = Path(results.get("img_path", "")).name
+            panels.append((f"{when}: {name} {width}x{height}", drawer.draw(results)))
+            labels |= set(np.unique(results.get("gt_seg_map", []))) & set(range(num_classes))
+        picture = side_by_side(panels)
+        if labels:
+            legend = drawer.legend(sorted(map(int, labels)), picture.shape[1])
+            picture = np.vstack([picture, legend])
+        yield f"{index:06d}_{Path(samples.path(index)).stem}.jpg", picture
+
 
 if __name__ == "__main__":
     run_tool(lambda: browse(browse_parser().parse_args()))

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 
 import mmvssm
-from mmvssm.cli.errors import UserError, add_traceback_option, run_tool, user_mistakes
-from mmvssm.engine import AtomicLocalBackend
-from mmvssm.engine.safe_checkpoint import force_weights_only, load_checkpoint_safely
+from mmvssm.errors import UserError, add_traceback_option, run_tool, user_mistakes
 from mmvssm.models.published import CONVERTERS, inert_globals, unwrap
+from mmvssm.run.hooks import AtomicLocalBackend
+from mmvssm.safe_checkpoint import force_weights_only, load_checkpoint_safely
 
 
 def parse_args() -> argparse.Namespace:

@@ -2,8 +2,8 @@
 
 import argparse
 
-from mmvssm.cli.errors import add_traceback_option, run_tool, user_mistakes
 from mmvssm.datasets import ShapesGenerator
+from mmvssm.errors import add_traceback_option, run_tool, user_mistakes
 
 
 def parse_args() -> argparse.Namespace:

@@ -4,9 +4,9 @@ python tools/predict.py CONFIG CHECKPOINT photos/ film.mp4 'scans/**/*.tif' --ou
 """
 
 import mmvssm  # noqa: F401
-from mmvssm.cli.arguments import predict_parser
-from mmvssm.cli.errors import run_tool
-from mmvssm.cli.predict import predict
+from mmvssm.errors import run_tool
+from mmvssm.run.arguments import predict_parser
+from mmvssm.run.predict import predict
 
 if __name__ == "__main__":
     run_tool(lambda: predict(predict_parser().parse_args()))

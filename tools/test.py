@@ -7,9 +7,9 @@ tools/dist_test.sh CONFIG CHECKPOINT 8 --tta
 """
 
 import mmvssm  # noqa: F401
-from mmvssm.cli.arguments import test_parser
-from mmvssm.cli.errors import run_tool
-from mmvssm.cli.test import test
+from mmvssm.errors import run_tool
+from mmvssm.run.arguments import test_parser
+from mmvssm.run.test import test
 
 if __name__ == "__main__":
     run_tool(lambda: test(test_parser().parse_args()))

@@ -6,9 +6,9 @@ tools/dist_train.sh configs/groupmamba_maskrcnn_coco.py 8 --amp
 """
 
 import mmvssm  # noqa: F401
-from mmvssm.cli.arguments import train_parser
-from mmvssm.cli.errors import run_tool
-from mmvssm.cli.train import train
+from mmvssm.errors import run_tool
+from mmvssm.run.arguments import train_parser
+from mmvssm.run.train import train
 
 if __name__ == "__main__":
     run_tool(lambda: train(train_parser().parse_args()))

@@ -14,6 +14,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 import mmvssm  # noqa: F401  (registers the models)
+from mmvssm.analysis.picture_file import picture_file
 from mmvssm.analysis.pruning_view import (
     draw_pruning,
     load_image,
@@ -23,11 +24,10 @@ from mmvssm.analysis.pruning_view import (
     pruned_backbone,
     summarize,
 )
-from mmvssm.cli.checkpoints import check_fits, load_local
-from mmvssm.cli.errors import UserError, add_traceback_option, run_tool, user_mistakes
-from mmvssm.cli.picture_file import picture_file
-from mmvssm.cli.settings import SettingsAction, check_config_file, check_options
-from mmvssm.engine.safe_checkpoint import force_weights_only
+from mmvssm.errors import UserError, add_traceback_option, run_tool, user_mistakes
+from mmvssm.run.checkpoints import check_fits, load_local
+from mmvssm.run.settings import SettingsAction, check_config_file, check_options
+from mmvssm.safe_checkpoint import force_weights_only
 
 
 def parse_args() -> argparse.Namespace:

@@ -4,14 +4,15 @@ python tools/web.py                      # the demo models that were trained in 
 python tools/web.py CONFIG CHECKPOINT    # one of your own
 """
 
+import sys
 from pathlib import Path
 
-import mmvssm  # noqa: F401
-from mmvssm.cli.arguments import web_parser
-from mmvssm.cli.errors import run_tool
-from mmvssm.cli.web import web
+from mmvssm.errors import run_tool
 
 PAGE = Path(__file__).resolve().parents[1] / "web"
+sys.path.insert(0, str(PAGE))
 
 if __name__ == "__main__":
+    from build_page import web, web_parser
+
     run_tool(lambda: web(web_parser().parse_args(), PAGE))

@@ -23,8 +23,8 @@ from mmengine.config import Config
 from mmengine.dataset import Compose
 from torch import Tensor, nn
 
-from ..engine import UserError
-from ..engine.inference import inference_pipeline
+from ..datasets.walk import inference_pipeline
+from ..errors import UserError
 from ..models.backbones.plain_mamba import LayerState
 from .flops import count
 

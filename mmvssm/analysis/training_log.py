@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from mmengine.utils import is_list_of
 
-from ..engine import UserError
+from ..errors import UserError
 
 _SCALARS = "vis_data/scalars.json"
 _NOT_METRICS = {"data_time", "time", "memory", "step", "epoch", "iter"}

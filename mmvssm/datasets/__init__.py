@@ -1,5 +1,5 @@
 """Data that the package brings along."""
 
-from mmvssm.datasets.shapes import ShapesGenerator
+from .shapes import ShapesGenerator
 
 __all__ = ["ShapesGenerator"]

@@ -28,7 +28,7 @@ from typing import Union
 import numpy as np
 from numpy.random import RandomState
 
-from mmvssm.registry import TASK_UTILS
+from ..registry import TASK_UTILS
 
 CLASSES = ("disk", "square", "triangle", "star", "ring")
 FORMAT_VERSION = 2  # raised whenever the same settings would give other bytes than before

@@ -2,12 +2,14 @@
 
 from .backbones import GroupMamba, PlainMamba
 from .classifiers import ClassBlock, GroupMambaClassifier
+from .keep_ratio_hook import KeepRatioWarmup
 from .necks import TokenPooling, TokenRestoration
 
 __all__ = [
     "ClassBlock",
     "GroupMamba",
     "GroupMambaClassifier",
+    "KeepRatioWarmup",
     "PlainMamba",
     "TokenPooling",
     "TokenRestoration",

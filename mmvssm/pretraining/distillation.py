@@ -11,11 +11,11 @@ from mmpretrain.models import ImageClassifier, LinearClsHead
 from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 
-from ..engine import UserError
-from ..engine.safe_checkpoint import UnsafeCheckpointError, load_checkpoint_safely
+from ..errors import UserError
 from ..models.backbones.common import init_parameters
 from ..models.published import unwrap
 from ..registry import MODELS
+from ..safe_checkpoint import UnsafeCheckpointError, load_checkpoint_safely
 
 KINDS = ("hard", "soft")
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-# Those for mmpretrain are in tests/test_pretraining/test_configs.py.
+# Those for mmpretrain are in tests/whole/pretraining/test_configs.py.
 DENSE = sorted(
     path for path in CONFIGS.glob("*.py") if not path.stem.endswith(("_imagenet", "_cifar10"))
 )

@@ -1,30 +1,34 @@
 """The tools called in this process, also for inputs that they refuse."""
 
 import logging
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
-from mmvssm.cli.arguments import (
-    browse_parser,
-    plot_log_parser,
-    predict_parser,
-    test_parser,
-    train_parser,
-)
-from mmvssm.cli.browse import browse
-from mmvssm.cli.errors import HINT, run_tool
-from mmvssm.cli.plot_log import plot_log
-from mmvssm.cli.predict import predict
-from mmvssm.cli.test import test
-from mmvssm.cli.train import train
+from mmvssm.errors import HINT, run_tool
+from mmvssm.run.arguments import predict_parser, test_parser, train_parser
+from mmvssm.run.predict import predict
+from mmvssm.run.test import test
+from mmvssm.run.train import train
 
+
+def load_tool(name: str) -> ModuleType:
+    """A file of ``tools`` as a module; the folder itself, which has a ``test.py``, stays off ``sys.path``."""
+    spec = spec_from_file_location(name, Path(__file__).parents[2] / "tools" / f"{name}.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+_BROWSE, _PLOT = load_tool("browse_dataset"), load_tool("plot_log")
 TOOLS = {
     "train.py": (train, train_parser),
     "test.py": (test, test_parser),
-    "browse_dataset.py": (browse, browse_parser),
-    "plot_log.py": (plot_log, plot_log_parser),
+    "browse_dataset.py": (_BROWSE.browse, _BROWSE.browse_parser),
+    "plot_log.py": (_PLOT.plot_log, _PLOT.plot_log_parser),
     "predict.py": (predict, predict_parser),
 }
 

@@ -20,10 +20,10 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import mmvssm  # noqa: F401
-from mmvssm.cli.checkpoints import find_resumable
-from mmvssm.cli.errors import run_tool
-from mmvssm.cli.failures import run_failures
-from mmvssm.cli.train import prepare_training
+from mmvssm.errors import run_tool
+from mmvssm.run.checkpoints import find_resumable
+from mmvssm.run.failures import run_failures
+from mmvssm.run.train import prepare_training
 
 LENGTH, BATCH = 24, 4
 
@@ -206,7 +206,7 @@ def main(work_dir, overrides):
     init_default_scope("mmengine")
     cfg = toy_config(work_dir, **overrides)
     if cfg.launcher != "none":
-        from mmvssm.cli.distributed import init_processes
+        from mmvssm.run.distributed import init_processes
 
         init_processes(cfg)
     runner = Runner.from_cfg(cfg)

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from page_server import PageServer
 from PIL import Image
-
-from mmvssm.cli.page_server import PageServer
 
 from .browser import Browser, Page, find_browser
 

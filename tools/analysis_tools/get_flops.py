@@ -16,8 +16,8 @@ from torch import nn
 
 import mmvssm  # noqa: F401  (registers the models)
 from mmvssm.analysis.flops import count
-from mmvssm.cli.errors import UserError, add_traceback_option, run_tool, user_mistakes
-from mmvssm.cli.mmpretrain_missing import telling_of_mmpretrain
+from mmvssm.errors import UserError, add_traceback_option, run_tool, user_mistakes
+from mmvssm.run.mmpretrain_missing import telling_of_mmpretrain
 
 
 def parse_args() -> argparse.Namespace:

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from common import (
+from mmengine.registry import MODELS, init_default_scope
+from timing import (
     about,
     copy_bandwidth,
     markdown_table,
@@ -21,10 +22,9 @@ from common import (
     time_side_by_side,
     write_json,
 )
-from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
-from mmvssm.cli.errors import UserError, add_traceback_option, run_tool
+from mmvssm.errors import UserError, add_traceback_option, run_tool
 from mmvssm.models import GroupMamba, PlainMamba
 
 GROUPS = {

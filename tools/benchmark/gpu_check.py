@@ -56,7 +56,7 @@ HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
 TOTAL_SECONDS = 460
 
-sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tools/triton_lab")]
 
 
 class Skipped(Exception):
@@ -541,7 +541,8 @@ def _run_backbone(shape: tuple[int, ...], dtype: str, device: str) -> None:
 
 
 def _run_case(operator: str, case: Any, device: str) -> None:
-    from support import scan_cases, sparse_conv_cases
+    import scan_cases
+    import sparse_conv_cases
 
     if operator == "scan":
         _run_scan(scan_cases.make_inputs(case, device), case.softplus)
@@ -552,13 +553,13 @@ def _run_case(operator: str, case: Any, device: str) -> None:
 
 def _compile_single_pass(case: Any, device: str) -> None:
     """``case``: of the tests, or a shape."""
+    import scan_cases
     import torch
     from scan_inputs import Shape, designs, make_inputs
 
     from mmvssm.ops.selective_scan import triton_launch
     from mmvssm.ops.selective_scan.inputs import ScanInputs
     from mmvssm.ops.triton_launcher import recorded_launches
-    from support import scan_cases
 
     if isinstance(case, Shape):
         inputs = make_inputs(case, 1, torch.float32, device)
@@ -574,7 +575,8 @@ def _compile_single_pass(case: Any, device: str) -> None:
 
 def check_operators(report: Report, args: argparse.Namespace) -> None:
     """The cases of the tests, as many as the time allows."""
-    from support import scan_cases, sparse_conv_cases
+    import scan_cases
+    import sparse_conv_cases
 
     modules = {
         "scan": (scan_cases, _run_scan),
@@ -592,7 +594,8 @@ def check_operators(report: Report, args: argparse.Namespace) -> None:
 
 def operator_cases(device: str) -> list[tuple[str, Any]]:
     """``scan`` or ``sparse convolution`` and a case of it: first, of both, those that show something new."""
-    from support import scan_cases, sparse_conv_cases
+    import scan_cases
+    import sparse_conv_cases
 
     every = 6 if device == "cpu" else 1
     cases = [("scan", case) for case in scan_cases.CASES[::every]]
@@ -612,9 +615,9 @@ def operator_cases(device: str) -> list[tuple[str, Any]]:
 
 def _run_scan(inputs: dict, delta_softplus: bool) -> dict:
     import torch
+    from scan_cases import GRADIENTS
 
     from mmvssm.ops import Traversal, selective_scan
-    from support.scan_cases import GRADIENTS
 
     inputs = {
         name: x.detach().requires_grad_() if x is not None and x.is_floating_point() else x
@@ -631,9 +634,9 @@ def _run_scan(inputs: dict, delta_softplus: bool) -> dict:
 
 def _run_sparse_conv(inputs: dict) -> dict:
     import torch
+    from sparse_conv_cases import GRADIENTS
 
     from mmvssm.ops import sparse_depthwise_conv
-    from support.sparse_conv_cases import GRADIENTS
 
     leaves = {
         name: inputs[name].detach().requires_grad_()
@@ -649,7 +652,7 @@ def _run_sparse_conv(inputs: dict) -> dict:
 
 def sanitized_cases() -> list:
     """Small, and with kernels of both kinds."""
-    from support.scan_cases import Case
+    from scan_cases import Case
 
     return [Case(1, 130, 2, 13, states) for states in (1, 2)]
 
@@ -658,7 +661,7 @@ SANITIZED = """
 import sys
 sys.path[:0] = {paths}
 import gpu_check
-from support.scan_cases import check
+from scan_cases import check
 gpu_check.use_device({device!r})
 for case in gpu_check.sanitized_cases():
     check(case, gpu_check._run_scan, device={device!r})
@@ -1242,9 +1245,8 @@ def compare_designs(inputs: Any) -> dict[str, object]:
 
 def run_in_single_pass(case: Any, device: str) -> dict[str, object]:
     """A case of the tests with the single pass, and the backward pass from what it leaves."""
+    import scan_cases
     from scan_inputs import designs
-
-    from support import scan_cases
 
     with designs(1)["single_pass"](), _launched() as kernels:
         scan_cases.check(case, _run_scan, device=device)
@@ -1256,8 +1258,7 @@ def run_in_single_pass(case: Any, device: str) -> dict[str, object]:
 def look_back_cases() -> list:
     """With more than one block of tiles, a last tile that is not full, and a last block of channels that is not."""
     import torch
-
-    from support.scan_cases import Case
+    from scan_cases import Case
 
     return [
         Case(1, 2405, 2, 87, 1),  # a walk of its own, a source and gaps

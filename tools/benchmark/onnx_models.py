@@ -27,16 +27,16 @@ from typing import Any, Optional
 import mmcv
 import torch
 import torch.nn.functional as F
-from common import about, markdown_table, time_side_by_side, write_json
 from mmengine.config import Config
 from mmengine.registry import DATASETS
+from timing import about, markdown_table, time_side_by_side, write_json
 from torch import Tensor, nn
 
-from mmvssm.cli.checkpoints import check_fits, load_any
-from mmvssm.cli.dataset.root import list_files
-from mmvssm.cli.errors import UserError, add_traceback_option, run_tool
-from mmvssm.cli.run import build_model, open_config, prepare_data
+from mmvssm.datasets.root import list_files
+from mmvssm.errors import UserError, add_traceback_option, run_tool
 from mmvssm.models.pruning import PrunedTokens
+from mmvssm.run.checkpoints import check_fits, load_any
+from mmvssm.run.setup import build_model, open_config, prepare_data
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FULL_SIZE = ("groupmamba_upernet_ade20k.py", "groupmamba_maskrcnn_coco.py")

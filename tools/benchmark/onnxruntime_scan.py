@@ -14,10 +14,10 @@ from collections.abc import Callable
 from importlib.util import find_spec
 
 import torch
-from common import about, markdown_table, time_side_by_side, write_json
+from timing import about, markdown_table, time_side_by_side, write_json
 from torch import Tensor
 
-from mmvssm.cli.errors import UserError, add_traceback_option, run_tool
+from mmvssm.errors import UserError, add_traceback_option, run_tool
 from mmvssm.ops import onnxruntime_library, selective_scan
 
 SHAPES = [(1, 4096, 4, 64, 1), (1, 4096, 1, 384, 16)]

@@ -14,12 +14,12 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from common import about, markdown_table, time_side_by_side, write_json
+from timing import about, markdown_table, time_side_by_side, write_json
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from mmvssm.analysis.flops import count
-from mmvssm.cli.errors import UserError, add_traceback_option, run_tool
+from mmvssm.errors import UserError, add_traceback_option, run_tool
 from mmvssm.models import PlainMamba
 from mmvssm.models.pruning import PrunedTokens
 

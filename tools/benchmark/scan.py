@@ -14,6 +14,7 @@ Examples:
 import argparse
 import functools
 import importlib
+import sys
 import timeit
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -23,10 +24,10 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from common import about, copy_bandwidth, markdown_table, time_side_by_side, write_json
+from timing import about, copy_bandwidth, markdown_table, time_side_by_side, write_json
 from torch import Tensor
 
-from mmvssm.cli.errors import UserError, add_traceback_option, run_tool
+from mmvssm.errors import UserError, add_traceback_option, run_tool
 from mmvssm.ops import selective_scan
 from mmvssm.ops.selective_scan import pytorch
 from mmvssm.ops.selective_scan.inputs import ScanInputs
@@ -254,6 +255,7 @@ def show_errors(args: argparse.Namespace) -> list[dict]:
 
 def show_host_time(args: argparse.Namespace) -> list[dict]:
     """Print the microseconds that a forward call keeps Python busy before Triton's launcher takes over."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "triton_lab"))
     import scan_inputs
 
     from mmvssm.ops.selective_scan import triton_launch

@@ -1,0 +1,254 @@
+"""What pictures say about themselves: their headers, and of label maps the labels, remembered for the next run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from typing import BinaryIO, Callable, NamedTuple, Optional
+
+import cv2
+import mmcv
+import numpy as np
+from mmengine.config import ConfigDict
+from mmengine.utils import is_list_of
+from PIL import Image
+from rich.progress import track
+
+from ..errors import UserError
+from ..processes import end_with_parent
+from .memory import Memory
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+LABEL_MODES = ("L", "P", "1")  # Pillow's names of one channel of at most 8 bits
+_ORIENTATION, _TIFF_WIDTH, _TIFF_HEIGHT = 274, 256, 257  # tags of EXIF and TIFF
+_QUICK_FORMATS = ("JPEG", "MPO", "PNG")  # those whose last bytes tell whether they are whole
+# Fewer are read by this process, without a word about progress.
+_FEW = 400
+_CHUNK = 64
+
+
+class Picture(NamedTuple):
+    """What was found out about one file.
+
+    Attributes:
+        format: As Pillow calls it, such as ``"JPEG"``; empty where the file cannot be read.
+        width: In pixels, as stored, that is, before EXIF's orientation is applied.
+        height: In pixels, likewise.
+        mode: Pillow's name of the kind of pixels, such as ``"RGB"``.
+        orientation: EXIF's, 1 to 8, where 1 is upright.
+        problem: Why the file cannot be used, to follow its name in a sentence; empty if it can.
+        labels: Of a label map, the values that occur in it, sorted.
+    """
+
+    format: str = ""
+    width: int = 0
+    height: int = 0
+    mode: str = ""
+    orientation: int = 1
+    problem: str = ""
+    labels: Sequence[int] = ()
+
+
+class Loading(NamedTuple):
+    """How a pipeline decodes images: the settings of its ``LoadImageFromFile``."""
+
+    backend: str = "cv2"
+    color_type: str = "color"
+
+    @property
+    def applies_orientation(self) -> bool:
+        """Whether images come out as EXIF says that they are to be seen."""
+        return self.backend in ("cv2", "pillow") and self.color_type in ("color", "grayscale")
+
+    @classmethod
+    def of(cls, transform: ConfigDict) -> Loading:
+        """Read it off the transform's config."""
+        return cls(
+            transform.get("imdecode_backend") or cls().backend,
+            transform.get("color_type") or cls().color_type,
+        )
+
+
+def read_images(paths: Sequence[str], backend: str, memory: Memory) -> list[Picture]:
+    """Headers of images.
+
+    Pixels are decoded only where the file's last bytes raise a doubt, and of formats that are not
+    JPEG or PNG; so damage in the middle of a file is not seen.
+
+    Args:
+        paths: The files.
+        backend: mmcv's decoder that will read them.
+        memory: Asked first, and told.
+
+    Returns:
+        One description each, in the order of ``paths``.
+    """
+    return _read(partial(_read_image, backend=backend), f"image-{backend}", "images", paths, memory)
+
+
+def read_label_maps(paths: Sequence[str], memory: Memory) -> list[Picture]:
+    """The same for label maps, which are decoded whole, with the labels that occur in each."""
+    return _read(_read_label_map, "map", "label maps", paths, memory)
+
+
+def _read(
+    function: Callable[[str], Picture], kind: str, what: str, paths: Sequence[str], memory: Memory
+) -> list[Picture]:
+    known = {path: _remembered(memory.recall(kind, path)) for path in dict.fromkeys(paths)}
+    unread = [path for path, picture in known.items() if picture is None]
+    for path, picture in zip(unread, _map(function, unread, what)):
+        known[path] = picture
+        memory.note(kind, path, picture)
+    return [known[path] for path in paths]
+
+
+def _map(function: Callable[[str], Picture], paths: Sequence[str], what: str) -> Iterator[Picture]:
+    """``function`` of every path, by several processes and with a progress bar if there are many."""
+    if len(paths) < _FEW:
+        with without_size_limit():
+            yield from map(function, paths)
+        return
+    # More processes than cores, because they wait for the disk most of the time.
+    workers = min(16, 2 * (os.cpu_count() or 1))
+    try:
+        with ProcessPoolExecutor(workers, initializer=_start_worker) as pool:
+            try:
+                found = pool.map(function, paths, chunksize=_CHUNK)
+                yield from track(found, f"Reading {what}", total=len(paths))
+            except BaseException:  # Ctrl-C among them: not only after all the rest is read
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    except (OSError, BrokenExecutor) as error:
+        raise UserError(
+            f"processes that read {len(paths)} {what} failed ({error}); "
+            "--no-data-check goes on without reading them"
+        ) from error
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told, and ends its workers
+    end_with_parent()
+    Image.MAX_IMAGE_PIXELS = None
+
+
+@contextmanager
+def without_size_limit() -> Iterator[None]:
+    """Pillow's limit is for pictures from strangers' web pages, not for one's own data."""
+    limit = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def _remembered(facts: Optional[list]) -> Optional[Picture]:
+    """What a memory says, if it can be a picture's."""
+    if facts is None or len(facts) != len(Picture._fields):
+        return None
+    picture = Picture(*facts)
+    numbers = [picture.width, picture.height, picture.orientation]
+    texts = [picture.format, picture.mode, picture.problem]
+    sound = is_list_of(numbers, int) and is_list_of(texts, str)
+    return picture if sound and is_list_of(picture.labels, int) else None
+
+
+# ---------------------------------------------------------------------------------- one picture
+
+
+def _read_image(path: str, backend: str) -> Picture:
+    try:
+        with open(path, "rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, about odd EXIF
+            if not os.fstat(file.fileno()).st_size:
+                return Picture(problem="is empty")
+            try:
+                picture = _describe_header(file)
+            except Image.UnidentifiedImageError:
+                return _decode(path, backend, Picture(format="?"))
+            if picture.format not in _QUICK_FORMATS:
+                return _decode(path, backend, picture)
+            if _ends_properly(file):
+                return picture
+            file.seek(0)
+            with Image.open(file) as image:
+                image.load()
+            return picture
+    except FileNotFoundError:
+        return Picture(problem="does not exist")
+    except IsADirectoryError:
+        return Picture(problem="is a folder")
+    except (OSError, SyntaxError, ValueError) as error:  # all of them are Pillow's
+        return Picture(problem=f"is damaged ({error})")
+
+
+def _describe_header(file: BinaryIO) -> Picture:
+    with Image.open(file) as image:
+        width, height = image.size
+        if image.format == "PNG":  # looking beyond the header would decode it
+            exif = Image.Exif()
+            exif.load(image.info.get("exif") or b"")
+        else:
+            exif = image.getexif()
+        if image.format == "TIFF":  # whose size Pillow gives as it is to be seen
+            width, height = image.tag_v2[_TIFF_WIDTH], image.tag_v2[_TIFF_HEIGHT]
+        orientation = exif.get(_ORIENTATION, 1)
+        orientation = orientation if orientation in range(1, 9) else 1
+        return Picture(image.format or "?", width, height, image.mode, int(orientation))
+
+
+def _ends_properly(file: BinaryIO) -> bool:
+    """Whether the last bytes of a JPEG or PNG file are those that a whole one has."""
+    file.seek(-12, os.SEEK_END)
+    tail = file.read()
+    return tail.endswith(b"\xff\xd9") or tail[4:8] == b"IEND"
+
+
+def _decode(path: str, backend: str, picture: Picture) -> Picture:
+    """``picture``, if mmcv reads the file, with the size it finds where Pillow does not know it."""
+    with _silent_opencv():
+        try:
+            pixels = mmcv.imread(path, backend=backend)
+        except Exception:  # whatever the decoder says, it would say it again in the run
+            pixels = None
+    if pixels is None:
+        what = f"a {picture.format} file" if picture.format != "?" else "a file"
+        return Picture(problem=f"is damaged, or {what} that mmcv's {backend} does not read")
+    if picture.format == "?":
+        picture = picture._replace(height=pixels.shape[0], width=pixels.shape[1])
+    return picture
+
+
+@contextmanager
+def _silent_opencv() -> Iterator[None]:
+    """Without what OpenCV itself prints about files that it cannot read."""
+    logging = cv2.utils.logging
+    level = logging.getLogLevel()
+    logging.setLogLevel(logging.LOG_LEVEL_SILENT)
+    try:
+        yield
+    finally:
+        logging.setLogLevel(level)
+
+
+def _read_label_map(path: str) -> Picture:
+    try:
+        with Image.open(path) as image:
+            image.load()
+            labels = []
+            if image.mode == "1":
+                labels = np.unique(np.asarray(image)).astype(int).tolist()
+            elif image.mode in LABEL_MODES:
+                labels = np.flatnonzero(image.histogram()).tolist()
+            return Picture(image.format or "?", *image.size, image.mode, labels=labels)
+    except FileNotFoundError:
+        return Picture(problem="does not exist")
+    except (OSError, SyntaxError, ValueError) as error:
+        if os.path.isfile(path) and not os.path.getsize(path):
+            return Picture(problem="is empty")
+        return Picture(problem=f"is no picture, or damaged ({error})")

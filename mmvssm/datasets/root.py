@@ -1,0 +1,471 @@
+"""``--data-root``: pointing any config at a data set of one's own.
+
+Four layouts are known, told apart by their folders. COCO instances, for detection::
+
+    annotations/instances_train2017.json  annotations/instances_val2017.json
+    train2017/                            val2017/
+
+the same with semantic maps, for segmentation, where 0 is the background and k the k-th category::
+
+    semantic_train2017/*.png              semantic_val2017/*.png
+    train2017/                            val2017/
+
+ADE20K's, for segmentation::
+
+    images/training/                      images/validation/
+    annotations/training/*.png            annotations/validation/*.png
+
+and ImageNet's, for classification::
+
+    train/<class>/                        val/<class>/
+"""
+
+import colorsys
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+from mmengine.config import Config, ConfigDict
+
+from ..errors import UserError
+from ..processes import on_first_process
+from .annotations import category_names
+from .label_maps import labels_in
+from .memory import Memory
+from .pictures import IMAGE_SUFFIXES
+from .walk import leaf_datasets
+
+SPLIT_OF_LOADER = {"train_dataloader": "train", "val_dataloader": "val", "test_dataloader": "val"}
+# The parts of a model that have a number of classes which is not that of the data set.
+_NOT_CLASSIFYING = (
+    *("backbone", "data_preprocessor", "rpn_head", "train_cfg", "test_cfg"),
+    "teacher",  # whose classes are those that it was trained on
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Where a data set keeps its images and labels, relative to its root.
+
+    Attributes:
+        name: How it is called in messages.
+        images: Folder of images of each split.
+        labels: Annotation file, or folder of label maps, of each split.
+    """
+
+    name: str
+    images: dict[str, str]
+    labels: dict[str, str]
+
+    def __str__(self) -> str:
+        parts = [f"{self.images[s]}/ with {self.labels[s]}" for s in ("train", "val")]
+        return f"{self.name} ({'; '.join(parts)})"
+
+
+COCO = Layout(
+    "the COCO layout",
+    images={"train": "train2017", "val": "val2017"},
+    labels={
+        "train": "annotations/instances_train2017.json",
+        "val": "annotations/instances_val2017.json",
+    },
+)
+COCO_MAPS = Layout(
+    "the COCO layout with semantic maps",
+    images=COCO.images,
+    labels={"train": "semantic_train2017", "val": "semantic_val2017"},
+)
+ADE20K = Layout(
+    "the ADE20K layout",
+    images={"train": "images/training", "val": "images/validation"},
+    labels={"train": "annotations/training", "val": "annotations/validation"},
+)
+
+
+IMAGENET_LAYOUT = "ImageNet's layout (train/<class>/ and val/<class>/, with images in them)"
+
+
+def apply_data_root(
+    cfg: Config,
+    root: str,
+    loaders: Sequence[str],
+    classes: Optional[Sequence[str]] = None,
+    reduce_zero_label: Optional[bool] = None,
+) -> str:
+    """Make a config use the data set under ``root``.
+
+    Paths, class names, palette, file suffixes, ``num_classes`` of every head and the annotation
+    files of the evaluators all follow; data set wrappers and pipelines stay as they are.
+
+    Args:
+        cfg: Changed in place.
+        root: The data set's folder.
+        loaders: Those of the config's data loaders that will be used; only their split is needed.
+        classes: Class names. Default: from the annotation files; for classification always those of the folders.
+        reduce_zero_label: Segmentation in the ADE20K layout: whether 0 in a label map means
+            "unlabelled" and classes count from 1. Default: as all the maps tell, or asked for if they
+            do not.
+
+    Returns:
+        A line that says what was found.
+
+    Raises:
+        UserError: If something is missing or contradictory.
+    """
+    if not Path(root).is_dir():
+        raise UserError(f"there is no folder {root} (--data-root)")
+    cfg.pop("prepare_data", None)
+    if cfg.default_scope == "mmdet":
+        return _use_instances(cfg, root, loaders, classes)
+    if cfg.default_scope == "mmpretrain":
+        return _use_class_folders(cfg, root, loaders)
+    return _use_label_maps(cfg, root, loaders, classes, reduce_zero_label)
+
+
+def make_palette(classes: Sequence[str]) -> list[tuple[int, int, int]]:
+    """RGB colours (0 to 255) easy to tell apart; grey for a class called background."""
+    golden = 0.6180339887
+    palette = []
+    for index, name in enumerate(classes):
+        if name == "background":
+            palette.append((110, 110, 110))
+        else:
+            value = colorsys.hsv_to_rgb((0.98 + index * golden) % 1, 0.8, 0.95)
+            palette.append(tuple(round(channel * 255) for channel in value))
+    return palette
+
+
+def set_num_classes(model: ConfigDict, num_classes: int) -> None:
+    """Give every classifying head of a model config ``num_classes`` classes, in place.
+
+    Per-class loss weights are resized when they are all alike (an extra one for "no object" stays).
+
+    Raises:
+        UserError: If per-class loss weights differ, so that no rule could resize them.
+    """
+    _set_num_classes(model, num_classes, None)
+
+
+def _set_num_classes(node: Any, new: int, old: Optional[int]) -> None:
+    if isinstance(node, (list, tuple)):
+        for item in node:
+            _set_num_classes(item, new, old)
+    if not isinstance(node, dict):
+        return
+    # mmdet's panoptic heads count the classes that have instances separately.
+    for key in ("num_classes", "num_things_classes"):
+        if isinstance(node.get(key), int):
+            old = node[key]
+            node[key] = new
+    if old is not None and node.get("out_channels") == old and "in_channels" in node:
+        node["out_channels"] = new
+    weights = node.get("class_weight")
+    if isinstance(weights, (list, tuple)) and old is not None and len(weights) in (old, old + 1):
+        if len(set(weights[:old])) != 1:
+            raise UserError(
+                f"the config's loss has a weight for each of its {old} classes; set class_weight "
+                f"for the {new} classes of --data-root with --cfg-options"
+            )
+        node["class_weight"] = [weights[0]] * new + list(weights[old:])
+    for key, value in node.items():
+        if key not in _NOT_CLASSIFYING:
+            _set_num_classes(value, new, old)
+
+
+def num_classes_of(model: ConfigDict) -> Optional[int]:
+    """How many classes the classifying heads of a model config have; None if it does not tell."""
+    found = set(_num_classes(model))
+    return found.pop() if len(found) == 1 else None
+
+
+def _num_classes(node: Any) -> Iterator[int]:
+    if isinstance(node, (list, tuple)):
+        for item in node:
+            yield from _num_classes(item)
+    elif isinstance(node, dict):
+        if isinstance(node.get("num_classes"), int):
+            yield node["num_classes"]
+        for key, value in node.items():
+            if key not in _NOT_CLASSIFYING:
+                yield from _num_classes(value)
+
+
+# ------------------------------------------------------------------------------- COCO instances
+
+
+def _use_instances(
+    cfg: Config, root: str, loaders: Sequence[str], classes: Optional[Sequence[str]]
+) -> str:
+    splits = sorted({SPLIT_OF_LOADER[loader] for loader in loaders})
+    missing = [p for s in splits for p in (COCO.labels[s], COCO.images[s]) if not _exists(root, p)]
+    if missing:
+        raise UserError(f"{root} lacks {' and '.join(missing)}; detection expects {COCO}")
+    if not classes:
+        first = "train" if _exists(root, COCO.labels["train"]) else "val"
+        # Parsed, the file takes gigabytes, which one process has and forgets.
+        classes = on_first_process(category_names, os.path.join(root, COCO.labels[first]))
+    metainfo = {"classes": tuple(classes), "palette": make_palette(classes)}
+    for loader, leaf in _leaves(cfg, loaders):
+        split = SPLIT_OF_LOADER[loader]
+        leaf.update(
+            type="mmdet.CocoDataset",
+            data_root=root,
+            ann_file=COCO.labels[split],
+            data_prefix={"img": COCO.images[split] + "/"},
+            metainfo=metainfo,
+        )
+    for evaluator in ("val_evaluator", "test_evaluator"):
+        if cfg.get(evaluator):
+            cfg[evaluator] = _coco_metrics(cfg[evaluator], os.path.join(root, COCO.labels["val"]))
+    set_num_classes(cfg.model, len(classes))
+    return f"{root}: {COCO.name}, {_listing(classes)}"
+
+
+def _coco_metrics(evaluator: Any, ann_file: str) -> Any:
+    """The evaluator, reading ``ann_file``; COCO's metric where it was another data set's."""
+    if isinstance(evaluator, (list, tuple)):
+        return [_coco_metrics(part, ann_file) for part in evaluator]
+    if evaluator.get("type") not in ("CocoMetric", "mmdet.CocoMetric"):
+        metric = evaluator.get("metric", "bbox")
+        known = [m for m in ([metric] if isinstance(metric, str) else metric) if m in _COCO_METRICS]
+        evaluator = ConfigDict(type="mmdet.CocoMetric", metric=known or ["bbox"])
+    evaluator["ann_file"] = ann_file
+    return evaluator
+
+
+_COCO_METRICS = ("bbox", "segm")
+
+
+# ------------------------------------------------------------------------------------ label maps
+
+
+def _use_label_maps(
+    cfg: Config,
+    root: str,
+    loaders: Sequence[str],
+    classes: Optional[Sequence[str]],
+    reduce_zero_label: Optional[bool],
+) -> str:
+    splits = sorted({SPLIT_OF_LOADER[loader] for loader in loaders})
+    layout = _layout_of_maps(root, splits)
+    own_classes = True
+    if not classes and layout is COCO_MAPS:
+        ann_file = next((f for f in COCO.labels.values() if _exists(root, f)), None)
+        if ann_file:
+            classes = [
+                "background",
+                *on_first_process(category_names, os.path.join(root, ann_file)),
+            ]
+    if not classes:
+        kept = next((leaf for _, leaf in _leaves(cfg, loaders)), {}).get("type")
+        if layout is not ADE20K or kept not in ("ADE20KDataset", "mmseg.ADE20KDataset"):
+            raise UserError(
+                f"the class names of {root} are not known; give them with --classes, in the order "
+                "of their numbers in the label maps"
+            )
+        own_classes = False
+    if own_classes:
+        if reduce_zero_label is None and layout is ADE20K:
+            folders = [os.path.join(root, layout.labels[s]) for s in splits]
+            reduce_zero_label = _numbering(cfg, root, folders, list(classes))
+        reduce_zero_label = bool(reduce_zero_label)
+    for loader, leaf in _leaves(cfg, loaders):
+        split = SPLIT_OF_LOADER[loader]
+        images, maps = (os.path.join(root, part[split]) for part in (layout.images, layout.labels))
+        leaf.update(
+            data_root=root,
+            data_prefix={"img_path": layout.images[split], "seg_map_path": layout.labels[split]},
+            img_suffix=only_suffix(images),
+            seg_map_suffix=only_suffix(maps),
+        )
+        leaf.pop("ann_file", None)
+        if own_classes:
+            leaf.update(
+                type="mmseg.BaseSegDataset",
+                metainfo={"classes": tuple(classes), "palette": make_palette(classes)},
+                reduce_zero_label=reduce_zero_label,
+            )
+            _let_dataset_number_labels(leaf.get("pipeline"))
+    if not own_classes:
+        return f"{root}: {layout.name}, with ADE20K's own classes"
+    _let_dataset_number_labels(cfg.get("tta_pipeline"))
+    set_num_classes(cfg.model, len(classes))
+    zero = "0 is unlabelled" if reduce_zero_label else f"0 is {classes[0]!r}"
+    return f"{root}: {layout.name}, {_listing(classes)}, {zero} in the label maps"
+
+
+def _layout_of_maps(root: str, splits: Sequence[str]) -> Layout:
+    missing = {
+        layout: [
+            p for s in splits for p in (layout.images[s], layout.labels[s]) if not _exists(root, p)
+        ]
+        for layout in (COCO_MAPS, ADE20K)
+    }
+    for layout, lacking in missing.items():
+        if not lacking:
+            return layout
+    layout, lacking = min(missing.items(), key=lambda item: len(item[1]))
+    raise UserError(
+        f"{root} lacks {' and '.join(lacking)} of {layout}; segmentation expects "
+        f"{COCO_MAPS.name} or {ADE20K}"
+    )
+
+
+def _numbering(cfg: Config, root: str, folders: Sequence[str], classes: Sequence[str]) -> bool:
+    """Whether labels count from 1, as all the maps in some folders tell.
+
+    Raises:
+        UserError: If they do not tell, or have labels beyond the classes.
+    """
+    flags = "--reduce-zero-label if 0 means unlabelled, or --no-reduce-zero-label"
+    if not cfg.get("check_data", True):
+        raise UserError(
+            f"the label maps of {root} are not opened (--no-data-check), so say what 0 means in "
+            f"them: {flags} if it is {classes[0]!r}"
+        )
+    labels = on_first_process(_labels_of_all, cfg, folders)
+    largest, count = max(labels, default=0), len(classes)
+    if largest > count:
+        raise UserError(
+            f"the label maps of {root} go up to {largest}, which {count} classes "
+            f"({_listing(classes)}) cannot name; give --classes a name for every label"
+        )
+    if largest == count and count > 1:
+        return True  # it can be the last class only
+    if {0, count - 1} <= labels and count > 1:
+        return False  # the first and the last class are there
+    held = f"{min(labels)} to {largest}" if labels else "nothing but 255"
+    raise UserError(
+        f"the label maps of {root} hold {held}, which does not tell whether the {count} classes "
+        f"({_listing(classes)}) count from 0 or from 1; give {flags} if it is {classes[0]!r}"
+    )
+
+
+def _labels_of_all(cfg: Config, folders: Sequence[str]) -> set[int]:
+    memory = Memory.beside(cfg.get("work_dir"))
+    try:
+        return labels_in([os.path.join(f, name) for f in folders for name in list_files(f)], memory)
+    finally:
+        memory.save()
+
+
+def _let_dataset_number_labels(pipeline: Any) -> None:
+    """Drop a loading transform's own reduce_zero_label, which must not contradict the data set."""
+    if isinstance(pipeline, dict):
+        if str(pipeline.get("type")).endswith("LoadAnnotations"):
+            pipeline.pop("reduce_zero_label", None)
+        pipeline = list(pipeline.values())
+    if isinstance(pipeline, (list, tuple)):
+        for item in pipeline:
+            _let_dataset_number_labels(item)
+
+
+# --------------------------------------------------------------------------------- class folders
+
+
+def class_folders(folder: str) -> list[str]:
+    """Names of the folders in ``folder``, sorted: the classes, in the order in which mmpretrain counts them."""
+    with os.scandir(folder) as entries:
+        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+
+
+def _use_class_folders(cfg: Config, root: str, loaders: Sequence[str]) -> str:
+    splits = sorted({SPLIT_OF_LOADER[loader] for loader in loaders})
+    missing = [f"{split}/" for split in splits if not os.path.isdir(os.path.join(root, split))]
+    if missing:
+        raise UserError(
+            f"{root} lacks {' and '.join(missing)}; classification expects {IMAGENET_LAYOUT}"
+        )
+    # Those of the training set, also for a test that needs no more than the other.
+    named_by = next(s for s in ("train", "val") if os.path.isdir(os.path.join(root, s)))
+    classes = class_folders(os.path.join(root, named_by))
+    if not classes:
+        raise UserError(
+            f"there are no folders in {os.path.join(root, named_by)}; classification expects {IMAGENET_LAYOUT}"
+        )
+    for loader, leaf in _leaves(cfg, loaders):
+        for key in ("split", "ann_file"):
+            leaf.pop(key, None)
+        leaf.update(
+            type="mmpretrain.CustomDataset",
+            data_root=root,
+            data_prefix=SPLIT_OF_LOADER[loader],
+            metainfo={"classes": tuple(classes)},
+        )
+    set_num_classes(cfg.model, len(classes))
+    for preprocessor in (cfg.get("data_preprocessor"), cfg.model.get("data_preprocessor")):
+        if preprocessor and "num_classes" in preprocessor:
+            preprocessor.num_classes = len(classes)
+    for name in ("val_evaluator", "test_evaluator"):
+        _limit_topk(cfg.get(name), len(classes))
+    return f"{root}: ImageNet's layout, {_listing(classes)}"
+
+
+def _limit_topk(evaluator: Any, num_classes: int) -> None:
+    """Leave out of the accuracy's ``topk`` what more classes would be needed for."""
+    for metric in evaluator if isinstance(evaluator, (list, tuple)) else [evaluator or {}]:
+        topk = metric.get("topk")
+        if isinstance(topk, (list, tuple)):
+            metric["topk"] = tuple(k for k in topk if k <= num_classes) or (1,)
+
+
+# ---------------------------------------------------------------------------------------- files
+
+
+def list_files(folder: str) -> list[str]:
+    """Relative paths of all pictures under a folder, sorted."""
+    found = []
+    for directory, _, names in os.walk(folder, followlinks=True):
+        found += [
+            os.path.relpath(os.path.join(directory, name), folder)
+            for name in names
+            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+        ]
+    return sorted(found)
+
+
+def only_suffix(folder: str) -> str:
+    """The file name suffix that all pictures in ``folder`` share.
+
+    Raises:
+        UserError: If there are no pictures, or of several kinds (mmseg looks for one).
+    """
+    suffixes = Counter(os.path.splitext(name)[1] for name in list_files(folder))
+    if not suffixes:
+        raise UserError(f"there are no pictures in {folder}")
+    if len(suffixes) > 1:
+        raise UserError(
+            f"the pictures in {folder} end in {' and '.join(sorted(suffixes))}, and mmseg reads "
+            "one kind; convert or rename them to one"
+        )
+    return next(iter(suffixes))
+
+
+def _exists(root: str, part: str) -> bool:
+    return os.path.exists(os.path.join(root, part))
+
+
+def _leaves(cfg: Config, loaders: Sequence[str]) -> Iterator[tuple[str, ConfigDict]]:
+    """Every data set of the given loaders; of concatenated ones only the first stays."""
+    for loader in loaders:
+        if cfg.get(loader):
+            _keep_first(cfg[loader].dataset)
+            for leaf in leaf_datasets(cfg[loader].dataset):
+                yield loader, leaf
+
+
+def _keep_first(dataset: ConfigDict) -> None:
+    """Concatenated data sets would all become the same one; keep one of them."""
+    if isinstance(dataset.get("dataset"), dict):
+        _keep_first(dataset.dataset)
+    elif "datasets" in dataset:
+        dataset.datasets = dataset.datasets[:1]
+        _keep_first(dataset.datasets[0])
+
+
+def _listing(classes: Sequence[str], shown: int = 5) -> str:
+    names = ", ".join(list(classes)[:shown]) + ", ..." * (len(classes) > shown)
+    return f"{len(classes)} class{'es' * (len(classes) > 1)} ({names})"

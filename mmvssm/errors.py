@@ -1,0 +1,203 @@
+"""Errors that a user can mend, reported in one line instead of a traceback."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Callable
+
+from mmengine.dist import is_distributed
+
+TRACEBACK_VARIABLE = "MMVSSM_TRACEBACK"
+HINT = f"(--traceback, or {TRACEBACK_VARIABLE}=1, shows where in the code this surfaced)"
+
+# Where each launcher tells a process its number on its machine.
+_LOCAL_RANK = {
+    "pytorch": "LOCAL_RANK",
+    "slurm": "SLURM_LOCALID",
+    "mpi": "OMPI_COMM_WORLD_LOCAL_RANK",
+}
+
+# Some releases of mmengine prefix what a constructor raised with "class `X` in module.path: ".
+_BUILD_PREFIX = re.compile(r"^class `[^`]+` in [\w./-]+: ")
+
+
+class UserError(Exception):
+    """Something the user can put right; its message is one clear sentence for them."""
+
+    exit_code = 1
+    # Of several processes only the first of each machine speaks, for what all there meet alike.
+    every_rank = False
+    told_elsewhere = False
+
+
+class RunFailure(UserError):
+    """What the surroundings did to a run (memory, disk, network), perhaps to one process only."""
+
+    every_rank = True
+
+
+class Stopped(UserError):
+    """A signal ended the run.
+
+    Args:
+        message: One sentence.
+        signal_number: Of the signal; shells call such an end by 128 plus that number.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
+def is_interruption(error: BaseException) -> bool:
+    """Whether an error is Ctrl-C, or was raised while that was being handled, as mmengine does in formatting a config.
+
+    Args:
+        error: What was raised.
+    """
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+class FirstProcessFailed(UserError):
+    """What the first of several processes did for all of them failed, and it says why.
+
+    Args:
+        message: One sentence.
+        exit_code: With which the first process ends.
+    """
+
+    told_elsewhere = True
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def one_sentence(error: BaseException) -> str:
+    """The message of ``error`` on one line, without what the config machinery wraps around it.
+
+    Args:
+        error: Any exception.
+
+    Returns:
+        A non-empty line of text.
+    """
+    # str(KeyError) is the repr of its argument, quotes included.
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    text = " ".join(text.split())
+    while _BUILD_PREFIX.match(text):
+        text = _BUILD_PREFIX.sub("", text)
+    if isinstance(error, KeyError) and " " not in text:
+        return f"the config lacks the key {text!r}"
+    return text or type(error).__name__
+
+
+@contextmanager
+def user_mistakes(
+    doing: str = "", kinds: tuple[type[Exception], ...] = (Exception,)
+) -> Iterator[None]:
+    """Turn what is raised inside into a :class:`UserError`.
+
+    For the steps that only read what the user gave (config, model definition, files), where
+    every exception is about that input.
+
+    Args:
+        doing: What was being done, put before the message, such as ``"cannot build the model"``.
+        kinds: Which exceptions are about that input.
+
+    Raises:
+        UserError: In place of any of those exceptions.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except kinds as error:
+        sentence = one_sentence(error)
+        raise UserError(f"{doing}: {sentence}" if doing else sentence) from error
+
+
+class _ShowTraceback(argparse.Action):
+    """Sets the variable that :func:`run_tool` looks for."""
+
+    def __call__(self, *args: Any) -> None:
+        os.environ[TRACEBACK_VARIABLE] = "1"
+
+
+def add_traceback_option(parser: argparse.ArgumentParser) -> None:
+    """Give a tool the option ``--traceback`` that :func:`run_tool` speaks of."""
+    parser.add_argument(
+        "--traceback",
+        action=_ShowTraceback,
+        nargs=0,
+        help="show where in the code a mistake surfaced",
+    )
+
+
+def run_tool(main: Callable[[], None]) -> None:
+    """Run a command-line tool; a :class:`UserError` becomes one line on stderr and its exit code.
+
+    A second line says how to see more: the whole traceback appears with ``--traceback``, which sets
+    the environment variable ``MMVSSM_TRACEBACK`` to 1. Of several distributed processes only the first
+    of each machine speaks, because a file may be missing on one machine alone.
+
+    Args:
+        main: The tool's main function.
+    """
+    try:
+        main()
+    except (Exception, KeyboardInterrupt) as error:
+        if is_interruption(error) and not isinstance(error, Stopped):
+            print("error: interrupted", file=sys.stderr)
+            sys.exit(128 + signal.SIGINT)
+        if not isinstance(error, UserError):
+            raise
+        if os.environ.get(TRACEBACK_VARIABLE) == "1":
+            raise
+        if not (error.told_elsewhere or _is_told_by_another(error, "pytorch", is_distributed())):
+            text = "".join(c if c.isprintable() else " " for c in str(error))
+            print(f"error: {text}\n{HINT}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+@contextmanager
+def before_processes_meet(launcher: str) -> Iterator[None]:
+    """Let the first process of each machine speak for the others before they are joined to a group.
+
+    Args:
+        launcher: That of the command line; with ``"none"`` every process is on its own.
+    """
+    try:
+        yield
+    except UserError as error:
+        error.told_elsewhere |= _is_told_by_another(error, launcher, launcher != "none")
+        raise
+
+
+def _is_told_by_another(error: UserError, launcher: str, distributed: bool) -> bool:
+    if error.every_rank or not distributed:
+        return False
+    return os.environ.get(_LOCAL_RANK[launcher], "0") != "0"
+
+
+_NAMES_SHOWN = 3
+_LONGEST_NAME = 60  # characters of what a file says that are repeated
+
+
+def shown(names: Sequence[Any]) -> str:
+    """A listing of the first few of ``names``, which may be anything that a file holds."""
+    return ", ".join(map(brief, names[:_NAMES_SHOWN])) + ", ..." * (len(names) > _NAMES_SHOWN)
+
+
+def brief(words: Any) -> str:
+    """``words`` out of a file, fit for a line of text: short and without control characters."""
+    text = "".join(c if c.isprintable() else " " for c in str(words)[: _LONGEST_NAME + 1])
+    return text if len(text) <= _LONGEST_NAME else f"{text[:_LONGEST_NAME]}..."

@@ -1,0 +1,13 @@
+"""The annex: what train, test, predict and export do around mmengine. No other room imports it.
+
+Importing it makes every checkpoint of this process load with ``weights_only=True`` and without the config text that
+mmengine and the libraries' inferencers would execute; see :func:`mmvssm.safe_checkpoint.guard_checkpoint_loader`.
+"""
+
+from ..safe_checkpoint import guard_checkpoint_loader, register_safe_globals
+from . import hooks
+
+register_safe_globals()
+guard_checkpoint_loader()
+
+__all__ = ["hooks"]

@@ -1,0 +1,115 @@
+"""Training on several processes, with or without GPUs."""
+
+import os
+import subprocess
+from typing import Any
+
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.dist import init_dist, is_distributed
+from mmengine.utils.dl_utils import set_multi_processing
+
+from ..errors import RunFailure, UserError
+from .failures import run_failures
+
+_SYNCHRONISED_NORMS = ("SyncBN", "MMSyncBN")
+
+
+def init_processes(cfg: Config) -> None:
+    """Join the processes that ``cfg.launcher`` started into one group.
+
+    On GPUs this is mmengine's own initialisation. Without any, mmengine would still ask CUDA for a
+    device, so the group is made here, over gloo; mmengine then leaves it as it is.
+
+    Args:
+        cfg: Training or test config. Without GPUs its model wrapper is set to one for the CPU.
+
+    Raises:
+        UserError: If the launcher's environment is missing.
+        RunFailure: If this process has no GPU, because there are more processes than GPUs.
+    """
+    if cfg.launcher == "none" or is_distributed():
+        return
+    env_cfg = cfg.get("env_cfg", {})
+    # mmengine's initialisation would otherwise choose "spawn" for data workers.
+    set_multi_processing(**env_cfg.get("mp_cfg", {}), distributed=True)
+    if torch.cuda.is_available():
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if cfg.launcher == "pytorch" and local_rank >= torch.cuda.device_count():
+            raise RunFailure(  # which only the processes without a GPU meet
+                f"more processes than GPUs were started: this machine has "
+                f"{torch.cuda.device_count()}"
+            )
+        with run_failures():
+            init_dist(cfg.launcher, **env_cfg.get("dist_cfg", {}))
+        return
+    _export_torch_variables(cfg.launcher)
+    with run_failures():
+        torch.distributed.init_process_group(backend="gloo")
+    cfg.model_wrapper_cfg = ConfigDict(
+        type="MMDistributedDataParallel",
+        device_ids=None,
+        broadcast_buffers=False,
+        find_unused_parameters=cfg.get("find_unused_parameters", False),
+    )
+
+
+def adapt_to_machine(cfg: Config) -> None:
+    """Replace what this machine cannot do, and add what several processes need.
+
+    Synchronised batch norm exists on GPUs only; without one it becomes plain batch norm. Where
+    processes keep batch norm statistics of their own, these are averaged at the end of each epoch
+    and before validation, so that all ranks evaluate the same model.
+
+    Args:
+        cfg: Changed in place.
+    """
+    if not torch.cuda.is_available():
+        _replace_norms(cfg.model)
+        cfg.pop("sync_bn", None)
+    if cfg.launcher != "none":
+        hooks = list(cfg.get("custom_hooks") or [])
+        if not any(hook.get("type") == "SyncBuffersHook" for hook in hooks):
+            cfg.custom_hooks = [*hooks, ConfigDict(type="SyncBuffersHook")]
+
+
+def _replace_norms(node: Any) -> None:
+    """Turn synchronised norms in a model config into plain ones, in place.
+
+    mmengine's ``revert_sync_batchnorm`` does it to a model, which comes too late: its runner builds
+    and wraps the model in one go, and PyTorch's wrapper refuses ``SyncBatchNorm`` on CPUs.
+    """
+    if isinstance(node, dict):
+        if node.get("type") in _SYNCHRONISED_NORMS:
+            node["type"] = "BN"
+        for value in node.values():
+            _replace_norms(value)
+    elif isinstance(node, (list, tuple)):
+        for value in node:
+            _replace_norms(value)
+
+
+def _export_torch_variables(launcher: str) -> None:
+    """Say to torch.distributed, in its own variables, what Slurm or MPI said in theirs."""
+    environ = os.environ
+    try:
+        if launcher == "slurm":
+            names = environ["SLURM_NODELIST"]
+            environ["RANK"] = environ["SLURM_PROCID"]
+            environ["WORLD_SIZE"] = environ["SLURM_NTASKS"]
+            environ.setdefault("LOCAL_RANK", environ.get("SLURM_LOCALID", "0"))
+            if "MASTER_ADDR" not in environ:
+                hosts = subprocess.check_output(["scontrol", "show", "hostname", names], text=True)
+                environ["MASTER_ADDR"] = hosts.split()[0]
+        elif launcher == "mpi":
+            environ["RANK"] = environ["OMPI_COMM_WORLD_RANK"]
+            environ["WORLD_SIZE"] = environ["OMPI_COMM_WORLD_SIZE"]
+            environ.setdefault("LOCAL_RANK", environ["OMPI_COMM_WORLD_LOCAL_RANK"])
+        environ.setdefault("MASTER_PORT", "29500")
+        for variable in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+            environ[variable]
+    except (KeyError, OSError, subprocess.CalledProcessError) as error:
+        raise UserError(
+            f"--launcher {launcher} needs the environment that its launcher sets ({error} is "
+            "missing); start with tools/dist_train.sh, tools/slurm_train.sh or without --launcher"
+        ) from error

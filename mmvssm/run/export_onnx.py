@@ -1,0 +1,132 @@
+"""What tools/export_onnx.py does."""
+
+import argparse
+import importlib.util
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+
+from ..datasets.walk import inference_pipeline
+from ..errors import UserError, user_mistakes
+from ..version import __version__
+from .checkpoints import check_fits, load_any
+from .setup import build_model, open_config, say
+
+_NEEDED = ("onnx", "onnxscript")
+
+
+def export_onnx(args: argparse.Namespace) -> None:
+    """Write a model to an ONNX file.
+
+    Args:
+        args: Parsed by :func:`~.arguments.export_onnx_parser`.
+
+    Raises:
+        UserError: If something given will not do, or the model cannot be exported; no file was written then.
+    """
+    out = Path(args.out)
+    _check_first(out)
+    cfg = open_config(args)
+    checkpoint = load_any(args.checkpoint)
+    model = build_model(cfg)
+    check_fits(model, checkpoint, args.checkpoint)
+    # Not at the top: importing these takes seconds, and the packages may be missing.
+    import onnx
+
+    from ..export.onnx_export import build_onnx
+
+    with user_mistakes("cannot export this model to ONNX"):
+        graph = _graph_of(model, cfg)
+        metadata = _metadata(cfg, checkpoint)
+        if "kept" in graph.outputs:
+            metadata["token_size"] = json.dumps(model.backbone.patch_size)
+        onnx_model = build_onnx(graph.eval(), metadata, args.opset)
+    onnx_model.producer_name, onnx_model.producer_version = "mmvssm", __version__
+    content = onnx_model.SerializeToString()
+    with user_mistakes("ONNX's checker refuses the exported model"):
+        onnx.checker.check_model(content, full_check=True)
+    write_whole(out, content)
+    inputs, outputs = (
+        ", ".join(f"{x.name} {_shape_of(x)}" for x in values)
+        for values in (onnx_model.graph.input, onnx_model.graph.output)
+    )
+    say(f"{out}: {len(content) / 1e6:.1f} MB, opset {args.opset}; {inputs} -> {outputs}")
+
+
+def _check_first(out: Path) -> None:
+    """Find out what is wrong with the machine and the file's name before anything takes time."""
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"exporting needs {' and '.join(missing)}, which this environment lacks: pip install onnx onnxscript "
+            "onnxruntime"
+        )
+    if out.suffix != ".onnx":
+        raise UserError(f"{out}: the name of the file to write must end in .onnx")
+    if not out.parent.is_dir():
+        raise UserError(f"the folder {out.parent} for the exported model does not exist")
+    if out.is_dir():
+        raise UserError(f"{out} is a folder; name a file to write")
+
+
+def _graph_of(model: Any, cfg: Config) -> Any:
+    if cfg.default_scope == "mmseg":
+        from ..export.segmenter import SegmenterGraph
+
+        return SegmenterGraph(model, cfg.model)
+    from ..export.detector import DetectorGraph
+
+    return DetectorGraph(model, cfg.model)
+
+
+def _metadata(cfg: Config, checkpoint: Mapping[str, Any]) -> dict[str, str]:
+    """What the file says of itself: all of it text, lists as JSON."""
+    metainfo = dict(cfg.test_dataloader.dataset.get("metainfo") or {})
+    meta = checkpoint.get("meta")
+    trained_on = meta.get("dataset_meta") if isinstance(meta, dict) else None
+    if isinstance(trained_on, dict):
+        metainfo.update(trained_on)
+    found = {
+        "task": {"mmseg": "semantic segmentation", "mmdet": "detection"}[cfg.default_scope],
+        "license": "Apache-2.0 (the code; weights have their author's)",
+        "mmvssm_version": __version__,
+    }
+    for name in ("classes", "palette"):
+        if isinstance(metainfo.get(name), (list, tuple)):
+            found[name] = json.dumps(metainfo[name])
+    for step in inference_pipeline(cfg):
+        scale = step.get("scale")
+        if step["type"].split(".")[-1] == "Resize" and isinstance(scale, (list, tuple)):
+            keep_ratio = bool(step.get("keep_ratio", False))
+            found["resize"] = json.dumps({"scale": list(scale), "keep_ratio": keep_ratio})
+    return found
+
+
+def write_whole(out: Path, content: bytes) -> None:
+    """Write a file or none: it takes its name when it is complete."""
+    with user_mistakes(f"cannot write {out}"):
+        descriptor, temporary = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, out)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _shape_of(value: Any) -> str:
+    dims = (dim.dim_param or str(dim.dim_value or "?") for dim in value.type.tensor_type.shape.dim)
+    return f"({', '.join(dims)})"

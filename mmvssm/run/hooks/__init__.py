@@ -1,0 +1,31 @@
+"""Parts that a run registers inside mmengine: hooks, samplers, a training loop, an optimizer wrapper."""
+
+from .checkpoint_hook import AtomicCheckpointHook, AtomicLocalBackend
+from .cpu_amp import BFloat16OptimWrapper
+from .follow_schedule import FollowSchedule
+from .interruption_hook import InterruptionHook
+from .non_finite_guard import NonFiniteError, NonFiniteGuardHook
+from .reproducible import (
+    ReproducibleResumeHook,
+    ResumableBatchSampler,
+    ResumableEpochLoop,
+    SeededSampler,
+)
+from .unfinished_validation import UnfinishedValidationHook
+from .workers import init_worker
+
+__all__ = [
+    "AtomicCheckpointHook",
+    "AtomicLocalBackend",
+    "BFloat16OptimWrapper",
+    "FollowSchedule",
+    "InterruptionHook",
+    "NonFiniteError",
+    "NonFiniteGuardHook",
+    "ReproducibleResumeHook",
+    "ResumableBatchSampler",
+    "ResumableEpochLoop",
+    "SeededSampler",
+    "UnfinishedValidationHook",
+    "init_worker",
+]

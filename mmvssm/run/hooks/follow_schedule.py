@@ -1,0 +1,116 @@
+"""Resuming with another schedule than the one that was begun."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+from mmengine.hooks import Hook
+from mmengine.optim import OptimWrapper, OptimWrapperDict, _ParamScheduler
+from mmengine.runner import Runner
+
+from ...registry import HOOKS
+
+_INITIAL = "initial_"
+
+
+@HOOKS.register_module()
+class FollowSchedule(Hook):
+    """Let a resumed run go on with the rates that its own config has at that point.
+
+    mmengine goes on with the schedulers as they are in the checkpoint, with the lengths that they had there, whatever
+    ``param_scheduler`` says now. With this hook, learning rates and momenta are those of a run that had this config
+    from its beginning. Where the config is the same, so are they.
+
+    Schedulers that depend on metrics (``ReduceOnPlateauLR``) are not for it.
+    """
+
+    # Before hooks that log or change rates.
+    priority = "VERY_HIGH"
+
+    def before_train(self, runner: Runner) -> None:
+        """Repeat the schedule up to where the run goes on."""
+        if runner.iter == 0 or not runner.param_schedulers:
+            return
+        before = _rates(runner.optim_wrapper)
+        for name, wrapper in _wrappers(runner.optim_wrapper):
+            configs = deepcopy(runner.cfg.param_scheduler)
+            if isinstance(configs, dict) and "type" not in configs:
+                configs = configs[name]
+            schedulers = _repeat(runner, wrapper, configs)
+            if name is None:
+                runner.param_schedulers = schedulers
+            else:
+                runner.param_schedulers[name] = schedulers
+        after = _rates(runner.optim_wrapper)
+        if before != after:
+            runner.logger.info(
+                f"The schedule is another one than the checkpoint's: the learning rate goes on with {after:.4g}, "
+                f"after {before:.4g}"
+            )
+
+
+def _wrappers(optim_wrapper: Any) -> Iterator[tuple[Any, OptimWrapper]]:
+    if isinstance(optim_wrapper, OptimWrapperDict):
+        yield from optim_wrapper.items()
+    else:
+        yield None, optim_wrapper
+
+
+def _rates(optim_wrapper: Any) -> float:
+    """The learning rate of the first optimizer, as the log shows it."""
+    _, wrapper = next(_wrappers(optim_wrapper))
+    rates = wrapper.get_lr()
+    return rates.get("base_lr", rates["lr"])[0]
+
+
+def _repeat(runner: Runner, wrapper: OptimWrapper, configs: Any) -> list[_ParamScheduler]:
+    """Schedulers as they are after all iterations and epochs so far, and the optimizer with their values."""
+    for group in wrapper.param_groups:
+        for key in [key for key in group if key.startswith(_INITIAL)]:
+            group[key.removeprefix(_INITIAL)] = group[key]
+        if "initial_momentum" in group and "betas" in group:  # which Adam has in its place
+            group["betas"] = (group["initial_momentum"], group["betas"][1])
+    iters, epochs, epoch_length = runner.iter, runner.epoch, len(runner.train_dataloader)
+    with _one_group_of_each_kind(wrapper):
+        schedulers = runner._build_param_scheduler(configs, wrapper)
+        # mmengine warns of schedulers that step before the optimizer does.
+        wrapper._global_step = 0
+        by_iter = [s for s in schedulers if not s.by_epoch]
+        by_epoch = [s for s in schedulers if s.by_epoch]
+        epochs_done = 0
+        for done in range(1, iters + 1):
+            for scheduler in by_iter:
+                scheduler.step()
+            if done % epoch_length == 0 and epochs_done < epochs:
+                epochs_done += 1
+                for scheduler in by_epoch:
+                    scheduler.step()
+        for _ in range(epochs - epochs_done):  # where epochs had fewer iterations
+            for scheduler in by_epoch:
+                scheduler.step()
+    for scheduler in schedulers:
+        name = scheduler.param_name
+        scheduler.base_values = [group[f"{_INITIAL}{name}"] for group in wrapper.param_groups]
+        scheduler._last_value = [group[name] for group in wrapper.param_groups]
+    return schedulers
+
+
+@contextmanager
+def _one_group_of_each_kind(wrapper: OptimWrapper) -> Iterator[None]:
+    """Leave an optimizer only one of all the groups of parameters that have the same settings.
+
+    There is one for each parameter, hundreds, and a schedule has a hundred thousand steps.
+    """
+    groups = wrapper.optimizer.param_groups
+    kinds = [repr({k: v for k, v in group.items() if k != "params"}) for group in groups]
+    chosen = dict(zip(reversed(kinds), reversed(groups)))
+    wrapper.optimizer.param_groups = list(chosen.values())
+    try:
+        yield
+    finally:
+        wrapper.optimizer.param_groups = groups
+        for kind, group in zip(kinds, groups):
+            group.update({k: v for k, v in chosen[kind].items() if k != "params"})

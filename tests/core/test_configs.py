@@ -1,0 +1,295 @@
+"""Every config loads, fits together, builds, trains and is optimised as the recipes say."""
+
+import ast
+import re
+from copy import deepcopy
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, TRANSFORMS, DefaultScope
+from torch import nn
+
+import mmvssm.registry
+from mmvssm.safe_checkpoint import UnsafeCheckpointError
+from support.tiny_configs import DENSE
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+NAMES = [path.stem for path in DENSE]
+SHAPES = [
+    f"{backbone}_{method}_shapes"
+    for backbone in ("groupmamba", "plainmamba", "plainmamba_pruned")
+    for method in ("maskrcnn", "upernet")
+]
+LIBRARIES = {"maskrcnn": "mmdet", "upernet": "mmseg"}
+
+
+SPARED = ("A_logs", "Ds", "A_log", "mixer.D", "pos_embed")
+
+read = cache(Config.fromfile)  # mmengine reads dozens of files for each that is inherited
+
+
+def load(name):
+    scope = next(scope for method, scope in LIBRARIES.items() if f"_{method}_" in name)
+    library = pytest.importorskip(scope)
+    cfg = deepcopy(read(CONFIGS / f"{name}.py"))
+    assert cfg.default_scope == scope == library.__name__
+    return cfg
+
+
+def use_scope(cfg):
+    """Register the library's modules and make its scope the current one."""
+    if cfg.default_scope == "mmdet":
+        from mmdet.utils import register_all_modules
+    else:
+        from mmseg.utils import register_all_modules
+    register_all_modules(init_default_scope=False)
+    return DefaultScope.overwrite_default_scope(cfg.default_scope)
+
+
+def without_scopes(value):
+    """A config without the scopes that mmengine notes in what it inherits."""
+    if isinstance(value, dict):
+        return {key: without_scopes(x) for key, x in value.items() if key != "_scope_"}
+    if isinstance(value, (list, tuple)):
+        return [without_scopes(x) for x in value]
+    return value
+
+
+def build(cfg):
+    with use_scope(cfg):
+        return MODELS.build(cfg.model)
+
+
+def build_optimizer(cfg, model):
+    from mmengine.optim import build_optim_wrapper
+
+    with use_scope(cfg):
+        return build_optim_wrapper(model, cfg.optim_wrapper).optimizer
+
+
+def is_large(name):
+    return not name.endswith("shapes")
+
+
+def with_large_marked_slow(names):
+    return [pytest.param(n, marks=pytest.mark.slow if is_large(n) else ()) for n in names]
+
+
+def test_the_promised_configs_are_there():
+    recipes = ("maskrcnn_coco", "upernet_ade20k")
+    promised = {f"groupmamba{size}_{r}" for size in ("", "_small", "_base") for r in recipes}
+    promised |= {
+        f"plainmamba{size}{pruned}_{recipe}"
+        for size in ("", "_l2", "_l3")
+        for pruned in ("", "_pruned")
+        for recipe in recipes
+    }
+    assert set(NAMES) == promised | set(SHAPES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+class TestText:
+    """What can be read off a config without building the model."""
+
+    def test_channels_agree(self, name):
+        model = load(name).model
+        arch = model.backbone.arch
+        if isinstance(arch, str):
+            arch = mmvssm.registry.MODELS.get(model.backbone.type).arch_settings[arch]
+        widths = arch["embed_dims"]
+        if isinstance(widths, int):  # a plain backbone, whose maps a neck makes into a pyramid
+            restoration, pyramid, *necks = model.neck
+            assert restoration.type == "mmvssm.TokenRestoration"
+            assert (pyramid.type, pyramid.embed_dim) == ("mmseg.Feature2Pyramid", widths)
+            strides = [arch["patch_size"] / scale for scale in pyramid.rescales]
+            assert strides == [4, 8, 16, 32]
+            assert model.backbone.out_indices[-1] == arch["num_layers"] - 1
+            widths = [widths] * len(model.backbone.out_indices)
+        else:
+            widths = list(widths)
+            necks = [model.neck] if "neck" in model else []
+        if necks:
+            (fpn,) = necks
+            assert list(fpn.in_channels) == widths
+            assert fpn.out_channels == model.rpn_head.in_channels
+        else:
+            assert list(model.decode_head.in_channels) == widths
+            assert model.auxiliary_head.in_channels == widths[model.auxiliary_head.in_index]
+
+    def test_prunes_if_its_name_says_so(self, name):
+        cfg = load(name)
+        hooks = [hook.type for hook in cfg.get("custom_hooks") or []]
+        pruned = "_pruned_" in name
+        assert (cfg.model.backbone.get("pruning") is not None) == pruned
+        assert ("mmvssm.KeepRatioWarmup" in hooks) == pruned
+        if pruned and is_large(name):
+            assert cfg.model.backbone.pruning == cfg.model.backbone.arch
+
+    def test_starts_without_hosted_weights_but_can_be_given_some(self, name):
+        cfg = load(name)
+        assert cfg.model.backbone.get("init_cfg") is None
+        assert cfg.model.get("pretrained") is None
+        cfg.merge_from_dict(
+            {
+                "model.backbone.init_cfg.type": "Pretrained",
+                "model.backbone.init_cfg.checkpoint": "absent.pth",
+                "model.backbone.init_cfg.prefix": "backbone.",
+            }
+        )
+        with pytest.raises(UnsafeCheckpointError, match=r"absent\.pth"):
+            build(cfg).backbone.init_weights()
+
+    def test_can_be_inherited_by_name(self, name, tmp_path):
+        """What builds a pipeline has to know where to look for transforms then, too."""
+        (tmp_path / "inheriting.py").write_text(f"_base_ = 'mmvssm::{name}.py'\n")
+        cfg, direct = Config.fromfile(tmp_path / "inheriting.py"), load(name)
+        assert without_scopes(cfg.to_dict()) == without_scopes(direct.to_dict())
+        pipelines = [
+            cfg[f"{split}_dataloader"].dataset.pipeline for split in ("train", "val", "test")
+        ]
+        with use_scope(cfg):
+            for transform in sum(pipelines, cfg.get("tta_pipeline", [])):
+                built = TRANSFORMS.build(transform)
+                assert type(built).__name__ == transform.type
+
+    def test_says_what_it_is(self, name):
+        text = ast.get_docstring(ast.parse((CONFIGS / f"{name}.py").read_text()))
+        backbone = "GroupMamba" if name.startswith("groupmamba") else "PlainMamba"
+        if is_large(name):
+            arch = load(name).model.backbone.arch
+            assert f"{backbone}-{dict(tiny='T', small='S', base='B').get(arch, arch)}" in text
+        else:
+            assert "embedded data set" in text
+        assert ("pruned" in text) == ("_pruned_" in name)
+        for other in re.findall(r"recipe of (\w+\.py)", text):
+            assert (CONFIGS / other).exists()
+
+
+def test_mmsegs_configs_are_found_whatever_it_is_installed_as(monkeypatch):
+    """The forks' distribution is called onedl-mmsegmentation, and their mmengine asks for mmsegmentation."""
+    pytest.importorskip("mmseg")
+    for place in ("mmengine.config.config", "mmvssm.packaged_configs"):
+        monkeypatch.setattr(f"{place}.is_installed", lambda name: name != "mmsegmentation")
+    cfg = Config.fromfile(CONFIGS / "groupmamba_upernet_ade20k.py")
+    assert without_scopes(cfg.to_dict()) == without_scopes(
+        load("groupmamba_upernet_ade20k").to_dict()
+    )
+
+
+def test_what_lacks_is_named_as_pip_knows_it(monkeypatch):
+    for place in ("mmengine.config.config", "mmvssm.packaged_configs"):
+        monkeypatch.setattr(f"{place}.is_installed", lambda name: False)
+    with pytest.raises(ModuleNotFoundError, match="mmsegmentation is not installed"):
+        Config.fromfile(CONFIGS / "groupmamba_upernet_ade20k.py")
+
+
+class TestRecipes:
+    @pytest.mark.parametrize("name", [n for n in NAMES if n.endswith("maskrcnn_coco")])
+    def test_maskrcnn_coco(self, name):
+        cfg = load(name)
+        assert cfg.train_cfg.max_epochs == 12
+        assert cfg.param_scheduler[1].milestones == [8, 11]
+        assert cfg.train_pipeline[2].scale == (1333, 800)
+        assert cfg.optim_wrapper.optimizer.type == "AdamW"
+        assert (cfg.optim_wrapper.optimizer.lr, cfg.optim_wrapper.optimizer.weight_decay) == (
+            1e-4,
+            0.05,
+        )
+        assert cfg.auto_scale_lr.base_batch_size == 16
+
+    @pytest.mark.parametrize("name", [n for n in NAMES if n.endswith("upernet_ade20k")])
+    def test_upernet_ade20k(self, name):
+        cfg = load(name)
+        assert cfg.train_cfg.max_iters == cfg.param_scheduler[1].end == 160_000
+        assert cfg.param_scheduler[0].end == cfg.param_scheduler[1].begin == 1500
+        assert cfg.optim_wrapper.optimizer.type == "AdamW"
+        assert (cfg.optim_wrapper.optimizer.lr, cfg.optim_wrapper.optimizer.weight_decay) == (
+            6e-5,
+            0.01,
+        )
+        assert cfg.model.decode_head.num_classes == cfg.model.auxiliary_head.num_classes == 150
+        assert cfg.auto_scale_lr.base_batch_size == 16
+
+    def test_ade20k_augmentation_scales_the_single_scale_test(self):
+        cfg = load("groupmamba_upernet_ade20k")
+        (augmentation,) = (t for t in cfg.tta_pipeline if t.type == "TestTimeAug")
+        resizes, flips, *_ = augmentation.transforms
+        assert cfg.test_pipeline[1].scale in [resize.scale for resize in resizes]
+        assert len(resizes) == 6
+        assert [flip.prob for flip in flips] == [0.0, 1.0]
+        assert cfg.tta_model.type == "SegTTAModel"
+
+    @pytest.mark.parametrize("name", SHAPES)
+    def test_shapes_knows_the_generator(self, name):
+        from mmvssm.datasets import ShapesGenerator
+        from mmvssm.datasets.shapes import CLASSES
+
+        cfg = load(name)
+        generator = mmvssm.registry.TASK_UTILS.build(cfg.prepare_data)
+        assert isinstance(generator, ShapesGenerator)
+        assert generator.image_size == cfg.image_size
+        for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+            assert Path(loader.dataset.data_root).absolute() == generator.root
+            classes = loader.dataset.metainfo.classes
+            assert classes[-5:] == CLASSES
+            assert len(classes) == cfg.num_classes == len(loader.dataset.metainfo.palette)
+
+
+@pytest.mark.parametrize("name", with_large_marked_slow(NAMES))
+class TestModel:
+    def test_optimizer_spares_norms_and_scan_parameters(self, name):
+        cfg = load(name)
+        model = build(cfg)
+        optimizer = build_optimizer(cfg, model)
+        decay = {
+            id(parameter): group["weight_decay"]
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+        assert len(decay) == len(list(model.parameters()))
+
+        norms = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+        spared = {id(p) for m in model.modules() if isinstance(m, norms) for p in m.parameters()}
+        scans = {id(p) for n, p in model.named_parameters() if n.endswith(SPARED)}
+        assert scans
+        assert {id(p) for n, p in model.named_parameters() if "norm" in n} <= spared
+        for parameter, value in decay.items():
+            expected = (
+                0.0 if parameter in spared | scans else cfg.optim_wrapper.optimizer.weight_decay
+            )
+            assert value == expected
+
+
+@pytest.mark.parametrize("name", SHAPES)
+class TestShapes:
+    def test_loss_falls(self, name, tmp_path, monkeypatch):
+        """Eight steps on one batch, through the real pipeline and optimiser."""
+        from mmengine.runner import Runner
+
+        from mmvssm.datasets import ShapesGenerator
+
+        cfg = load(name)
+        root = ShapesGenerator(tmp_path / "shapes", 4, 1, cfg.image_size).ensure()
+        cfg.train_dataloader.update(batch_size=4, num_workers=0)
+        cfg.train_dataloader.dataset.data_root = str(root)
+        torch.manual_seed(0)
+        with use_scope(cfg):
+            (batch,) = Runner.build_dataloader(
+                dict(cfg.train_dataloader, sampler=dict(type="DefaultSampler", shuffle=False)),
+                seed=0,
+            )
+            model = build(cfg).train()
+            optimizer = build_optimizer(cfg, model)
+            totals = []
+            for _ in range(8):
+                losses = model(**model.data_preprocessor(batch, True), mode="loss")
+                total, _ = model.parse_losses(losses)
+                optimizer.zero_grad()
+                total.backward()
+                optimizer.step()
+                totals.append(total.item())
+        assert all(value == value for value in totals)
+        assert min(totals[-2:]) < 0.8 * totals[0]

@@ -1,0 +1,126 @@
+"""The scan's Triton kernels, compiled for GPUs that are not there and executed in NumPy: see ``ptx_emulator.py``.
+
+Unlike in Triton's interpreter, what runs is the compilers' work, and accesses outside tensors and races are errors.
+"""
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton", minversion="3.6")
+
+from emulated_gpu import emulated_gpu
+from scan_cases import GRADIENTS, Case, check, make_inputs
+
+from mmvssm.ops.selective_scan import triton_launch
+from mmvssm.ops.selective_scan.inputs import ScanInputs
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="triton interprets"
+)
+
+# Odd channels, a different walk for each image, gaps and sources, unless a case says otherwise.
+CASES = [
+    Case(1, 1, 1, 3, 1),
+    Case(2, 70, 2, 5, 1),
+    Case(1, 66, 1, 5, 2),
+    Case(1, 66, 1, 5, 3),
+    Case(1, 66, 2, 35, 16),
+    Case(1, 200, 1, 5, 1, extreme=True),
+]
+MORE_CASES = [
+    # Several tiles and blocks of channels.
+    Case(1, 600, 1, 1, 1),
+    Case(1, 66, 2, 87, 1),
+    Case(1, 300, 1, 3, 16),
+    Case(1, 1, 1, 1, 16),
+    # What may be left out.
+    Case(2, 70, 2, 3, 1, walk=None, optional=False),
+    Case(2, 70, 2, 3, 2, walk=None, optional=False, softplus=False),
+    Case(2, 70, 2, 3, 16, walk="order"),
+    Case(2, 70, 2, 3, 1, walk="source"),
+    Case(2, 70, 2, 3, 1, walk="gap", optional=False),
+    Case(1, 77, 4, 3, 1, walk="grid"),
+    # How tokens lie in memory.
+    Case(2, 66, 4, 3, 16, layout="expanded"),
+    Case(2, 66, 2, 3, 1, layout="sliced"),
+    Case(2, 66, 2, 3, 2, layout="channels_first"),
+    # What they are stored in.
+    Case(2, 98, 2, 33, 1, dtype=torch.bfloat16, walk="grid"),
+    Case(2, 100, 2, 5, 16, dtype=torch.bfloat16),
+    Case(2, 100, 2, 5, 2, dtype=torch.float16),
+    Case(2, 100, 2, 5, 1, dtype=torch.float64),
+    Case(1, 66, 1, 3, 16, dtype=torch.float64),
+    Case(1, 200, 1, 5, 16, extreme=True),
+    Case(1, 200, 1, 5, 2, dtype=torch.bfloat16, extreme=True),
+]
+
+
+def run_on(capability):
+    def run(inputs, delta_softplus):
+        grad_y = inputs.pop("grad_y")
+        inputs = ScanInputs(**inputs, delta_softplus=delta_softplus)
+        with emulated_gpu(capability) as launches:
+            y, states = triton_launch.forward(inputs)
+            assert launches
+            gradients = triton_launch.backward(grad_y, inputs, states)
+        return dict(y=y, **dict(zip(GRADIENTS, gradients)))
+
+    return run
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_agrees_with_the_definition(case):
+    check(case, run_on(90))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MORE_CASES, ids=str)
+def test_agrees_with_the_definition_in_more_cases(case):
+    check(case, run_on(90))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(2, 300, 2, 13, 1),
+        pytest.param(Case(1, 1, 1, 3, 1), marks=pytest.mark.slow),
+        pytest.param(Case(1, 2000, 1, 5, 1), marks=pytest.mark.slow),
+        pytest.param(Case(1, 600, 1, 35, 1, dtype=torch.bfloat16), marks=pytest.mark.slow),
+        pytest.param(Case(1, 600, 1, 5, 1, extreme=True), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_single_pass_agrees_with_the_definition(case, monkeypatch):
+    """Its programs wait for each other; here they run in their order."""
+    monkeypatch.setattr(triton_launch, "SINGLE_PASS", True)
+    monkeypatch.setattr(triton_launch, "_kept", {})
+    if case.length != 300:  # so many steps take long to compile: once is enough
+        monkeypatch.setattr(triton_launch, "_TILE_STEPS", 8)
+    check(case, run_on(90))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [Case(1, 2000, 1, 5, 1), Case(1, 1990, 2, 7, 1)], ids=str)
+def test_single_pass_of_many_blocks_agrees_with_the_definition(case, monkeypatch):
+    """Sixteen tiles, in blocks of two: more than one look back takes."""
+    monkeypatch.setattr(triton_launch, "SINGLE_PASS", True)
+    monkeypatch.setattr(triton_launch, "_TILE_STEPS", 16)
+    monkeypatch.setattr(triton_launch, "_TILE_THREADS", 64)
+    monkeypatch.setattr(triton_launch, "_BLOCK", 2)
+    monkeypatch.setattr(triton_launch, "_kept", {})
+    check(case, run_on(90))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [CASES[1], CASES[4]], ids=str)
+def test_agrees_with_the_definition_on_older_gpus(case):
+    check(case, run_on(80))
+
+
+@pytest.mark.slow
+def test_two_runs_agree_bit_for_bit():
+    first, second = (run_on(90)(make_inputs(Case(1, 65, 1, 33, 1)), True) for _ in range(2))
+    for name, x in first.items():
+        assert torch.equal(x, second[name]), name

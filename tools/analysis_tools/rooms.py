@@ -1,0 +1,165 @@
+"""List what each room of the package imports and how long it is; exit with 1 if an import goes up.
+
+python tools/analysis_tools/rooms.py
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator, Sequence
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import NamedTuple
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+ROOMS = ("run", "export", "analysis", "pretraining", "datasets", "models", "ops", "ground floor")
+"""From the top down. The ground floor is the modules beside the rooms, ``mmvssm/*.py``."""
+
+TOOLS = ("experiments", "benchmark", "triton_lab", "analysis_tools", "install")
+"""The folders of ``tools``, from the top down. All may import ``mmvssm``, none may import ``tests``."""
+
+
+class Import(NamedTuple):
+    """One import statement.
+
+    Attributes:
+        file: Where it stands.
+        line: Its line there.
+        source: The room of that file.
+        target: The room that it names.
+        module: The module that it names.
+    """
+
+    file: Path
+    line: int
+    source: str
+    target: str
+    module: str
+
+
+def room_of(module: str) -> str:
+    """The room of a module of ours, such as ``"models"`` for ``"mmvssm.models.pruning"``."""
+    names = module.split(".")
+    return names[1] if len(names) > 1 and names[1] in ROOMS else "ground floor"
+
+
+def imports_of(root: Path = REPOSITORY) -> Iterator[Import]:
+    """Every import of a module of ours by another, function bodies included.
+
+    Args:
+        root: The checkout.
+    """
+    package = root / "mmvssm"
+    for file in sorted(package.rglob("*.py")):
+        names = file.relative_to(root).with_suffix("").parts
+        folder = list(names[:-1])
+        source = room_of(".".join(names[:-1] if names[-1] == "__init__" else names))
+        for line, module in _named_modules(ast.parse(file.read_text()), folder):
+            if module.split(".")[0] == "mmvssm":
+                yield Import(file, line, source, room_of(module), module)
+
+
+def _named_modules(tree: ast.AST, folder: Sequence[str]) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for name in node.names:
+                yield node.lineno, name.name
+        elif isinstance(node, ast.ImportFrom):
+            base = list(folder[: len(folder) - node.level + 1]) if node.level else []
+            base += node.module.split(".") if node.module else []
+            for name in node.names:  # a name may be a module, as in "from ..models import pruning"
+                yield node.lineno, ".".join([*base, name.name])
+
+
+def upward(imports: Sequence[Import]) -> list[Import]:
+    """Those that name a room above their own. Operators need torch alone: for them any other room is one."""
+    level = {room: -number for number, room in enumerate(ROOMS)}
+    return [
+        one
+        for one in imports
+        if level[one.target] > level[one.source] or (one.source == "ops" and one.target != "ops")
+    ]
+
+
+def circle(imports: Sequence[Import], root: Path = REPOSITORY) -> list[str]:
+    """Files that import each other in a circle, the first that is found; empty if there is none."""
+
+    def file_of(module: str) -> Path:
+        path = root.joinpath(*module.split("."))
+        if path.with_suffix(".py").is_file():
+            return path.with_suffix(".py")
+        return path / "__init__.py" if path.is_dir() else file_of(module.rpartition(".")[0])
+
+    sorter: TopologicalSorter = TopologicalSorter()
+    for one in imports:
+        sorter.add(one.file, file_of(one.module))
+    try:
+        sorter.prepare()
+    except CycleError as error:
+        return [str(file.relative_to(root)) for file in error.args[1]]
+    return []
+
+
+def tools_that_import_upwards(root: Path = REPOSITORY) -> list[str]:
+    """Places in ``tools`` that import tests, or a folder of tools above their own."""
+    folder_of = {
+        file.stem: file.parent.name
+        for name in TOOLS
+        for file in (root / "tools" / name).glob("*.py")
+    }
+    level = {name: -number for number, name in enumerate(TOOLS)}
+    tests = {path.stem for path in (root / "tests").iterdir()} | {"tests"}
+    found = []
+    for file in sorted((root / "tools").rglob("*.py")):
+        own = level.get(file.parent.name, 1)
+        for line, module in _named_modules(ast.parse(file.read_text()), []):
+            name = module.split(".")[0]
+            place = f"{file.relative_to(root)}:{line} imports {name}"
+            if (name in tests and name != "run") or level.get(folder_of.get(name), own) > own:
+                found.append(place)
+    return found
+
+
+def lines_of(root: Path = REPOSITORY) -> dict[str, int]:
+    """Lines of Python and C++ of each room, of tools and of tests."""
+
+    def count(folder: Path, deep: bool = True) -> int:
+        files = folder.rglob("*") if deep else folder.glob("*")
+        return sum(
+            len(file.read_text().splitlines())
+            for file in files
+            if file.suffix in (".py", ".cpp", ".h")
+        )
+
+    lines = {room: count(root / "mmvssm" / room) for room in ROOMS[:-1]}
+    lines[ROOMS[-1]] = count(root / "mmvssm", deep=False)
+    for name in ("tools", "web", "tests", "configs"):
+        lines[name] = count(root / name)
+    return lines
+
+
+def main() -> None:
+    """Print the table; exit with 1 if an import goes up."""
+    imports = list(imports_of())
+    lines = lines_of()
+    print("| room | lines | imports, with how many statements |\n|---|---|---|")
+    for room in ROOMS:
+        targets = [one.target for one in imports if one.source == room and one.target != room]
+        named = ", ".join(f"{name} ({targets.count(name)})" for name in ROOMS if name in targets)
+        print(f"| {room} | {lines[room]:,} | {named or '-'} |")
+    for name in ("tools", "web", "tests", "configs"):
+        print(f"| {name} | {lines[name]:,} | |")
+    wrong = [
+        f"{one.file.relative_to(REPOSITORY)}:{one.line} imports {one.module}, which is above it"
+        for one in upward(imports)
+    ] + tools_that_import_upwards()
+    files = circle(imports)
+    if files:
+        wrong.append("imports in a circle: " + " -> ".join(files))
+    if wrong:
+        sys.exit("\n".join(wrong))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,479 @@
+"""What distillation, alignment and the choice of tokens are worth: small classifiers on real images, over seeds.
+
+Trains every arm below with every seed, each with one thread, and writes a table, results.json and a picture: accuracy
+against time, and the losses with and without a teacher. Runs that are done are kept and interrupted ones go on where
+they stopped, so the same command continues, and with all done only measures time and reports.
+
+On CIFAR-10 as folders of images, train/<class>/ and val/<class>/, it took 16 hours on one core of an AMD EPYC, 6.6 of
+them for the teacher; with --jobs 2 about half as many.
+
+Examples:
+    python tools/experiments/accuracy.py --data-root path/to/cifar10 --jobs 2
+    python tools/experiments/accuracy.py --data-root path/to/cifar10 --arms GroupMamba "GroupMamba, distilled" --seeds 0
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from campaign import Task, last_metric, run_tasks
+from matplotlib.figure import Figure
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from torch import Tensor, nn
+
+from mmvssm.analysis.flops import count
+from mmvssm.analysis.training_log import Curve, read_run
+from mmvssm.errors import UserError, add_traceback_option, run_tool
+from mmvssm.registry import MODELS
+
+REPO = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPO / "tools/benchmark"))
+
+from timing import about, markdown_table, time_side_by_side, write_json  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A model and how it is trained.
+
+    Attributes:
+        config: Its file in ``configs``.
+        options: Settings changed in it.
+        start: The arm whose weights, of the same seed, it starts from.
+        teacher: The arm that teaches it.
+        average: Arms of the same config, one trained on from another; it does not train, it is the mean of their
+            weights (as in Izmailov et al. 2018, Wortsman et al. 2022).
+        tuned: Whether it trains at all; one that doesn't is ``start`` evaluated with these options.
+        flags: More arguments of tools/train.py.
+        seeds: What it is trained with, unless the command line says so.
+    """
+
+    config: str
+    options: tuple[str, ...] = ()
+    start: Optional[str] = None
+    teacher: Optional[str] = None
+    tuned: bool = True
+    flags: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = (0, 1)
+    average: tuple[str, ...] = ()
+
+    @property
+    def trains(self) -> bool:
+        """Whether its weights are its own making."""
+        return self.tuned and not self.average
+
+
+def pruned(*options: str, tuned: bool = True) -> Arm:
+    """The pruned PlainMamba, fine-tuned from the dense one or as it is, but for options of its pruning.
+
+    None of them warms up, since alignment='none' packs only some numbers of tokens.
+    """
+    settings = [f"model.backbone.pruning.{option}" for option in options]
+    config = "plainmamba_pruned_cifar10.py"
+    return Arm(config, ("custom_hooks.0.num_iters=0", *settings), start="PlainMamba", tuned=tuned)
+
+
+NOT_TUNED = ", not tuned"
+PRUNINGS = {
+    "decay": (),
+    "hold": ("alignment=hold",),
+    "none": ("alignment=none",),
+    "random choice": ("metric=random",),
+    "merging": ("reduction=merge",),
+}
+"""What becomes of tokens, by the settings that differ from the method's: importance by clip, alignment by decay."""
+
+TEACHER_BF16 = ("model.teacher_bf16=True",)
+SOFT = ("model.head.distillation=soft", "model.head.temperature=3.0")
+THREE = (0, 1, 2)  # of what trains in minutes, and whose runs differ most
+ARMS = {
+    "teacher, plain": Arm("resnet18_cifar10.py", flags=("--amp",)),
+    "teacher, CutMix": Arm("resnet18_cutmix_cifar10.py", start="teacher, plain", flags=("--amp",)),
+    "teacher, CutMix again": Arm(  # with other draws
+        "resnet18_cutmix_cifar10.py", ("randomness.seed=1",), "teacher, CutMix", flags=("--amp",)
+    ),
+    "teacher": Arm(
+        "resnet18_cutmix_cifar10.py", average=("teacher, CutMix", "teacher, CutMix again")
+    ),
+    "PlainMamba": Arm("plainmamba_cifar10.py"),
+    "PlainMamba, trained on": pruned("keep_ratio=1"),  # as long as the pruned ones are tuned
+    **{f"pruned, {name}": pruned(*options) for name, options in PRUNINGS.items()},
+    **{
+        f"pruned, {name}{NOT_TUNED}": pruned(*options, tuned=False)
+        for name, options in PRUNINGS.items()
+    },
+    "GroupMamba": Arm("groupmamba_cifar10.py", seeds=THREE),
+    "GroupMamba, distilled": Arm(
+        "groupmamba_distilled_cifar10.py", TEACHER_BF16, teacher="teacher", seeds=THREE
+    ),
+    "GroupMamba, distilled softly": Arm(
+        "groupmamba_distilled_cifar10.py", (*TEACHER_BF16, *SOFT), teacher="teacher"
+    ),
+    "ResNet": Arm("resnet_small_cifar10.py", seeds=THREE),
+    "ResNet, distilled": Arm(
+        "resnet_small_distilled_cifar10.py", TEACHER_BF16, teacher="teacher", seeds=THREE
+    ),
+}
+TEACHERS = ("teacher, plain", "teacher, CutMix", "teacher, CutMix again", "teacher")
+TEACHER_SEED = 0  # one teacher for all students, whatever their seeds
+METRIC = "accuracy/top1"
+ONLY_THE_LAST = 1000  # epochs between evaluations; the last epoch is evaluated anyway
+BATCH, IMAGE = 64, 32  # of the images whose time is measured
+
+
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data-root", required=True, metavar="DIR", help="train/ and val/ with a folder per class"
+    )
+    parser.add_argument(
+        "--out",
+        default="work_dirs/benchmark/accuracy",
+        metavar="DIR",
+        help="where runs and results go",
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="of all arms but teachers; default 0, 1 and, of small models, 2",
+    )
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        default=list(ARMS),
+        metavar="NAME",
+        help="which, and what they start from; default all",
+    )
+    parser.add_argument(
+        "--epochs", type=int, metavar="N", help="so many in every run, to try it out"
+    )
+    parser.add_argument("--no-time", action="store_true", help="do not measure time")
+    add_traceback_option(parser)
+    args = parser.parse_args()
+    unknown = [name for name in args.arms if name not in ARMS]
+    if unknown:
+        raise UserError(
+            f"unknown arms {', '.join(map(repr, unknown))}; known are {', '.join(map(repr, ARMS))}"
+        )
+    for option in ("jobs", "epochs"):
+        value = getattr(args, option)
+        if value is not None and value < 1:
+            raise UserError(f"--{option} must be at least 1; got {value}")
+    if args.seeds and len(set(args.seeds)) < len(args.seeds):
+        given = " ".join(map(str, args.seeds))
+        raise UserError(f"--seeds {given}: each seed once, or the spread would be that of one run")
+    if not Path(args.data_root, "train").is_dir():
+        raise UserError(
+            f"there is no folder {args.data_root}/train; accuracy is measured on images as train/<class>/ and "
+            "val/<class>/, such as CIFAR-10's"
+        )
+    return args
+
+
+class Campaign:
+    """All runs that the command line asks for.
+
+    Args:
+        args: The command line.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.out = Path(args.out)
+        self.data_root = args.data_root
+        self.epochs = args.epochs
+        self.arms = [name for name in ARMS if name in _with_what_they_need(args.arms)]
+        self.seeds = args.seeds
+        self.num_classes = sum(path.is_dir() for path in Path(args.data_root, "train").iterdir())
+        runs = [(arm, TEACHER_SEED) for arm in self.arms if arm in TEACHERS]
+        students = [arm for arm in self.arms if arm not in TEACHERS]
+        seeds = dict.fromkeys(seed for arm in students for seed in self.seeds_of(arm))
+        runs += [(arm, seed) for seed in seeds for arm in students if seed in self.seeds_of(arm)]
+        self.tasks = {run: self._task(*run) for run in runs}
+
+    def seeds_of(self, arm: str) -> Sequence[int]:
+        """The seeds that an arm is trained with."""
+        return (TEACHER_SEED,) if arm in TEACHERS else self.seeds or ARMS[arm].seeds
+
+    def config(self, arm: str) -> Config:
+        """An arm's config as its first run used it."""
+        return Config.fromfile(self._folder(arm, self.seeds_of(arm)[0]) / ARMS[arm].config)
+
+    def checkpoint(self, arm: str, seed: int) -> Path:
+        """The weights that an arm ends with."""
+        if ARMS[arm].average:
+            return self._folder(arm, seed) / "average.pth"
+        if not ARMS[arm].tuned:
+            arm = ARMS[arm].start
+        cfg = _config(ARMS[arm].config)
+        return self._folder(arm, seed) / f"epoch_{self.epochs or cfg.train_cfg.max_epochs}.pth"
+
+    def results(self, arm: str, key: str = "top1") -> list[float]:
+        """What the runs of an arm that are done found, by seed."""
+        tasks = [self.tasks[arm, seed] for seed in self.seeds_of(arm)]
+        return [task.result[key] for task in tasks if task.result is not None]
+
+    def curves(self, arm: str) -> list[Curve]:
+        """The loss on the labels of an arm's runs, by seed."""
+        runs = [read_run(str(self._folder(arm, seed))) for seed in self.seeds_of(arm)]
+        share = 1 - self.config(arm).model.head.get("distillation_weight", 0)
+        curves = [run.training["loss_label" if share < 1 else "loss"] for run in runs]
+        return [Curve(curve.steps, [value / share for value in curve.values]) for curve in curves]
+
+    def _folder(self, arm: str, seed: int) -> Path:
+        return self.out / arm.replace(", ", "_").replace(" ", "_") / f"seed{seed}"
+
+    def _task(self, arm: str, seed: int) -> Task:
+        settings = ARMS[arm]
+        name, needs, options = f"{arm}, seed {seed}", [], list(settings.options)
+        if settings.start:
+            needs.append(f"{settings.start}, seed {seed}")
+        if settings.trains:
+            options.append(f"train_cfg.val_interval={ONLY_THE_LAST}")
+        if settings.start and settings.trains:
+            options.append(f"load_from={self.checkpoint(settings.start, seed)}")
+        if settings.teacher:
+            needs.append(f"{settings.teacher}, seed {TEACHER_SEED}")
+            weights = self.checkpoint(settings.teacher, TEACHER_SEED)
+            options.append(f"model.teacher_checkpoint={weights}")
+            options.append(f"model.teacher.head.num_classes={self.num_classes}")
+        needs += [f"{other}, seed {seed}" for other in settings.average]
+        tool = [str(REPO / "tools" / ("train.py" if settings.trains else "test.py"))]
+        tool += [str(REPO / "configs" / settings.config), *settings.flags]
+        if not settings.trains:
+            tool.append(str(self.checkpoint(arm, seed)))
+        elif self.epochs:
+            tool += ["--epochs", str(self.epochs)]
+        tool += [
+            "--data-root",
+            self.data_root,
+            "--cfg-options",
+            f"randomness.seed={seed}",
+            *options,
+        ]
+        return Task(
+            name,
+            self._folder(arm, seed),
+            (sys.executable, *tool),
+            _of_training if settings.trains else _of_test,
+            after=tuple(needs),
+            settings=dict(
+                config=_config(settings.config).to_dict(),
+                options=settings.options,
+                flags=settings.flags,
+            ),
+            prepare=partial(self._average, arm, seed) if settings.average else None,
+        )
+
+    def _average(self, arm: str, seed: int) -> None:
+        paths = [self.checkpoint(other, seed) for other in ARMS[arm].average]
+        weights = mean([torch.load(path, weights_only=True)["state_dict"] for path in paths])
+        torch.save(dict(state_dict=weights), self.checkpoint(arm, seed))
+
+
+def mean(states: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of each weight and running statistic; of counters the first."""
+    return {
+        key: torch.stack([state[key] for state in states]).mean(0)
+        if value.is_floating_point()
+        else value
+        for key, value in states[0].items()
+    }
+
+
+@cache  # arms share them, and reading one takes a while
+def _config(name: str) -> Config:
+    return Config.fromfile(REPO / "configs" / name)
+
+
+def _with_what_they_need(arms: list[str]) -> set[str]:
+    needed = {
+        name
+        for arm in arms
+        for name in (ARMS[arm].start, ARMS[arm].teacher, *ARMS[arm].average)
+        if name
+    }
+    return {*arms, *(_with_what_they_need(list(needed)) if needed else ())}
+
+
+def _of_training(folder: Path) -> dict[str, Any]:
+    return dict(top1=last_metric(folder, METRIC))
+
+
+def _of_test(folder: Path) -> dict[str, Any]:
+    return dict(top1=json.loads((folder / "test_results.json").read_text())["metrics"][METRIC])
+
+
+def settle(args: argparse.Namespace) -> None:
+    """Note what all runs in a folder have in common.
+
+    Raises:
+        UserError: If those that are there had something else.
+    """
+    path = Path(args.out) / "campaign.json"
+    common = dict(data_root=str(Path(args.data_root).resolve()), epochs=args.epochs)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(common) + "\n")
+        return
+    before = json.loads(path.read_text())
+    for key, value in common.items():
+        if before.get(key) != value:
+            raise UserError(
+                f"the runs in {args.out} have {key.replace('_', '-')} {before.get(key)}, not {value}; name another"
+                " --out"
+            )
+
+
+# ------------------------------------------------------------------------------------------- time
+
+
+def build(campaign: Campaign, arm: str) -> nn.Module:
+    """An arm's model with the weights of its first run."""
+    cfg = campaign.config(arm)
+    init_default_scope(cfg.default_scope)
+    model = MODELS.build(cfg.model)
+    path = campaign.checkpoint(arm, campaign.seeds_of(arm)[0])
+    model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["state_dict"])
+    return model.eval()
+
+
+def measure(campaign: Campaign, arms: list[str]) -> dict[str, dict[str, float]]:
+    """Milliseconds an image, millions of FLOPs and parameters of arms, which run in turn."""
+    x = torch.rand(BATCH, 3, IMAGE, IMAGE)
+    models = {arm: build(campaign, arm) for arm in arms}
+
+    def run(model: nn.Module, x: Tensor) -> None:
+        with torch.no_grad():
+            model(x)
+
+    seconds = time_side_by_side({arm: partial(run, m, x) for arm, m in models.items()}, "cpu", 3.0)
+    costs = {arm: count(m, partial(run, m, x[:1]))["total"] for arm, m in models.items()}
+    return {
+        arm: dict(
+            milliseconds=statistics.median(seconds[arm]) * 1e3 / BATCH,
+            flops=costs[arm].flops / 1e6,
+            parameters=costs[arm].parameters / 1e6,
+        )
+        for arm in arms
+    }
+
+
+# ----------------------------------------------------------------------------------------- report
+
+
+def table_of(results: dict[str, dict[str, Any]]) -> str:
+    """A Markdown table; what was not tuned stands beside what was."""
+    fields = ["arm", "parameters (M)", "FLOPs (M)", "ms an image", "top-1", "runs", "not tuned"]
+    table = markdown_table(fields)
+    table.align["arm"] = "l"
+    for arm, result in results.items():
+        if arm.removesuffix(NOT_TUNED) in results.keys() - {arm}:
+            continue
+        costs = [
+            *(f"{result[key]:.2f}" if key in result else "" for key in ("parameters", "flops")),
+            f"{result['milliseconds']:.3f}" if "milliseconds" in result else "",
+        ]
+        untuned = results.get(arm + NOT_TUNED, {}).get("top1", [])
+        runs = ", ".join(f"{value:.2f}" for value in result["top1"])
+        table.add_row([arm, *costs, in_words(result["top1"]), runs, in_words(untuned)])
+    return table.get_string()
+
+
+def in_words(values: list[float]) -> str:
+    """Mean and, of several values, standard deviation."""
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
+
+
+def draw(campaign: Campaign, results: dict[str, dict[str, Any]]) -> Figure:
+    """Accuracy against time, of those with and without a teacher and of the pruned ones, and the former's losses."""
+    figure = Figure((15, 4.6), dpi=110, layout="constrained")
+    taught, pruning, losses = figure.subplots(1, 3)
+    shown = [arm for arm, result in results.items() if ARMS[arm].tuned and "milliseconds" in result]
+    of_tokens = [arm for arm in shown if arm.startswith(("PlainMamba", "pruned"))]
+    others = [arm for arm in shown if arm not in (*of_tokens, *TEACHERS)]
+    for axes, arms, title in (
+        (taught, others, "with and without a teacher"),
+        (pruning, of_tokens, "dense and pruned"),
+    ):
+        for index, arm in enumerate(arms):
+            top1, milliseconds = results[arm]["top1"], results[arm]["milliseconds"]
+            axes.plot([milliseconds] * len(top1), top1, ".", color=f"C{index}", alpha=0.5)
+            axes.plot(
+                milliseconds,
+                statistics.mean(top1),
+                "_",
+                color=f"C{index}",
+                markersize=16,
+                label=arm,
+            )
+        axes.set(
+            xlabel="ms an image", ylabel="top-1 (%), each run a dot, their mean a line", title=title
+        )
+        axes.grid(alpha=0.3)
+        if arms:
+            axes.legend(fontsize="small")
+    for index, arm in enumerate(others):
+        for curve in campaign.curves(arm):
+            losses.plot(curve.steps, curve.values, color=f"C{index}", linewidth=0.8, alpha=0.8)
+        losses.plot([], [], color=f"C{index}", label=arm)
+    losses.set(
+        xlabel="iteration",
+        ylabel="training loss on the labels",
+        title="losses, a line for each run",
+    )
+    losses.grid(alpha=0.3)
+    if others:
+        losses.legend(fontsize="small")
+    return figure
+
+
+def main() -> None:
+    """Run the tool."""
+    args = parse_args()
+    settle(args)
+    campaign = Campaign(args)
+    run_tasks(list(campaign.tasks.values()), args.jobs)
+    machine = about("cpu")
+    results: dict[str, dict[str, Any]] = {
+        arm: dict(
+            seeds=campaign.seeds_of(arm),
+            top1=campaign.results(arm),
+            seconds=campaign.results(arm, "seconds"),
+            config=ARMS[arm].config,
+            options=ARMS[arm].options,
+        )
+        for arm in campaign.arms
+    }
+    if not args.no_time:
+        tuned = [arm for arm in campaign.arms if ARMS[arm].tuned]
+        for arm, costs in measure(campaign, tuned).items():
+            results[arm].update(costs)
+    table = table_of(results)
+    hours = sum(sum(result["seconds"]) for result in results.values()) / 3600
+    print(table)
+    print(f"\nAll runs together took {hours:.1f} hours of one core.", flush=True)
+    (campaign.out / "table.md").write_text(table + "\n")
+    write_json(str(campaign.out / "results.json"), dict(machine, arms=results))
+    draw(campaign, results).savefig(campaign.out / "accuracy.png")
+    print(f"{campaign.out / 'accuracy.png'} shows the same")
+
+
+if __name__ == "__main__":
+    run_tool(main)

@@ -1,0 +1,247 @@
+"""Trainings that belong together: each a process of its own, some at a time, none done twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Callable, NoReturn, Optional
+
+from mmvssm.analysis.training_log import read_run
+from mmvssm.errors import UserError
+from mmvssm.run.setup import say
+
+_RESULT, _OUTPUT, _PARTS, _ORIGIN = "result.json", "output.txt", "seconds.txt", "origin.json"
+_LOOK_EVERY = 0.2  # seconds
+_TELL_EVERY = 300.0
+
+
+@dataclass(frozen=True)
+class Task:
+    """Something that takes a process.
+
+    Attributes:
+        name: How it is called in what is printed; no other task of a campaign is called so.
+        folder: Its work dir.
+        command: What to run. ``--work-dir`` is added, and ``--resume`` if there is a checkpoint.
+        finish: Called with the folder when the command is through; returns the result.
+        after: Names of the tasks that have to be done before.
+        settings: What the result depends on, as JSON has it. A folder that has a run with others is refused, where it
+            would be gone on with or its result taken for this one's.
+        prepare: Called before the process starts; ``folder`` exists then.
+    """
+
+    name: str
+    folder: Path
+    command: tuple[str, ...]
+    finish: Callable[[Path], dict[str, Any]] = field(repr=False)
+    after: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    prepare: Optional[Callable[[], None]] = field(default=None, repr=False)
+
+    @property
+    def result(self) -> Optional[dict[str, Any]]:
+        """What ``finish`` returned, and the ``seconds`` that the processes took; None before."""
+        path = self.folder / _RESULT
+        return json.loads(path.read_text()) if path.exists() else None
+
+
+def run_tasks(tasks: Sequence[Task], jobs: int = 1) -> None:
+    """Do those tasks that were not done before, each as soon as those that it waits for are done.
+
+    Every process has one thread. When this one is told to end, by Ctrl-C or SIGTERM, it tells the others, which save
+    before they do; started again, it goes on where they stopped.
+
+    Args:
+        tasks: What to do. Of those that could start, the first does.
+        jobs: How many processes at a time.
+
+    Raises:
+        UserError: If folders have runs with other settings, or from another run of a task that they wait for; nothing
+            was done then. If some failed; what does not depend on them was done all the same.
+    """
+    by_name = {task.name: task for task in tasks}
+    for task in tasks:
+        _refuse_another(task, by_name)
+    done = {task.name for task in tasks if task.result is not None}
+    waiting = [task for task in tasks if task.name not in done]
+    failed: list[Task] = []
+    say(f"{len(done)} of {len(tasks)} runs were done before" if done else f"{len(tasks)} runs")
+    with _processes() as running:
+        told = time.monotonic()
+        while True:
+            ready = [task for task in waiting if done.issuperset(task.after)]
+            for task in ready[: jobs - len(running)]:
+                waiting.remove(task)
+                _write(task.folder / _ORIGIN, _origin(task, by_name))
+                if task.prepare:
+                    task.prepare()
+                running[task.name] = _Process(task)
+            if not running:
+                break
+            time.sleep(_LOOK_EVERY)
+            for process in [process for process in running.values() if process.ended]:
+                task = running.pop(process.task.name).task
+                if process.succeeded:
+                    _write_result(task)
+                    done.add(task.name)
+                    say(f"[{len(done)} of {len(tasks)}] {task.name}: {_in_words(task.result)}")
+                else:
+                    failed.append(task)
+                    say(f"{task.name} failed, see {task.folder / _OUTPUT}")
+            if time.monotonic() - told > _TELL_EVERY:
+                told = time.monotonic()
+                say("; ".join(process.progress for process in running.values()))
+    if failed:
+        left = f" and {len(waiting)} that wait for them were left out" * bool(waiting)
+        raise UserError(
+            f"of {len(tasks)} runs {', '.join(task.name for task in failed)} failed{left}; the end of "
+            f"{failed[0].folder / _OUTPUT} says why, and the same command goes on from here"
+        )
+
+
+class _Process:
+    """The process of a task; how long it took is noted whatever ends it."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        command = [*task.command, "--work-dir", str(task.folder)]
+        if (task.folder / "last_checkpoint").exists():
+            command.append("--resume")
+        self._begun = time.monotonic()
+        with open(task.folder / _OUTPUT, "a") as output:
+            self._process = subprocess.Popen(
+                command,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+
+    @property
+    def ended(self) -> bool:
+        if self._process.poll() is None:
+            return False
+        with open(self.task.folder / _PARTS, "a") as parts:
+            parts.write(f"{time.monotonic() - self._begun:.1f}\n")
+        return True
+
+    @property
+    def succeeded(self) -> bool:
+        return self._process.returncode == 0
+
+    @property
+    def progress(self) -> str:
+        minutes = f"{self.task.name}: {(time.monotonic() - self._begun) / 60:.0f} min"
+        try:
+            curve = read_run(str(self.task.folder)).training["loss"]
+        except (UserError, KeyError):  # nothing logged yet, or nothing that trains
+            return minutes
+        return f"{minutes}, iteration {curve.steps[-1]}, loss {curve.values[-1]:.3f}"
+
+    def end(self) -> None:
+        """Tell it to save and end, and wait until it has."""
+        self._process.terminate()
+        self._process.wait()
+        _ = self.ended
+
+
+@contextmanager
+def _processes() -> Iterator[dict[str, _Process]]:
+    """Processes by name; those that are still there at the end are told to end."""
+
+    def stop(*_: object) -> NoReturn:
+        sys.exit(128 + signal.SIGTERM)
+
+    running: dict[str, _Process] = {}
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield running
+    finally:
+        for process in running.values():
+            process.end()
+        signal.signal(signal.SIGTERM, before)
+
+
+def _origin(task: Task, tasks: Mapping[str, Task]) -> dict[str, dict[str, Any]]:
+    """What a run comes from: its settings, and the results of those that it waits for."""
+    found = dict(
+        settings=dict(task.settings), after={name: tasks[name].result for name in task.after}
+    )
+    return json.loads(json.dumps(found))  # tuples as lists, as a file has them
+
+
+def _refuse_another(task: Task, tasks: Mapping[str, Task]) -> None:
+    path = task.folder / _ORIGIN
+    if not path.exists():
+        return
+    before, now = json.loads(path.read_text()), _origin(task, tasks)
+    others = [name for name, result in now["after"].items() if before["after"].get(name) != result]
+    if others:
+        what = f"that came from another run of {others[0]}"
+    elif before["settings"] != now["settings"]:
+        key, was, expected = _first_difference(before["settings"], now["settings"])
+        what = f"with {key} {was}, not {expected}"
+    else:
+        return
+    raise UserError(
+        f"{task.folder} has a run {what}. Move that folder away, or have all runs written elsewhere"
+    )
+
+
+def _first_difference(was: Any, now: Any, key: str = "") -> tuple[str, Any, Any]:
+    """The dotted key of the first value that differs, and what it is in each; None for a key that one lacks."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        pairs = {name: (was.get(name), now.get(name)) for name in (*was, *now)}
+    elif isinstance(was, list) and isinstance(now, list) and len(was) == len(now):
+        pairs = {str(index): pair for index, pair in enumerate(zip(was, now))}
+    else:
+        return key, was, now
+    name, pair = next((name, pair) for name, pair in pairs.items() if pair[0] != pair[1])
+    return _first_difference(*pair, f"{key}.{name}".lstrip("."))
+
+
+def _write_result(task: Task) -> None:
+    result = task.finish(task.folder)
+    result["seconds"] = sum(map(float, (task.folder / _PARTS).read_text().split()))
+    _write(task.folder / _RESULT, result)
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")  # so that a kill leaves all of it or nothing
+    part.write_text(json.dumps(content) + "\n")
+    part.replace(path)
+
+
+def _in_words(result: dict[str, Any]) -> str:
+    values = {key: value for key, value in result.items() if key != "seconds"}
+    return ", ".join(
+        [
+            *(f"{key} {value:.2f}" for key, value in values.items()),
+            f"{result['seconds'] / 60:.1f} min",
+        ]
+    )
+
+
+def last_metric(folder: Path, key: str) -> float:
+    """What the last evaluation of a training found.
+
+    Args:
+        folder: The training's work dir.
+        key: Of the metric, such as ``'accuracy/top1'``.
+
+    Raises:
+        UserError: If none found it.
+    """
+    metrics = read_run(str(folder)).metrics
+    if key not in metrics:
+        found = ", ".join(metrics) or "none"
+        raise UserError(f"no evaluation in {folder} logged {key}; metrics that are there: {found}")
+    return metrics[key].values[-1]

@@ -1,0 +1,579 @@
+"""What the scan's Triton kernels cost on a GPU, counted in their machine code. Nothing runs on a GPU; none is needed.
+
+The operator's own launch code is run on tensors without memory, and every kernel that it launches is compiled, with
+the constants, alignments and warps that it is launched with. Then for each call, all its launches added up:
+
+instructions_per_element   Machine instructions executed, per token, walk and channel. Instructions are counted one by
+                           one in the disassembly (NOP left out, predicated ones counted), each as often as the loop
+                           or the conditional block around it runs. How often that is, is found by executing the
+                           kernel's PTX for some of the launch's programs, with memory that reads as zero. Times the
+                           threads launched, idle ones included, over the elements. Where programs wait for each
+                           other, the first look counts as enough. PyTorch's own kernels, which add up partial
+                           sums, are not in it.
+registers, stack, shared   Of the kernel that takes most: registers of a thread, bytes of its stack, which is where
+                           registers are spilled, bytes of shared memory of a program.
+bytes_per_element          Read and written: of each launch, and of each operation of PyTorch in between, every tensor
+                           that it reads or writes once, or as much of it as its threads access where that is less.
+                           Beside it the least possible: inputs read and outputs written once.
+predicted_share_of_copy_bandwidth
+                           How fast an H100 would be at best, as a share of the speed of a copy of the least bytes: the
+                           smaller of what its instructions and what its bytes allow, at 1.0e12 warp instructions a
+                           second, half of them reached, and 3.0e12 bytes a second. A ratio of counts, to two digits
+                           as these constants are, and no measurement.
+
+Shapes: stage 1 of GroupMamba-T at 800x1280 for state 1 (4 walks of 16 channels over 64,000 tokens), and PlainMamba-L1
+at 1600x2560 for state 16 (4 walks of 384 channels over 16,000 tokens, which share all but B and order).
+
+Example:
+    python tools/triton_lab/triton_cost.py --json work_dirs/benchmark/triton_cost.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+import torch
+import triton
+from offline import compile_launch, parameters
+from ptx_emulator import Counts, Program, count, parse, pointer
+from report import markdown
+from scan_inputs import PLAIN, STAGE_1, bytes_of, designs, least_bytes, make_inputs
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mmvssm.ops.selective_scan import triton_launch
+from mmvssm.ops.selective_scan.inputs import ScanInputs
+from mmvssm.ops.triton_launcher import Launch, recorded_launches
+
+WARP_INSTRUCTIONS_PER_SECOND = 1.0e12 * 0.5
+BYTES_PER_SECOND = 3.0e12
+
+SAMPLES = 64
+"""Programs of a launch that are executed to find out how often its loops turn."""
+
+CAPABILITIES = (80, 90)
+SHAPES = {1: STAGE_1, 16: PLAIN}
+"""By the number of states."""
+DTYPES = ("float32", "bfloat16")
+BATCHES = (1, 16)
+DIRECTIONS = ("forward", "backward")
+
+
+# ----------------------------------------------------------------------------------------------- the calls
+
+
+class Call(NamedTuple):
+    """What one pass of the operator does."""
+
+    launches: list[Launch]
+    torch_bytes: int
+    least_bytes: int
+
+
+def record(inputs: ScanInputs) -> dict[str, Call]:
+    """The forward and the backward pass."""
+    with _recorded() as forward:
+        y, states = triton_launch.forward(inputs)
+    with _recorded() as backward:
+        triton_launch.backward(torch.empty_like(y), inputs, states)
+    least = least_bytes(inputs)
+    return {
+        direction: Call(launches, traffic.bytes, least[direction])
+        for direction, (launches, traffic) in zip(DIRECTIONS, (forward, backward))
+    }
+
+
+@contextmanager
+def _recorded() -> Iterator[tuple[list[Launch], _Traffic]]:
+    with recorded_launches() as launches, _Traffic() as traffic:
+        yield launches, traffic
+
+
+class _Traffic(TorchDispatchMode):
+    """Bytes that PyTorch's operations read and write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name = func.__name__
+        if not func.is_view and "empty" not in name:
+            made = result if isinstance(result, (tuple, list)) else [result]
+            # Of a tensor to take after, nothing is read.
+            read = () if name.startswith("new_") or "_like." in name else args
+            self.bytes += sum(bytes_of(x) for x in (*read, *made) if isinstance(x, Tensor))
+        return result
+
+
+# ----------------------------------------------------------------------------------------- machine code
+
+
+class Kernel(NamedTuple):
+    """One launch. ``instructions`` are those of all its threads; ``accesses`` see :class:`Executed`."""
+
+    name: str
+    grid: tuple[int, ...]
+    instructions: float
+    registers: int
+    stack: int
+    shared: int
+    bytes: int
+    accesses: float
+
+
+def measure(launch: Launch, capability: int) -> Kernel:
+    """Compile and count one launch."""
+    compiled = compile_launch(launch, capability)
+    program = parse(compiled.asm["ptx"])
+    given = parameters(compiled, launch)
+    tensors = {k: x for k, x in enumerate(given) if isinstance(x, Tensor)}
+    arguments = [pointer(k) if k in tensors else x for k, x in enumerate(given)]
+    counts = count(program, launch.grid, arguments, compiled.metadata.shared, SAMPLES)
+    programs = math.prod(launch.grid)
+    # Caches are taken to be perfect: no launch reads a byte twice, nor more than its threads ask for.
+    moved = sum(
+        min(bytes_of(tensors[number]), round(accessed * programs / counts.programs))
+        for kind in counts.accessed.values()
+        for number, accessed in kind.items()
+    )
+
+    usage, sass = disassemble(compiled.asm["cubin"])
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    instructions, accesses = executed(sass, program, counts)
+    return Kernel(
+        launch.kernel.__name__,
+        tuple(launch.grid),
+        instructions * programs * program.threads,
+        *(registers, stack, compiled.metadata.shared, moved, accesses),
+    )
+
+
+class MissingTool(RuntimeError):
+    """What is needed to count is not there; the message says what to do."""
+
+
+def disassemble(cubin: bytes) -> tuple[str, str]:
+    """The resources that a kernel uses, and its instructions.
+
+    Raises:
+        MissingTool: Without ``cuobjdump``.
+    """
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not tool.exists():
+        raise MissingTool("this triton came without cuobjdump; install triton from PyPI.")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        return tuple(
+            subprocess.run([tool, what, file], capture_output=True, text=True, check=True).stdout
+            for what in ("-res-usage", "-sass")
+        )
+
+
+class Executed(NamedTuple):
+    """What a thread executes, on average over the programs that were run.
+
+    Attributes:
+        instructions: Of the machine code.
+        accesses: Of these, loads, stores and barriers, as a share of those in PTX. It is 1 where loops were told
+            right, and neither were accesses saved nor are there any in branches that are not taken.
+    """
+
+    instructions: float
+    accesses: float
+
+
+def executed(sass: str, program: Program, counts: Counts) -> Executed:
+    """Count a kernel's instructions."""
+    rows = [
+        (int(found[1], 16), found[2])
+        for found in re.finditer(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.M)
+    ]
+    code = Code([text for _, text in rows], _branches(rows))
+    ptx = Code(
+        [i.text for i in program.instructions],
+        [
+            Branch(
+                program.labels[i.operands[0]] if i.name == "bra" else None,
+                i.name not in ("bra", "ret") or i.guard is not None,
+            )
+            for i in program.instructions
+        ],
+    )
+    in_ptx = counts.executed / (counts.programs * program.threads // 32)
+    parts = _parts(code, ptx, in_ptx)
+    instructions = accesses = 0.0
+    for number, text in enumerate(code.texts):
+        # The innermost part around an instruction says how often it is executed.
+        _, times = min((len(inside), times) for inside, times in parts if number in inside)
+        instructions += times * (_operation(text) != "NOP")
+        accesses += times * _is_access(text)
+    expected = sum(times for times, text in zip(in_ptx, ptx.texts) if _is_access(text))
+    return Executed(float(instructions), float(accesses / max(expected, 1e-9)))
+
+
+def _parts(code: Code, ptx: Code, in_ptx: Sequence[float]) -> list[tuple[set[int], float]]:
+    """Loops and conditional blocks of machine code, as the numbers of their instructions, and how often each runs.
+
+    They are those of the PTX, in the same order. But the assembler may make several loops of one: a first that does
+    several turns at once, and others that do the rest. How many turns a loop does at once is how many times as many
+    accesses to memory and barriers it holds as the PTX. A loop that is missing was unrolled altogether. Conditional
+    blocks are told by their accesses; one that cannot be told counts as if it always ran.
+    """
+    parts = [(set(range(len(code.texts))), 1.0)]
+
+    def match_loops(outer: Loop, original: Loop, share: float) -> None:
+        """``share``: of the turns of the original, how many are done here."""
+        loops, originals = code.loops_in(outer), ptx.loops_in(original)
+        sizes = [code.accesses(loop) for loop in loops]
+        groups = _groups([ptx.accesses(loop) for loop in originals], sizes)
+        for inner_original, group in zip(originals, groups):
+            total = sum(in_ptx[k] for k in inner_original.ends) * share
+            size, left = ptx.accesses(inner_original), total
+            for k in sorted(group, key=lambda k: -sizes[k]):
+                at_once = max(1, round(sizes[k] / size)) if size else 1
+                # The last one does whatever the others leave.
+                times = left // at_once if at_once > 1 else left
+                left -= times * at_once
+                parts.append((loops[k].inside, times))
+                done = share * (times * at_once / total if total else 1.0)
+                match_loops(loops[k], inner_original, done)
+                match_blocks(loops[k], inner_original, done, at_once)
+
+    def match_blocks(loop: Loop, original: Loop, share: float, at_once: int) -> None:
+        known = [
+            (ptx.accesses_by_kind(block), in_ptx[block[0]] * share / at_once)
+            for block in ptx.conditional_blocks(original)
+        ] * at_once
+        for block in code.conditional_blocks(loop):
+            kinds = code.accesses_by_kind(block)
+            # What is stored is never left out; what is loaded may be.
+            which = 0 if kinds[0] else 1
+            fits = [k for k in known if k[0][which] == kinds[which] > 0]
+            if fits:
+                known.remove(fits[0])
+                parts.append((set(block), fits[0][1]))
+
+    match_loops(code.whole, ptx.whole, 1.0)
+    match_blocks(code.whole, ptx.whole, 1.0, 1)
+    return parts
+
+
+def _groups(originals: list[int], sizes: list[int]) -> list[range]:
+    """Which of some loops in a row were made of each original, told by how much they hold."""
+    if not originals:
+        if sizes:
+            raise CannotTell("there are more loops in the machine code than in PTX")
+        return []
+
+    def cost(original: int, group: range) -> float:
+        """How badly they fit."""
+        held = [sizes[k] / max(original, 1) for k in group]
+        return 10 * (not held) + sum(abs(x - max(1, round(x))) for x in held) + 0.1 * len(held)
+
+    ways = []
+    for cuts in itertools.combinations_with_replacement(range(len(sizes) + 1), len(originals) - 1):
+        edges = (0, *cuts, len(sizes))
+        ways.append([range(first, last) for first, last in itertools.pairwise(edges)])
+    return min(ways, key=lambda way: sum(map(cost, originals, way)))
+
+
+class CannotTell(Exception):
+    """How often a loop turns."""
+
+
+class Branch(NamedTuple):
+    """Where an instruction may jump to, and whether the next one may follow."""
+
+    target: Optional[int]
+    goes_on: bool
+
+
+def _branches(rows: list[tuple[int, str]]) -> list[Branch]:
+    """Of machine code."""
+    numbers = {at: number for number, (at, _) in enumerate(rows)}
+    meeting_points: dict[str, int] = {}
+    branches: list[Branch] = []
+    for _, text in rows:
+        operation, target = _operation(text), re.search(r"0x([0-9a-f]+)\s*$", text)
+        # Calls are of subroutines, which return here, or jumps like any other.
+        jumps = operation in ("BRA", "CALL") and target
+        if operation == "BSSY":
+            meeting_points[text.split()[1].rstrip(",")] = numbers[int(target[1], 16)]
+        place = numbers[int(target[1], 16)] if jumps else None
+        if operation == "BSYNC":
+            place = meeting_points[text.split()[-1]]
+        ends = operation in ("BRA", "EXIT", "RET") and not text.startswith("@")
+        branches.append(Branch(place, not ends or "BRA.U" in text))
+    return branches
+
+
+class Loop(NamedTuple):
+    """The instructions inside, and those from which it turns."""
+
+    inside: set[int]
+    ends: list[int]
+
+
+class Code:
+    """Some code: PTX or machine code.
+
+    Args:
+        texts: Of its instructions.
+        branches: Where they lead.
+    """
+
+    def __init__(self, texts: Sequence[str], branches: Sequence[Branch]) -> None:
+        self.texts, self.branches = texts, branches
+        self.before = _before(branches)
+        self.passed = _passed(self.before)
+        self.loops = self._find_loops()
+        last = [
+            k
+            for k, branch in enumerate(branches)
+            if not branch.goes_on and branch.target is None and (k == 0 or self.before[k])
+        ]
+        self.whole = Loop(set(range(len(branches))), last)
+
+    def _find_loops(self) -> list[Loop]:
+        """In the order in which the text comes to them.
+
+        A step closes a loop if it leads to where every way to it has passed (Aho, Sethi, Ullman: natural loops). Steps
+        backwards in the text need not, since blocks are moved about.
+        """
+        loops: dict[int, Loop] = {}
+        for first, earlier in enumerate(self.before):
+            for last in earlier:
+                if not self.has_passed(last, first):
+                    continue
+                loop = loops.setdefault(first, Loop({first}, []))
+                loop.ends.append(last)
+                found = [last]
+                while found:
+                    number = found.pop()
+                    if number not in loop.inside:
+                        loop.inside.add(number)
+                        found.extend(self.before[number])
+        return [loops[first] for first in sorted(loops)]
+
+    def has_passed(self, number: int, other: int) -> bool:
+        """Whether every way to an instruction leads over another."""
+        return bool(self.passed[number] >> other & 1)
+
+    def loops_in(self, outer: Loop) -> list[Loop]:
+        """The outermost loops inside a loop, or the whole."""
+        inside = [x for x in self.loops if x.inside < outer.inside or outer is self.whole]
+        return [x for x in inside if not any(x.inside < other.inside for other in inside)]
+
+    def conditional_blocks(self, loop: Loop) -> list[list[int]]:
+        """Blocks of a loop, and not of one inside, over which not every way to its ends leads."""
+        inner = set().union(*(x.inside for x in self.loops_in(loop)))
+        blocks: list[list[int]] = []
+        for number in sorted(loop.inside):
+            if number in inner or (number and not self.before[number]):
+                continue
+            follows = (
+                blocks and blocks[-1][-1] == number - 1 and self.before[number] == [number - 1]
+            )
+            if follows and self.branches[number - 1].target is None:
+                blocks[-1].append(number)
+            else:
+                blocks.append([number])
+        return [b for b in blocks if not all(self.has_passed(end, b[0]) for end in loop.ends)]
+
+    def accesses(self, loop: Loop) -> int:
+        """How many there are in a loop."""
+        return sum(_is_access(self.texts[k]) for k in loop.inside)
+
+    def accesses_by_kind(self, block: Sequence[int]) -> tuple[int, int]:
+        """Those that are not loads, and those that are."""
+        found = [self.texts[k] for k in block if _is_access(self.texts[k])]
+        loads = sum(bool(re.search(r"(^|\s)(LDG|ld\.)", text)) for text in found)
+        return len(found) - loads, loads
+
+
+def _before(branches: Sequence[Branch]) -> list[list[int]]:
+    """From where each instruction is reached, of those that are reached at all."""
+    count = len(branches)
+    after: list[list[int]] = []
+    for number, branch in enumerate(branches):
+        after.append([number + 1] if branch.goes_on and number + 1 < count else [])
+        if branch.target is not None:
+            after[-1].append(branch.target)
+    reached, found = {0}, [0]
+    while found:
+        new = set(after[found.pop()]) - reached
+        reached |= new
+        found.extend(new)
+    before: list[list[int]] = [[] for _ in range(count)]
+    for number in sorted(reached):
+        for k in after[number]:
+            before[k].append(number)
+    return before
+
+
+def _passed(before: list[list[int]]) -> list[int]:
+    """What every way to an instruction leads over, as the bits of an integer."""
+    everything = (1 << len(before)) - 1
+    passed = [1, *[everything] * (len(before) - 1)]
+    changed = True
+    while changed:
+        changed = False
+        for number in range(1, len(before)):
+            common = everything
+            for earlier in before[number]:
+                common &= passed[earlier]
+            common |= 1 << number
+            changed |= common != passed[number]
+            passed[number] = common
+    return passed
+
+
+def _is_access(text: str) -> bool:
+    """Whether an instruction, of PTX or machine code, is an access to global memory or a barrier.
+
+    Those the assembler keeps; of exchanges between threads, for one, it drops many.
+    """
+    name = next(word for word in text.split() if not word.startswith("@"))
+    return name.startswith(("LDG", "STG", "ATOM", "RED.", "BAR", "atom", "red.", "bar.sync")) or (
+        name.startswith(("ld.", "st.")) and ".global" in name
+    )
+
+
+def _operation(text: str) -> str:
+    words = text.split()
+    return (words[1] if words[0].startswith("@") else words[0]).split(".")[0]
+
+
+# ------------------------------------------------------------------------------------------- the table
+
+
+def add_up(call: Call, elements: int, d_state: int, capability: int) -> dict[str, object]:
+    """What a call costs."""
+    kernels = [measure(launch, capability) for launch in call.launches]
+    instructions = sum(kernel.instructions for kernel in kernels)
+    moved = sum(kernel.bytes for kernel in kernels) + call.torch_bytes
+    seconds = max(instructions / 32 / WARP_INSTRUCTIONS_PER_SECOND, moved / BYTES_PER_SECOND)
+    return dict(
+        launches=len(kernels),
+        instructions_per_element=round(instructions / elements, 2),
+        instructions_per_element_and_state=round(instructions / elements / d_state, 2),
+        registers=max(kernel.registers for kernel in kernels),
+        stack=max(kernel.stack for kernel in kernels),
+        shared=max(kernel.shared for kernel in kernels),
+        bytes_per_element=round(moved / elements, 2),
+        least_bytes_per_element=round(call.least_bytes / elements, 2),
+        predicted_share_of_copy_bandwidth=round(call.least_bytes / BYTES_PER_SECOND / seconds, 3),
+        kernels=[
+            dict(
+                name=kernel.name,
+                grid=kernel.grid,
+                instructions_per_element=round(kernel.instructions / elements, 2),
+                registers=kernel.registers,
+                stack=kernel.stack,
+                shared=kernel.shared,
+                bytes_per_element=round(kernel.bytes / elements, 2),
+                accesses_beside_ptx=round(kernel.accesses, 3),
+            )
+            for kernel in kernels
+        ],
+    )
+
+
+def rows_of(args: argparse.Namespace) -> Iterator[dict[str, object]]:
+    """One for each call that was asked for."""
+    for d_state in args.d_state:
+        for dtype in args.dtype:
+            for batch in args.batch:
+                for design, chosen in designs(d_state).items():
+                    inputs = make_inputs(SHAPES[d_state], batch, getattr(torch, dtype), "meta")
+                    with chosen():
+                        calls = record(inputs)
+                    if design != "default":  # they are of the forward pass
+                        del calls["backward"]
+                    for direction, call in calls.items():
+                        for capability in args.capability:
+                            yield dict(
+                                **dict(triton=triton.__version__, capability=capability),
+                                **dict(d_state=d_state, dtype=dtype, direction=direction),
+                                **dict(design=design, batch=batch, shape=list(inputs.u.shape)),
+                                **add_up(call, inputs.u.numel(), d_state, capability),
+                            )
+
+
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", metavar="FILE", help="where to write the figures, too")
+    for name, values in (
+        ("capability", CAPABILITIES),
+        ("d-state", tuple(SHAPES)),
+        ("dtype", DTYPES),
+        ("batch", BATCHES),
+    ):
+        parser.add_argument(
+            f"--{name}",
+            nargs="+",
+            type=type(values[0]),
+            default=list(values),
+            choices=list(values) if name != "batch" else None,
+            help=f"only these (default: {' '.join(map(str, values))})",
+        )
+    return parser.parse_args()
+
+
+COLUMNS = {
+    "sm": "capability",
+    "states": "d_state",
+    "dtype": "dtype",
+    "pass": "direction",
+    "design": "design",
+    "images": "batch",
+    "launches": "launches",
+    "instructions an element": "instructions_per_element",
+    "and state": "instructions_per_element_and_state",
+    "registers": "registers",
+    "stack": "stack",
+    "shared": "shared",
+    "bytes": "bytes_per_element",
+    "least": "least_bytes_per_element",
+    "predicted share": "predicted_share_of_copy_bandwidth",
+}
+
+
+def main() -> None:
+    """Run the tool."""
+    args = parse_args()
+    rows = []
+    try:
+        for row in rows_of(args):
+            rows.append(row)
+            print(".", end="", flush=True, file=sys.stderr)
+    except MissingTool as error:
+        sys.exit(f"error: {error}")
+    print(file=sys.stderr)
+    print(f"Triton {triton.__version__}; counted in machine code, nothing ran on a GPU\n")
+    print(markdown(list(COLUMNS), ([row[key] for key in COLUMNS.values()] for row in rows)))
+    if args.json:
+        target = Path(args.json)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""Build a folder with the web page and exported models, and serve it on this machine."""
+
+import argparse
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+
+from mmengine.config import Config
+from page_server import PageServer
+
+from mmvssm.datasets.walk import leaf_datasets
+from mmvssm.errors import UserError, add_traceback_option, user_mistakes
+from mmvssm.registry import TASK_UTILS
+from mmvssm.run.arguments import add_cfg_options, export_onnx_parser
+from mmvssm.run.export_onnx import export_onnx, write_whole
+from mmvssm.run.setup import say
+
+RUNTIME = "onnxruntime-web"
+"""The folder beside the page that tools/install/onnxruntime_web.py fills."""
+
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # what every browser shows
+_LARGEST_PICTURE = 10e6  # bytes of an example
+_EXAMPLES = 6
+_METHODS = {"UPerHead": "UperNet", "MaskRCNN": "Mask R-CNN", "FasterRCNN": "Faster R-CNN"}
+
+
+class Trained(NamedTuple):
+    """A model to put into the page.
+
+    Attributes:
+        config: Its config file.
+        checkpoint: Its weights.
+    """
+
+    config: Path
+    checkpoint: Path
+
+    @property
+    def name(self) -> str:
+        """What its files are called."""
+        return self.config.stem
+
+
+def web_parser() -> argparse.ArgumentParser:
+    """The arguments of tools/web.py."""
+    parser = argparse.ArgumentParser(
+        description="Build the web page with models in it, and serve it to browsers on this machine."
+    )
+    parser.add_argument("config", nargs="?", help="config file; default: those of the demo models")
+    parser.add_argument("checkpoint", nargs="?", help="checkpoint file")
+    parser.add_argument(
+        "--work-dirs",
+        default="work_dirs",
+        metavar="DIR",
+        help="where `make train` and its like wrote the demo models (default: work_dirs)",
+    )
+    parser.add_argument(
+        "--out",
+        default="build/web",
+        metavar="DIR",
+        help="where to write the page, as DIR/site (default: build/web)",
+    )
+    parser.add_argument(
+        "--port", type=int, default=8080, help="where to serve it (default: 8080); 0: any free one"
+    )
+    parser.add_argument("--build-only", action="store_true", help="do not serve it")
+    add_cfg_options(parser)
+    add_traceback_option(parser)
+    return parser
+
+
+def web(args: argparse.Namespace, page: Path) -> None:
+    """Build the page with models in it, and serve it until the user ends that.
+
+    Args:
+        args: Parsed by :func:`~.arguments.web_parser`.
+        page: The folder of the page's own files.
+
+    Raises:
+        UserError: If there is no model to show, one cannot be exported, or the port is taken.
+    """
+    site = Path(args.out) / "site"
+    models = _models_to_show(args)
+    if not (site / RUNTIME).is_dir():
+        raise UserError(
+            f"{site / RUNTIME} does not exist: `make web` fetches it, as does python "
+            f"tools/install/onnxruntime_web.py {site / RUNTIME}"
+        )
+    if args.build_only:
+        build_site(site, page, models, args.cfg_options)
+        say(f"The page: {site} (any web server can show it)")
+        return
+    with PageServer(site, args.port) as server:  # before the work, which a taken port would waste
+        build_site(site, page, models, args.cfg_options)
+        say(f"The page: {server.address} (Ctrl-C ends the server)")
+        server.serve()
+
+
+def _models_to_show(args: argparse.Namespace) -> list[Trained]:
+    if (args.config is None) != (args.checkpoint is None):
+        raise UserError("give both a config and a checkpoint, or neither for the demo models")
+    if args.config is not None:
+        return [Trained(Path(args.config), Path(args.checkpoint))]
+    folders = sorted(Path(args.work_dirs).glob("*_shapes"))
+    found = [Trained(folder / f"{folder.name}.py", _checkpoint_of(folder)) for folder in folders]
+    found = [model for model in found if model.checkpoint and model.config.is_file()]
+    if not found:
+        raise UserError(
+            f"no demo model was trained in {args.work_dirs} yet: `make train-seg` trains one, or name a config and a "
+            "checkpoint of your own"
+        )
+    return found
+
+
+def _checkpoint_of(folder: Path) -> Optional[Path]:
+    """The newest of the best ones, or the last one where none is marked best."""
+    best = max(folder.glob("best_*.pth"), key=lambda path: path.stat().st_mtime, default=None)
+    if best or not (folder / "last_checkpoint").is_file():
+        return best
+    last = folder / Path((folder / "last_checkpoint").read_text().strip()).name  # it may have moved
+    return last if last.is_file() else None
+
+
+def build_site(
+    site: Path, page: Path, models: Sequence[Trained], cfg_options: Optional[dict[str, Any]] = None
+) -> None:
+    """Write the page, models and example pictures to a folder; what is there and still right stays.
+
+    Args:
+        site: The folder.
+        page: That of the page's own files.
+        models: In the order in which the page offers them.
+        cfg_options: What the command line changes in their configs.
+
+    Raises:
+        UserError: If a model cannot be exported, or a file not be written.
+    """
+    listed = []
+    with user_mistakes(f"cannot write to {site}", (OSError,)):
+        for folder in ("models", "examples"):
+            (site / folder).mkdir(parents=True, exist_ok=True)
+    for model in models:
+        with user_mistakes(f"cannot read the config {model.config}"):
+            cfg = Config.fromfile(model.config, import_custom_modules=False)
+            cfg.merge_from_dict(cfg_options or {})
+        _export(model, cfg, site, cfg_options)
+        listed.append(
+            {
+                "title": _title(cfg),
+                "file": f"models/{model.name}.onnx",
+                "examples": _copy_examples(cfg, site),
+            }
+        )
+    wanted = {name for entry in listed for name in (entry["file"], *entry["examples"])}
+    for path in (*site.glob("models/*"), *site.glob("examples/*")):
+        if path.relative_to(site).as_posix() not in wanted:
+            path.unlink()
+    titles = Counter(entry["title"] for entry in listed)
+    for entry, model in zip(listed, models):
+        if titles[entry["title"]] > 1:
+            entry["title"] += f" ({model.name})"
+    for path in page.iterdir():
+        write_whole(site / path.name, path.read_bytes())
+    write_whole(site / "models.json", json.dumps(listed, indent=1).encode())
+
+
+def _export(model: Trained, cfg: Config, site: Path, cfg_options: Optional[dict[str, Any]]) -> None:
+    """Export a model unless that was done already from the same weights, config and code."""
+    out = site / "models" / f"{model.name}.onnx"
+    stamp = site.parent / f"{model.name}.sha256"
+    with user_mistakes(f"cannot read the checkpoint {model.checkpoint}", (OSError,)):
+        fingerprint = _fingerprint(model, cfg)
+    if out.is_file() and stamp.is_file() and stamp.read_text() == fingerprint:
+        say(f"{out}: up to date")
+        return
+    say(f"Exporting {model.checkpoint}")
+    args = export_onnx_parser().parse_args([str(model.config), str(model.checkpoint), str(out)])
+    args.cfg_options = cfg_options
+    export_onnx(args)
+    write_whole(stamp, fingerprint.encode())
+
+
+def _fingerprint(model: Trained, cfg: Config) -> str:
+    """Of all that an exported file depends on."""
+    weights = model.checkpoint.stat()
+    said = [cfg.to_dict(), str(model.checkpoint.resolve()), weights.st_size, weights.st_mtime_ns]
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode())
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _title(cfg: Config) -> str:
+    head = cfg.model.get("decode_head")
+    method = head.type if isinstance(head, dict) else cfg.model.type
+    method, backbone = (x.split(".")[-1] for x in (method, cfg.model.backbone.type))
+    pruned = ", pruned" if cfg.model.backbone.get("pruning") else ""
+    return f"{_METHODS.get(method, method)} on {backbone}{pruned}"
+
+
+def _copy_examples(cfg: Config, site: Path) -> list[str]:
+    """Copy a few pictures of the data set that a config is tested on, if it is there, and return their names."""
+    if cfg.get("prepare_data"):
+        with user_mistakes("cannot prepare the data set"):
+            TASK_UTILS.build(cfg.prepare_data).ensure()
+    dataset = next(leaf_datasets(cfg.test_dataloader.dataset))
+    prefix = dataset.get("data_prefix") or {}
+    source = Path(dataset.get("data_root") or "", prefix.get("img") or prefix.get("img_path") or "")
+    pictures = _pictures_in(source) if source.is_dir() else []
+    if not pictures:
+        say(f"No example pictures: {source} has none that browsers show")
+    names = []
+    for path in pictures:
+        content = path.read_bytes()
+        # Models of the same data set share them, and another picture of the same name has another.
+        digest = hashlib.sha256(content).hexdigest()[:8]
+        names.append(f"examples/{path.stem}-{digest}{path.suffix.lower()}")
+        write_whole(site / names[-1], content)
+    return names
+
+
+def _pictures_in(folder: Path) -> list[Path]:
+    """Some that lie far from each other in the alphabet."""
+    found = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in _PICTURES]
+    found = [path for path in found if path.stat().st_size <= _LARGEST_PICTURE]
+    return found[:: max(1, len(found) // _EXAMPLES)][:_EXAMPLES]

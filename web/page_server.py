@@ -1,0 +1,112 @@
+"""A web server for one folder, for browsers on this machine alone."""
+
+import errno
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from mmvssm.errors import UserError
+
+HOST = "127.0.0.1"
+POLICY = (
+    "default-src 'none'; script-src 'self' 'wasm-unsafe-eval'; style-src 'self'; img-src 'self' blob:; "
+    "connect-src 'self'; worker-src 'self'; base-uri 'none'; form-action 'none'"
+)
+"""Nothing but the page's own files, and no code that is text: what index.html says too, for its workers as well."""
+
+_HEADERS = {
+    "Content-Security-Policy": f"{POLICY}; frame-ancestors 'none'",
+    # These two isolate the page from others, without which browsers allow no threads that share memory.
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Embedder-Policy": "require-corp",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",  # ask each time whether a file has changed
+}
+_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".mjs": "text/javascript; charset=utf-8",
+    ".json": "application/json",
+    ".wasm": "application/wasm",
+    ".svg": "image/svg+xml",
+    ".png": "image/png",
+    ".jpg": "image/jpeg",
+    ".jpeg": "image/jpeg",
+    ".webp": "image/webp",
+    ".bmp": "image/bmp",
+    "": "application/octet-stream",
+}
+
+
+class PageServer:
+    """Serves a folder's files on the loopback address.
+
+    Args:
+        folder: With an ``index.html``.
+        port: 0 for any that is free.
+
+    Raises:
+        UserError: If the port cannot be had.
+    """
+
+    def __init__(self, folder: Path, port: int) -> None:
+        handler = partial(_Handler, directory=str(folder))
+        try:
+            self._server = ThreadingHTTPServer((HOST, port), handler)
+        except (OSError, OverflowError) as error:
+            in_use = getattr(error, "errno", None) == errno.EADDRINUSE
+            why = "is in use" if in_use else f"cannot be used ({error})"
+            raise UserError(
+                f"port {port} {why}; choose another one with PORT=... or --port"
+            ) from error
+        self._server.daemon_threads = True
+
+    @property
+    def address(self) -> str:
+        """Of the page."""
+        return f"http://{HOST}:{self._server.server_port}/"
+
+    def serve(self) -> None:
+        """Answer until Ctrl-C, or another thread's :meth:`stop`."""
+        try:
+            self._server.serve_forever()
+        except KeyboardInterrupt:
+            print()  # behind the ^C of a terminal
+
+    def stop(self) -> None:
+        """End :meth:`serve`."""
+        self._server.shutdown()
+
+    def __enter__(self) -> "PageServer":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._server.server_close()
+
+
+class _Handler(SimpleHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    extensions_map = _TYPES
+
+    def send_head(self) -> Any:
+        # A page elsewhere could give its own name this machine's address, and would then read what is here.
+        name = self.headers.get("Host", "").split(":")[0]
+        if name not in (HOST, "localhost"):
+            self.send_error(403, "Only for this machine")
+            return None
+        return super().send_head()
+
+    def list_directory(self, path: str) -> None:
+        self.send_error(404)
+
+    def end_headers(self) -> None:
+        for name, value in _HEADERS.items():
+            self.send_header(name, value)
+        super().end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing: a browser shows what it could not get."""
