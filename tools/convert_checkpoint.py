@@ -8,8 +8,8 @@ import torch
 
 import mmvssm
 from mmvssm.errors import UserError, add_traceback_option, run_tool, user_mistakes
+from mmvssm.files import write_whole
 from mmvssm.models.published import CONVERTERS, inert_globals, unwrap
-from mmvssm.run.hooks import AtomicLocalBackend
 from mmvssm.safe_checkpoint import force_weights_only, load_checkpoint_safely
 
 
@@ -70,7 +70,7 @@ def main() -> None:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     with user_mistakes(f"{dst} was not written", (OSError,)):
-        AtomicLocalBackend().put(buffer.getbuffer(), dst)
+        write_whole(dst, buffer.getbuffer())
     print(
         f"{dst}: {len(conversion.state_dict)} weights, arch={conversion.arch!r}; {len(conversion.unused)} names of the "
         f"source used nowhere, {len(conversion.missing)} of ours not found. Load with\n"

@@ -6,22 +6,24 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, Union
 
 from mmengine.config import Config
 from page_server import PageServer
 
 from mmvssm.datasets.walk import leaf_datasets
 from mmvssm.errors import UserError, add_traceback_option, user_mistakes
+from mmvssm.files import write_whole
 from mmvssm.registry import TASK_UTILS
 from mmvssm.run.arguments import add_cfg_options, export_onnx_parser
-from mmvssm.run.export_onnx import export_onnx, write_whole
+from mmvssm.run.export_onnx import export_onnx
 from mmvssm.run.setup import say
 
 RUNTIME = "onnxruntime-web"
 """The folder beside the page that tools/install/onnxruntime_web.py fills."""
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # what every browser shows
+_PAGE = (".html", ".css", ".js", ".svg")
 _LARGEST_PICTURE = 10e6  # bytes of an example
 _EXAMPLES = 6
 _METHODS = {"UPerHead": "UperNet", "MaskRCNN": "Mask R-CNN", "FasterRCNN": "Faster R-CNN"}
@@ -163,8 +165,10 @@ def build_site(
         if titles[entry["title"]] > 1:
             entry["title"] += f" ({model.name})"
     for path in page.iterdir():
-        write_whole(site / path.name, path.read_bytes())
-    write_whole(site / "models.json", json.dumps(listed, indent=1).encode())
+        if path.suffix not in _PAGE:
+            continue
+        _write(site / path.name, path.read_bytes())
+    _write(site / "models.json", json.dumps(listed, indent=1))
 
 
 def _export(model: Trained, cfg: Config, site: Path, cfg_options: Optional[dict[str, Any]]) -> None:
@@ -180,14 +184,19 @@ def _export(model: Trained, cfg: Config, site: Path, cfg_options: Optional[dict[
     args = export_onnx_parser().parse_args([str(model.config), str(model.checkpoint), str(out)])
     args.cfg_options = cfg_options
     export_onnx(args)
-    write_whole(stamp, fingerprint.encode())
+    _write(stamp, fingerprint)
+
+
+def _write(path: Path, content: Union[str, bytes]) -> None:
+    with user_mistakes(f"cannot write {path}", (OSError,)):
+        write_whole(path, content)
 
 
 def _fingerprint(model: Trained, cfg: Config) -> str:
     """Of all that an exported file depends on."""
     weights = model.checkpoint.stat()
     said = [cfg.to_dict(), str(model.checkpoint.resolve()), weights.st_size, weights.st_mtime_ns]
-    digest = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode())
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True, default=str))
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -218,7 +227,7 @@ def _copy_examples(cfg: Config, site: Path) -> list[str]:
         # Models of the same data set share them, and another picture of the same name has another.
         digest = hashlib.sha256(content).hexdigest()[:8]
         names.append(f"examples/{path.stem}-{digest}{path.suffix.lower()}")
-        write_whole(site / names[-1], content)
+        _write(site / names[-1], content)
     return names
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Optional
+
+from ..files import write_whole
 
 _NAME = ".data_check.json"
 _WORTHWHILE = 400  # images to read: below, reading takes no longer than remembering
@@ -81,16 +82,9 @@ class Memory:
             return True
         folders = {k: v for k, v in self._folders.items() if os.path.isdir(k.split(":", 1)[1])}
         content = json.dumps({"version": _VERSION, "folders": folders})
-        partial_name = None
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            handle, partial_name = tempfile.mkstemp(dir=self.path.parent, prefix=_NAME)
-            with open(handle, "w", encoding="utf-8") as file:
-                file.write(content)
-            os.replace(partial_name, self.path)
+            write_whole(self.path, content)
         except OSError:
-            if partial_name:
-                os.unlink(partial_name)
             return False
         self._effort = 0
         return True

@@ -3,8 +3,6 @@
 import argparse
 import importlib.util
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from mmengine.config import Config
 
 from ..datasets.walk import inference_pipeline
 from ..errors import UserError, user_mistakes
+from ..files import write_whole
 from ..version import __version__
 from .checkpoints import check_fits, load_any
 from .setup import build_model, open_config, say
@@ -50,7 +49,8 @@ def export_onnx(args: argparse.Namespace) -> None:
     content = onnx_model.SerializeToString()
     with user_mistakes("ONNX's checker refuses the exported model"):
         onnx.checker.check_model(content, full_check=True)
-    write_whole(out, content)
+    with user_mistakes(f"cannot write {out}", (OSError,)):
+        write_whole(out, content)
     inputs, outputs = (
         ", ".join(f"{x.name} {_shape_of(x)}" for x in values)
         for values in (onnx_model.graph.input, onnx_model.graph.output)
@@ -105,26 +105,6 @@ def _metadata(cfg: Config, checkpoint: Mapping[str, Any]) -> dict[str, str]:
             keep_ratio = bool(step.get("keep_ratio", False))
             found["resize"] = json.dumps({"scale": list(scale), "keep_ratio": keep_ratio})
     return found
-
-
-def write_whole(out: Path, content: bytes) -> None:
-    """Write a file or none: it takes its name when it is complete."""
-    with user_mistakes(f"cannot write {out}"):
-        descriptor, temporary = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(content)
-            os.chmod(temporary, 0o666 & ~_umask())
-            os.replace(temporary, out)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _shape_of(value: Any) -> str:

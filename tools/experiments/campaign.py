@@ -16,6 +16,7 @@ from typing import Any, Callable, NoReturn, Optional
 
 from mmvssm.analysis.training_log import read_run
 from mmvssm.errors import UserError
+from mmvssm.files import write_whole
 from mmvssm.run.setup import say
 
 _RESULT, _OUTPUT, _PARTS, _ORIGIN = "result.json", "output.txt", "seconds.txt", "origin.json"
@@ -80,7 +81,8 @@ def run_tasks(tasks: Sequence[Task], jobs: int = 1) -> None:
             ready = [task for task in waiting if done.issuperset(task.after)]
             for task in ready[: jobs - len(running)]:
                 waiting.remove(task)
-                _write(task.folder / _ORIGIN, _origin(task, by_name))
+                origin = json.dumps(_origin(task, by_name))
+                write_whole(task.folder / _ORIGIN, origin + "\n")
                 if task.prepare:
                     task.prepare()
                 running[task.name] = _Process(task)
@@ -210,14 +212,7 @@ def _first_difference(was: Any, now: Any, key: str = "") -> tuple[str, Any, Any]
 def _write_result(task: Task) -> None:
     result = task.finish(task.folder)
     result["seconds"] = sum(map(float, (task.folder / _PARTS).read_text().split()))
-    _write(task.folder / _RESULT, result)
-
-
-def _write(path: Path, content: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")  # so that a kill leaves all of it or nothing
-    part.write_text(json.dumps(content) + "\n")
-    part.replace(path)
+    write_whole(task.folder / _RESULT, json.dumps(result) + "\n")
 
 
 def _in_words(result: dict[str, Any]) -> str:

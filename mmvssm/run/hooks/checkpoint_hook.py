@@ -1,7 +1,6 @@
 """Writing checkpoints so that a process killed at any moment leaves one to resume from."""
 
 import os
-import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from mmengine.fileio.backends import LocalBackend
 from mmengine.hooks import CheckpointHook
 from mmengine.runner import Runner
 
+from ...files import write_whole
 from ...processes import any_process
 from ...registry import HOOKS
 from .non_finite_guard import NonFiniteError, advice, network_of, non_finite_states
@@ -35,26 +35,7 @@ class AtomicLocalBackend(LocalBackend):
         Raises:
             OSError: If it cannot be written, with the file's name; what was there before still is.
         """
-        filepath = Path(filepath)
-        filepath.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, partial = tempfile.mkstemp(dir=filepath.parent, prefix=f".{filepath.name}.")
-        try:
-            # mkstemp makes files that only the owner reads; checkpoints are shared like any file.
-            umask = os.umask(0)
-            os.umask(umask)
-            os.fchmod(descriptor, 0o666 & ~umask)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(obj)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, filepath)
-        except OSError as error:
-            Path(partial).unlink(missing_ok=True)
-            # Errors of writing name no file.
-            raise OSError(error.errno, error.strerror, str(filepath)) from error
-        except BaseException:
-            Path(partial).unlink(missing_ok=True)
-            raise
+        write_whole(filepath, obj)
 
 
 class _RemovingLater:

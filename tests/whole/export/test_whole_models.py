@@ -473,15 +473,3 @@ def test_a_head_that_cannot_be_exported_leaves_nothing(tool, monkeypatch):
     monkeypatch.setattr("mmseg.models.UPerHead.forward", forward)
     with pytest.raises(UserError, match="exporter cannot follow what the model does: "):
         tool(tiny_configs.SEGMENTER)
-
-
-def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
-    def replace(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(cli.os, "replace", replace)
-    (tmp_path / "out.onnx").write_bytes(b"earlier")
-    before = files_in(tmp_path)
-    with pytest.raises(UserError, match="No space left"):
-        cli.write_whole(tmp_path / "out.onnx", b"later")
-    assert files_in(tmp_path) == before
