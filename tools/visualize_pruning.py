@@ -25,7 +25,7 @@ from mmvssm.analysis.pruning_view import (
     summarize,
 )
 from mmvssm.errors import UserError, add_traceback_option, run_tool, user_mistakes
-from mmvssm.run.checkpoints import check_fits, load_local
+from mmvssm.run.checkpoints import Checkpoint
 from mmvssm.run.settings import SettingsAction, check_config_file, check_options
 from mmvssm.safe_checkpoint import force_weights_only
 
@@ -76,7 +76,7 @@ def load_model(cfg: Config, args: argparse.Namespace) -> nn.Module:
         init_default_scope(cfg.get("default_scope", "mmengine"))
         model = MODELS.build(cfg.model)
     pruned_backbone(model)
-    check_fits(model, load_local(args.checkpoint), args.checkpoint)
+    Checkpoint.load(args.checkpoint).check_fits(model)
     with user_mistakes(f"cannot use --device {args.device}"):
         return model.to(args.device).eval()
 

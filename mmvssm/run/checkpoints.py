@@ -1,118 +1,281 @@
-"""Which checkpoint to use, and whether it fits the model."""
+"""Read checkpoints, find the last one of a run, and check that one fits a model."""
 
 import ast
 import re
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, Optional
 
 import numpy as np
-import torch
 from mmengine.logging import HistoryBuffer
 from mmengine.runner.checkpoint import CheckpointLoader, load_state_dict
-from torch import nn
+from torch import Size, Tensor, nn
 
 from ..errors import UserError, brief, shown, user_mistakes
 from ..safe_checkpoint import UnsafeCheckpointError, load_checkpoint_safely
 from .hooks.checkpoint_hook import INTERRUPTED
 
-_LONGEST_CONFIG = 1_000_000  # characters that are parsed; those in configs/ have under 10,000
+_LONGEST_CONFIG = 1_000_000  # characters that we parse; the configs in configs/ have under 10,000
+_HUB = ("log_scalars", "runtime_info", "resumed_keys")
+# What mmengine needs to resume: entries of a checkpoint, and their keys.
+_RUN_STATE = dict(meta=("epoch", "iter"), optimizer=("state", "param_groups"), message_hub=_HUB)
 
 
-def is_url(path: str) -> bool:
-    """Whether ``path`` names something to download (``https://``, ``open-mmlab://`` ...)."""
-    return "://" in path
+class Checkpoint:
+    """What a checkpoint holds. Nothing in it is trusted: any entry may be absent or of another type.
 
-
-def load_local(path: str) -> dict[str, Any]:
-    """:func:`load_checkpoint_safely` for tools.
-
-    Raises:
-        UserError: If the file cannot or must not be loaded.
-    """
-    try:
-        return load_checkpoint_safely(path)
-    except UnsafeCheckpointError as error:
-        raise UserError(str(error)) from error
-
-
-def load_any(path: str) -> dict[str, Any]:
-    """:func:`load_local` for a file, and for a URL mmengine's download.
-
-    Raises:
-        UserError: If it cannot or must not be loaded.
-    """
-    if not is_url(path):
-        return load_local(path)
-    with user_mistakes(f"cannot load {path}"):
-        checkpoint = CheckpointLoader.load_checkpoint(path, "cpu")
-    if not isinstance(checkpoint, dict):
-        raise UserError(f"{path} holds a {type(checkpoint).__name__}, not a dictionary of weights")
-    return checkpoint
-
-
-class Resumable(NamedTuple):
-    """The checkpoint to go on from.
-
-    Attributes:
-        path: Its file.
-        skipped: Newer ones that do not load.
-        content: What is in the file.
+    Args:
+        path: Its file or URL, for messages.
+        content: The dictionary in the file.
     """
 
-    path: str
-    skipped: list[str]
-    content: Optional[dict[str, Any]]
+    def __init__(self, path: str, content: dict[str, Any]) -> None:
+        self.path = path
+        self.content = content
+
+    @classmethod
+    def load(cls, path: str) -> "Checkpoint":
+        """Read a file, or download what a URL (``https://``, ``open-mmlab://`` ...) names, with ``weights_only=True``.
+
+        Raises:
+            UserError: If it cannot be loaded, or holds code or objects.
+        """
+        if "://" not in path:
+            with user_mistakes(kinds=(UnsafeCheckpointError,)):
+                return cls(path, load_checkpoint_safely(path))
+        with user_mistakes(f"cannot load {path}"):
+            content = CheckpointLoader.load_checkpoint(path, "cpu")
+        if not isinstance(content, dict):
+            raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of weights")
+        return cls(path, content)
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """What the run noted beside the weights, or an empty dictionary."""
+        meta = self.content.get("meta")
+        return meta if isinstance(meta, dict) else {}
+
+    @property
+    def dataset_meta(self) -> dict[str, Any]:
+        """The metainfo of the training data, or an empty dictionary."""
+        dataset_meta = self.meta.get("dataset_meta")
+        return dataset_meta if isinstance(dataset_meta, dict) else {}
+
+    @property
+    def classes(self) -> Optional[list[str]]:
+        """The names of the classes that the model was trained on, if the checkpoint has them."""
+        return as_names(self.dataset_meta.get("classes"))
+
+    def weights(self, strip_module: bool = True) -> dict[str, Any]:
+        """The weights by name.
+
+        Args:
+            strip_module: Whether to leave out the prefix ``module.`` of distributed training.
+
+        Raises:
+            UserError: If the checkpoint has no dictionary of names where its weights should be.
+        """
+        weights = self.content.get("state_dict", self.content)
+        if not isinstance(weights, dict) or not all(isinstance(key, str) for key in weights):
+            raise UserError(
+                f"{self.path} holds no weights: its state_dict is not a dictionary of names"
+            )
+        if not strip_module:
+            return weights
+        renamed = type(weights)((key.removeprefix("module."), v) for key, v in weights.items())
+        if hasattr(weights, "_metadata"):
+            renamed._metadata = weights._metadata
+        return renamed
+
+    def settings(self, variable: str, *names: str) -> dict[str, Any]:
+        """Part of the config that the checkpoint carries as text, which we parse and never run.
+
+        Args:
+            variable: The variable of the config, such as ``"model"``.
+            names: Names inside it, such as ``"backbone"``.
+
+        Returns:
+            Strings and numbers by name; None for any other setting. Empty without such a text.
+        """
+        text = self.meta.get("cfg")
+        if not isinstance(text, str) or len(text) > _LONGEST_CONFIG:
+            return {}
+        try:
+            statements = ast.parse(text).body
+        except (SyntaxError, ValueError, MemoryError, RecursionError):
+            return {}
+        for statement in statements:
+            targets = statement.targets if isinstance(statement, ast.Assign) else []
+            if any(isinstance(target, ast.Name) and target.id == variable for target in targets):
+                entries = _entries(statement.value)
+                for name in names:
+                    entries = _entries(entries.get(name))
+                return {
+                    name: value.value if isinstance(value, ast.Constant) else None
+                    for name, value in entries.items()
+                }
+        return {}
+
+    def check_fits(self, model: nn.Module) -> None:
+        """Load the weights into ``model`` and check that every key and shape matches.
+
+        mmengine only warns, and would then train or test a model that is partly random.
+
+        Args:
+            model: Built for this check; its weights are overwritten.
+
+        Raises:
+            UserError: If they belong to another model.
+        """
+        weights = self.weights()
+        try:
+            load_state_dict(model, weights, strict=True)
+        except Exception as error:  # a weight that is no tensor fails in many ways
+            raise UserError(self._misfit(model.state_dict(), weights)) from error
+
+    def count_shared(self, model: nn.Module) -> str:
+        """A line that counts the weights of ``model`` that training takes from here (``load_from``).
+
+        Raises:
+            UserError: If there are none.
+        """
+        own, weights = shapes_of(model), self.weights()
+        shared = sum(getattr(weights.get(key), "shape", None) == own[key] for key in own)
+        if not shared:
+            raise UserError(f"none of the weights in {self.path} fits this model")
+        return f"Starting from {self.path}: {shared} of the model's {len(own)} weights come from it"
+
+    def check_resumable(self) -> None:
+        """Check that the checkpoint holds the state of a training run, not only weights.
+
+        Raises:
+            UserError: If it does not.
+        """
+        missing = [name for name in _RUN_STATE if name not in self.content]
+        if missing:
+            reason = f"it lacks the state of a training run ({', '.join(missing)})"
+        elif malformed := next(self._malformed(), None):
+            reason = f"its {malformed} is not what a training run writes"
+        else:
+            return
+        raise UserError(
+            f"{self.path} cannot be resumed from because {reason}; to start from its weights use --cfg-options "
+            f"load_from={self.path}"
+        )
+
+    def _malformed(self) -> Iterator[str]:
+        """The entries that mmengine could not resume from; only the first is sure to be one."""
+        for name, keys in _RUN_STATE.items():
+            if not _is_dict(self.content[name]) or not all(k in self.content[name] for k in keys):
+                yield name
+        meta, hub = self.content["meta"], self.content["message_hub"]
+        for name in ("epoch", "iter"):
+            if type(meta[name]) is not int or meta[name] < 0:
+                yield f"meta['{name}']"
+        if type(meta.get("seed", 0)) not in (int, type(None)):
+            yield "meta['seed']"
+        for name in _HUB:
+            if not _is_dict(hub[name]) or not all(isinstance(key, str) for key in hub[name]):
+                yield f"message_hub['{name}']"
+        for entry in hub["log_scalars"].values():
+            parts = ("_log_history", "_count_history") if isinstance(entry, HistoryBuffer) else ()
+            if not all(isinstance(vars(entry).get(part), np.ndarray) for part in parts):
+                yield "message_hub['log_scalars']"
+
+    def _misfit(self, own: dict[str, Tensor], weights: dict[str, Any]) -> str:
+        """One line on how ``weights`` differ from ``own``, a model's."""
+        missing = [k for k in own if k not in weights and "num_batches_tracked" not in k]
+        unexpected = [k for k in weights if k not in own]
+        reshaped = [
+            f"{k} is {_shape_of(weights[k])} there and {tuple(own[k].shape)} here"
+            for k in own
+            if k in weights and getattr(weights[k], "shape", None) != own[k].shape
+        ]
+        found = [
+            f"{len(keys)} {what} ({shown(keys)})"
+            for keys, what in (
+                (missing, "missing from it"),
+                (unexpected, "unknown to the model"),
+                (reshaped, "of another shape"),
+            )
+            if keys
+        ]
+        line = f"{self.path} does not fit this config's model, weights: {'; '.join(found)}"
+        origin = ", ".join(self._origin())
+        return f"{line}; it was trained {origin}" if origin else line
+
+    def _origin(self) -> Iterator[str]:
+        """The config, backbone and classes that the checkpoint was trained with, as far as it has them."""
+        # mmengine names an experiment <config>_<date>_<time>.
+        name = re.sub(r"_?\d{8}_\d{6}$", "", brief(self.meta.get("experiment_name", "")))
+        if name:
+            yield f"with config {name}"
+        backbone = self.settings("model", "backbone")
+        if backbone:
+            arch = backbone.get("arch", backbone.get("depth", ""))
+            arch = "of its own arch" if arch is None else brief(arch)
+            yield f"backbone {brief(backbone.get('type'))} {arch}".rstrip()
+        if self.classes:
+            yield f"{len(self.classes)} classes ({shown(self.classes)})"
 
 
-def find_resumable(work_dir: str) -> Optional[Resumable]:
-    """The newest checkpoint of a training run that loads.
+def find_last(work_dir: str) -> tuple[Optional[Checkpoint], list[str]]:
+    """Find the newest checkpoint of a training run that loads.
 
-    That is the one ``last_checkpoint`` names unless the run was killed while writing it or
-    before it could be named.
+    That is the one that ``last_checkpoint`` names, unless the run was killed while it wrote the checkpoint or before
+    it named it.
 
     Args:
         work_dir: Where the run wrote.
 
     Returns:
-        It, or None if there is no checkpoint at all.
+        The checkpoint, or None if there is none at all; and the newer files that do not load.
 
     Raises:
         UserError: If there are checkpoints but none of them loads.
     """
-    candidates = list(_by_recency(Path(work_dir)))
     skipped = []
-    for path in candidates:
+    for path in map(str, _by_recency(Path(work_dir))):
         try:
             content = load_checkpoint_safely(path)
             if "optimizer" in content:
-                return Resumable(str(path), skipped, content)
+                return Checkpoint(path, content), skipped
         except UnsafeCheckpointError:
             pass
-        skipped.append(str(path))
-    if candidates:
+        skipped.append(path)
+    if skipped:
         raise UserError(
-            f"none of the {len(candidates)} checkpoints in {work_dir} can be resumed from; name "
-            "another with --resume FILE, or train afresh in another --work-dir"
+            f"none of the {len(skipped)} checkpoints in {work_dir} can be resumed from; name another with --resume "
+            "FILE, or train afresh in another --work-dir"
         )
-    return None
+    return None, []
 
 
 def named_checkpoint(work_dir: Path) -> Optional[Path]:
-    """The checkpoint that a run called its last one, if that is there."""
+    """The checkpoint that a run's ``last_checkpoint`` names, if it exists."""
     marker = work_dir / "last_checkpoint"
     if not marker.is_file():
         return None
     named = Path(marker.read_text(errors="replace").strip() or ".")
-    # Of a work dir that was moved or copied, its own file of that name.
+    # A work dir that was moved or copied has a file of that name itself.
     here = work_dir / named.name
     named = here if here.is_file() else named
     return named if named.is_file() else None
 
 
+def shapes_of(model: nn.Module) -> dict[str, Size]:
+    """The shapes of a model's weights by name, without BatchNorm's counters, which old checkpoints lack."""
+    return {k: v.shape for k, v in model.state_dict().items() if "num_batches_tracked" not in k}
+
+
+def as_names(classes: Any) -> Optional[list[str]]:
+    """``classes`` as a list of strings, or None if it is no list."""
+    return [str(name) for name in classes] if isinstance(classes, (list, tuple)) else None
+
+
 def _by_recency(work_dir: Path) -> Iterator[Path]:
-    """Training checkpoints, the one the run itself called the last first, then by step."""
+    """Training checkpoints: first the one that the run named its last, then by step, newest first."""
     named = named_checkpoint(work_dir)
     if named is not None:
         yield named
@@ -123,7 +286,7 @@ def _by_recency(work_dir: Path) -> Iterator[Path]:
     }
     others = sorted(steps, key=steps.__getitem__, reverse=True)
     interrupted = work_dir / INTERRUPTED
-    if interrupted.is_file():  # its name does not tell its step
+    if interrupted.is_file():  # its name has no step
         moment = interrupted.stat().st_mtime
         others.insert(sum(path.stat().st_mtime > moment for path in others), interrupted)
     for path in others:
@@ -131,194 +294,17 @@ def _by_recency(work_dir: Path) -> Iterator[Path]:
             yield path
 
 
-def check_resumable(checkpoint: dict[str, Any], path: str) -> None:
-    """Check that ``checkpoint`` holds the state of a training run, not only weights.
-
-    Raises:
-        UserError: If it does not.
-    """
-    missing = [key for key in ("meta", "optimizer", "message_hub") if key not in checkpoint]
-    if missing:
-        raise UserError(
-            f"{path} cannot be resumed from because it lacks the state of a training run "
-            f"({', '.join(missing)}); to start from its weights use --cfg-options load_from={path}"
-        )
-    wrong = _not_of_a_run(checkpoint)
-    if wrong:
-        raise UserError(
-            f"{path} cannot be resumed from because its {wrong} is not what a training run writes; to "
-            f"start from its weights use --cfg-options load_from={path}"
-        )
-
-
-def _not_of_a_run(checkpoint: dict[str, Any]) -> str:
-    """The first entry, if any, that mmengine could not go on from."""
-    meta, optimizer, hub = (checkpoint[name] for name in ("meta", "optimizer", "message_hub"))
-    for name, entry, keys in (
-        ("meta", meta, ("epoch", "iter")),
-        ("optimizer", optimizer, ("state", "param_groups")),
-        ("message_hub", hub, ("log_scalars", "runtime_info", "resumed_keys")),
-    ):
-        if type(entry) not in (dict, OrderedDict) or not all(key in entry for key in keys):
-            return name
-    for name in ("epoch", "iter"):
-        if type(meta[name]) is not int or meta[name] < 0:
-            return f"meta['{name}']"
-    if type(meta.get("seed", 0)) not in (int, type(None)):
-        return "meta['seed']"
-    for name in ("log_scalars", "runtime_info", "resumed_keys"):
-        if type(hub[name]) not in (dict, OrderedDict) or not all(
-            isinstance(k, str) for k in hub[name]
-        ):
-            return f"message_hub['{name}']"
-    histories = [entry for entry in hub["log_scalars"].values() if isinstance(entry, HistoryBuffer)]
-    if any(
-        not isinstance(vars(entry).get(name), np.ndarray)
-        for entry in histories
-        for name in ("_log_history", "_count_history")
-    ):
-        return "message_hub['log_scalars']"
-    return ""
-
-
-def check_fits(model: nn.Module, checkpoint: dict[str, Any], path: str) -> None:
-    """Load ``checkpoint`` into ``model`` and insist that every key and shape matches.
-
-    mmengine only warns, and would then train or test a model that is partly random.
-
-    Args:
-        model: Built for this check; its weights are overwritten.
-        checkpoint: With or without the wrapping ``state_dict``.
-        path: Its file, for the message.
-
-    Raises:
-        UserError: If the checkpoint belongs to another model.
-    """
-    state_dict = weights_of(checkpoint, path)
-    try:
-        load_state_dict(model, state_dict, strict=True)
-    except Exception as error:  # what is no tensor fails in many ways
-        raise UserError(_misfit(model, state_dict, checkpoint, path)) from error
-
-
-def weights_of(
-    checkpoint: dict[str, Any], path: str = "the checkpoint", strip: str = r"^module\."
-) -> dict[str, Any]:
-    """The weights in a checkpoint, without the ``module.`` of distributed training.
-
-    Raises:
-        UserError: If there is something else where the weights should be.
-    """
-    state_dict = checkpoint.get("state_dict", checkpoint)
-    if not isinstance(state_dict, dict) or not all(isinstance(key, str) for key in state_dict):
-        raise UserError(f"{path} holds no weights: its state_dict is not a dictionary of names")
-    renamed = type(state_dict)((re.sub(strip, "", k), v) for k, v in state_dict.items())
-    metadata = getattr(state_dict, "_metadata", None)
-    if metadata is not None:
-        renamed._metadata = metadata
-    return renamed
-
-
-def classes_of(checkpoint: dict[str, Any]) -> Optional[list[str]]:
-    """The class names a checkpoint was trained on, if it tells."""
-    classes = dataset_meta_of(checkpoint).get("classes")
-    return [str(name) for name in classes] if isinstance(classes, (list, tuple)) else None
-
-
-def dataset_meta_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint says about the data it was trained on: anything at all, or nothing."""
-    meta = checkpoint.get("meta")
-    dataset_meta = meta.get("dataset_meta") if isinstance(meta, dict) else None
-    return dataset_meta if isinstance(dataset_meta, dict) else {}
-
-
-def _misfit(
-    model: nn.Module, state_dict: dict[str, Any], checkpoint: dict[str, Any], path: str
-) -> str:
-    """One sentence on how ``state_dict`` differs from what ``model`` has."""
-    own = model.state_dict()
-    missing = [k for k in own if k not in state_dict and "num_batches_tracked" not in k]
-    unexpected = [k for k in state_dict if k not in own]
-    reshaped = [
-        f"{k} is {_shape_of(state_dict[k])} there and {tuple(own[k].shape)} here"
-        for k in own
-        if k in state_dict and getattr(state_dict[k], "shape", None) != own[k].shape
-    ]
-    found = [
-        f"{len(keys)} {what} ({shown(keys)})"
-        for keys, what in (
-            (missing, "missing from it"),
-            (unexpected, "unknown to the model"),
-            (reshaped, "of another shape"),
-        )
-        if keys
-    ]
-    sentence = f"{path} does not fit this config's model, weights: {'; '.join(found)}"
-    origin = _origin(checkpoint)
-    return f"{sentence}; {origin}" if origin else sentence
+def _is_dict(value: Any) -> bool:
+    return type(value) in (dict, OrderedDict)
 
 
 def _shape_of(value: Any) -> Any:
-    """The shape of what a checkpoint holds for a weight, or what it is instead of a tensor."""
-    return tuple(value.shape) if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
-
-
-def _origin(checkpoint: dict[str, Any]) -> str:
-    """What a checkpoint's own notes say about where it comes from."""
-    meta = checkpoint.get("meta")
-    if not isinstance(meta, dict):
-        return ""
-    notes = []
-    # The experiment is named <config>_<date>_<time>.
-    name = re.sub(r"_\d{8}_\d{6}$", "", brief(meta.get("experiment_name", "")))
-    if name and not re.fullmatch(r"\d{8}_\d{6}", name):
-        notes.append(f"with config {name}")
-    backbone = text_settings(checkpoint, "model", "backbone")
-    if backbone:
-        arch = backbone.get("arch", backbone.get("depth", ""))
-        arch = "of its own arch" if arch is None else brief(arch)
-        notes.append(f"backbone {brief(backbone.get('type'))} {arch}".rstrip())
-    classes = classes_of(checkpoint)
-    if classes:
-        notes.append(f"{len(classes)} classes ({shown(classes)})")
-    return f"it was trained {', '.join(notes)}" if notes else ""
-
-
-def text_settings(checkpoint: dict[str, Any], variable: str, *names: str) -> dict[str, Any]:
-    """Part of the config whose text a checkpoint carries; that is parsed and never run.
-
-    Args:
-        checkpoint: With the text in ``meta['cfg']``, or without.
-        variable: The variable of the config, such as ``"model"``.
-        names: Names inside it, such as ``"backbone"``.
-
-    Returns:
-        Strings and numbers by name; None for whatever else a setting is. Empty where there is no
-        such text.
-    """
-    meta = checkpoint.get("meta")
-    text = meta.get("cfg") if isinstance(meta, dict) else None
-    if not isinstance(text, str) or len(text) > _LONGEST_CONFIG:
-        return {}
-    try:
-        statements = ast.parse(text).body
-    except (SyntaxError, ValueError, MemoryError, RecursionError):
-        return {}
-    for statement in statements:
-        targets = statement.targets if isinstance(statement, ast.Assign) else []
-        if any(isinstance(target, ast.Name) and target.id == variable for target in targets):
-            entries = _entries(statement.value)
-            for name in names:
-                entries = _entries(entries.get(name))
-            return {
-                name: value.value if isinstance(value, ast.Constant) else None
-                for name, value in entries.items()
-            }
-    return {}
+    """The shape of a tensor, or the type of what a checkpoint holds instead of one."""
+    return tuple(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 def _entries(node: Optional[ast.expr]) -> dict[str, ast.expr]:
-    """What ``dict(name=value)`` or ``{'name': value}`` holds."""
+    """The entries of ``dict(name=value)`` or ``{'name': value}``."""
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict":
         return {keyword.arg: keyword.value for keyword in node.keywords if keyword.arg}
     if isinstance(node, ast.Dict):

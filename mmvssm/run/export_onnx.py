@@ -3,7 +3,6 @@
 import argparse
 import importlib.util
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from ..datasets.walk import inference_pipeline
 from ..errors import UserError, user_mistakes
 from ..files import write_whole
 from ..version import __version__
-from .checkpoints import check_fits, load_any
+from .checkpoints import Checkpoint
 from .setup import build_model, open_config, say
 
 _NEEDED = ("onnx", "onnxscript")
@@ -31,9 +30,9 @@ def export_onnx(args: argparse.Namespace) -> None:
     out = Path(args.out)
     _check_first(out)
     cfg = open_config(args)
-    checkpoint = load_any(args.checkpoint)
+    checkpoint = Checkpoint.load(args.checkpoint)
     model = build_model(cfg)
-    check_fits(model, checkpoint, args.checkpoint)
+    checkpoint.check_fits(model)
     # Not at the top: importing these takes seconds, and the packages may be missing.
     import onnx
 
@@ -84,13 +83,10 @@ def _graph_of(model: Any, cfg: Config) -> Any:
     return DetectorGraph(model, cfg.model)
 
 
-def _metadata(cfg: Config, checkpoint: Mapping[str, Any]) -> dict[str, str]:
+def _metadata(cfg: Config, checkpoint: Checkpoint) -> dict[str, str]:
     """What the file says of itself: all of it text, lists as JSON."""
     metainfo = dict(cfg.test_dataloader.dataset.get("metainfo") or {})
-    meta = checkpoint.get("meta")
-    trained_on = meta.get("dataset_meta") if isinstance(meta, dict) else None
-    if isinstance(trained_on, dict):
-        metainfo.update(trained_on)
+    metainfo.update(checkpoint.dataset_meta)
     found = {
         "task": {"mmseg": "semantic segmentation", "mmdet": "detection"}[cfg.default_scope],
         "license": "Apache-2.0 (the code; weights have their author's)",

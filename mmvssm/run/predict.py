@@ -16,7 +16,7 @@ from rich.progress import Progress
 from ..analysis.pruning_view import pruned_backbone
 from ..errors import UserError
 from ..version import __version__
-from .checkpoints import load_any
+from .checkpoints import Checkpoint
 from .failures import run_failures
 from .prediction.outputs import Outputs
 from .prediction.predictor import Predictor, Prepared
@@ -81,7 +81,7 @@ def predict(args: argparse.Namespace) -> Summary:
     cfg = open_config(args)
     if args.score_thr is not None and cfg.default_scope != "mmdet":
         raise UserError("--score-thr is for detectors; this config's model is a segmenter")
-    predictor = Predictor(cfg, load_any(args.checkpoint), args.checkpoint, args.device)
+    predictor = Predictor(cfg, Checkpoint.load(args.checkpoint), args.device)
     if args.show_tokens:
         pruned_backbone(predictor.model)
     for warning in warnings:

@@ -1,32 +1,92 @@
-"""Does a run that continues fit the one that it continues?"""
+"""Choose what training starts from, and check that a checkpoint matches the run that resumes from it."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any, Optional
 
 from mmengine.config import Config, ConfigDict
 from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS
+from torch import nn
 
 from ..datasets.walk import leaf_datasets
 from ..errors import UserError, shown, user_mistakes
-from .checkpoints import classes_of, text_settings
+from ..processes import on_first_process
+from .checkpoints import Checkpoint, as_names, find_last
 from .settings import find_type
+from .setup import say
+from .work_dir import check_unused
 
 
-def check_same_classes(cfg: Config, loader: str, checkpoint: dict[str, Any], path: str) -> None:
-    """Check that the categories of a data set are those that a checkpoint was trained on, in order.
+def choose_start(cfg: Config, model: nn.Module, resume: Optional[str], new_schedule: bool) -> None:
+    """Choose between a new run, one from given weights and one that resumes, and check that the checkpoint fits.
+
+    Args:
+        cfg: Its ``resume``, ``load_from`` and seed are set.
+        model: Built for this check; its weights are overwritten.
+        resume: The checkpoint to resume from, ``"auto"`` for the last one in the work dir; None to follow the config.
+        new_schedule: Whether the learning rates will follow the config, and not the schedule that the run began with.
+
+    Raises:
+        UserError: If the checkpoint does not fit, or the run would overwrite another.
+    """
+    weights, checkpoint = cfg.get("load_from"), None
+    if resume:
+        cfg.resume, cfg.load_from = True, None if resume == "auto" else resume
+    if cfg.get("resume") and not cfg.get("load_from"):
+        checkpoint = _find_last(cfg.work_dir)
+        cfg.resume, cfg.load_from = (True, checkpoint.path) if checkpoint else (False, weights)
+        if not checkpoint:
+            start = weights or "the beginning"
+            say(f"There is no checkpoint in {cfg.work_dir}; training starts from {start}")
+    path = cfg.get("load_from")
+    check_unused(cfg.work_dir, path if cfg.get("resume") else None)
+    if not path:
+        return
+    checkpoint = checkpoint or Checkpoint.load(path)
+    if not cfg.get("resume"):
+        say(checkpoint.count_shared(model))
+        return
+    checkpoint.check_resumable()
+    checkpoint.check_fits(model)
+    check_same_classes(cfg, "train_dataloader", checkpoint)
+    for line in _compare_progress(cfg, checkpoint, new_schedule):
+        say(line)
+    # mmengine restores a seed that it chose itself only after the order of the data is settled.
+    randomness = cfg.setdefault("randomness", ConfigDict())
+    if randomness.get("seed") is None:
+        randomness.seed = checkpoint.meta.get("seed")
+    say(f"Resuming from {path}")
+
+
+def _find_last(work_dir: str) -> Optional[Checkpoint]:
+    """:func:`find_last`, decided by the first process."""
+    found: list[Optional[Checkpoint]] = []
+
+    def find() -> Optional[str]:
+        checkpoint, skipped = find_last(work_dir)
+        for path in skipped:
+            say(f"{path} is damaged or incomplete and was skipped")
+        found.append(checkpoint)
+        return checkpoint and checkpoint.path
+
+    path = on_first_process(find)
+    return found[0] if found else path and Checkpoint.load(path)
+
+
+def check_same_classes(cfg: Config, loader: str, checkpoint: Checkpoint) -> None:
+    """Check that the categories of a data set are those that a checkpoint was trained on, in the same order.
 
     Args:
         cfg: Config with the data set.
-        loader: The data loader whose data set is meant, such as ``"train_dataloader"``.
-        checkpoint: Compared if it tells its classes.
-        path: Its file, for the message.
+        loader: The data loader of the data set, such as ``"train_dataloader"``.
+        checkpoint: Compared if it has its classes.
 
     Raises:
         UserError: If the weights would mean other classes.
     """
-    trained, here = classes_of(checkpoint), _classes_of_data(cfg, loader)
+    path, trained = checkpoint.path, checkpoint.classes
+    here = as_names(metainfo_of_data(cfg, loader).get("classes"))
     if not trained or not here or trained == here:
         return
     if sorted(trained) == sorted(here):
@@ -43,18 +103,12 @@ def check_same_classes(cfg: Config, loader: str, checkpoint: dict[str, Any], pat
     )
 
 
-def _classes_of_data(cfg: Config, loader: str) -> Optional[list[str]]:
-    """The class names of a loader's data set."""
-    classes = metainfo_of_data(cfg, loader).get("classes")
-    return [str(name) for name in classes] if isinstance(classes, (list, tuple)) else None
-
-
 def metainfo_of_data(cfg: Config, loader: str) -> dict[str, Any]:
-    """What a loader's data set says of itself, such as its classes, without reading annotations.
+    """The metainfo of a loader's data set, such as its classes, without reading annotations.
 
     Args:
         cfg: Config with the data set.
-        loader: The data loader; nothing is said of one that is not there.
+        loader: The data loader. Without one, the metainfo is empty.
     """
     if not cfg.get(loader):
         return {}
@@ -66,51 +120,36 @@ def metainfo_of_data(cfg: Config, loader: str) -> dict[str, Any]:
         return DATASETS.build(ConfigDict(leaf, lazy_init=True)).metainfo
 
 
-def check_progress(
-    cfg: Config, checkpoint: dict[str, Any], path: str, new_schedule: bool = False
-) -> Sequence[str]:
-    """Compare how far a run came, and with which batch size, with what it is to do now.
-
-    Args:
-        cfg: What it is to do now.
-        checkpoint: Of the run.
-        path: Its file, for messages.
-        new_schedule: Whether rates follow the config from here on, and not what the checkpoint has of a schedule.
-
-    Returns:
-        Lines on what is different.
+def _compare_progress(cfg: Config, checkpoint: Checkpoint, new_schedule: bool) -> Iterator[str]:
+    """Lines on how the length and batch size of a run differ from what it was trained with until now.
 
     Raises:
-        UserError: If it came further than it is to go.
+        UserError: If it has already trained for longer than it shall.
     """
-    lines = []
-    loop = cfg.train_cfg
-    unit, limit = ("iter", "max_iters") if "max_iters" in loop else ("epoch", "max_epochs")
-    done, wanted = checkpoint["meta"][unit], loop.get(limit)
+    unit = "iter" if "max_iters" in cfg.train_cfg else "epoch"
+    limit, option = f"max_{unit}s", f"--{unit}s"
+    done, wanted = checkpoint.meta[unit], cfg.train_cfg.get(limit)
     if isinstance(wanted, int):
-        said = f"{path} has done {done} {'iterations' if unit == 'iter' else 'epochs'}"
+        progress = (
+            f"{checkpoint.path} has done {done} {dict(iter='iterations', epoch='epochs')[unit]}"
+        )
         if done > wanted:
             raise UserError(
-                f"{said}, more than train_cfg.{limit}={wanted}; set that to more, or resume an "
-                "earlier checkpoint"
+                f"{progress}, more than train_cfg.{limit}={wanted}; set that to more, or resume an earlier checkpoint"
             )
         if done == wanted:
-            lines.append(
-                f"{said}, all that train_cfg.{limit} asks for: there is nothing left to train"
-            )
-        planned = text_settings(checkpoint, "train_cfg").get(limit)
+            yield f"{progress}, all that train_cfg.{limit} asks for: there is nothing left to train"
+        planned = checkpoint.settings("train_cfg").get(limit)
         if isinstance(planned, int) and planned != wanted and not new_schedule:
-            option = f"--{limit.removeprefix('max_')}"
-            lines.append(
-                f"The run was planned for train_cfg.{limit}={planned} and now goes to {wanted}, at rates that stay "
-                f"those planned for {planned}; {option} {planned} goes on as planned, {option} {wanted} changes "
-                "the schedule too"
+            yield (
+                f"The run was planned for train_cfg.{limit}={planned} and now ends at {wanted}, with the learning "
+                f"rates planned for {planned}; {option} {planned} resumes as planned, {option} {wanted} changes the "
+                "schedule too"
             )
-    before = text_settings(checkpoint, "train_dataloader").get("batch_size")
+    before = checkpoint.settings("train_dataloader").get("batch_size")
     now = cfg.train_dataloader.get("batch_size")
     if isinstance(before, int) and before != now:
-        lines.append(
-            f"The run had a batch size of {before} so far and goes on with {now}: it will not repeat "
-            "what it would have done uninterrupted, and the learning rate stays as configured"
+        yield (
+            f"The run had a batch size of {before} and continues with {now}: it will not repeat what it would have "
+            "done uninterrupted, and the learning rate stays as configured"
         )
-    return lines

@@ -1,11 +1,16 @@
-"""What training and testing have in common: config, data, model, runner."""
+"""Set up a run: its config, data, model and runner, for every tool that takes a config."""
 
 import argparse
 import os
-from collections.abc import Sequence
+import re
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 from mmengine.config import Config, ConfigDict
@@ -16,14 +21,13 @@ from torch import nn
 
 from ..datasets.check import check_data
 from ..datasets.root import SPLIT_OF_LOADER, apply_data_root
-from ..errors import UserError, before_processes_meet, user_mistakes
+from ..errors import UserError, before_processes_meet, one_sentence, user_mistakes
 from ..processes import on_first_process
 from ..registry import TASK_UTILS
 from ..safe_checkpoint import force_weights_only
 from .allocator import keep_freed_memory
-from .checkpoints import classes_of
+from .checkpoints import Checkpoint
 from .distributed import adapt_to_machine, init_processes
-from .mmpretrain_missing import telling_of_mmpretrain
 from .settings import (
     check_config_file,
     check_options,
@@ -35,20 +39,23 @@ from .settings import (
 
 _DENSE = ("mmdet", "mmseg")
 LIBRARIES = (*_DENSE, "mmpretrain")
+# mmengine's words for a missing config, and Python's for a missing module.
+_NO_MMPRETRAIN = re.compile(r"\bmmpretrain is not installed|No module named '?mmpretrain\b")
+_SETUP = "`make setup-pretrain` sets up an environment of versions that work together, and says how to use it"
 
 
 def open_config(
     args: argparse.Namespace, needs: Sequence[str] = (), libraries: Sequence[str] = _DENSE
 ) -> Config:
-    """Read the config file and what the command line changes in it, and join the processes.
+    """Read the config file, apply the command line to it, check both, and join the processes.
 
     Args:
         args: Of the command line.
-        needs: Parts that the config has to have.
-        libraries: Those whose configs the tool can do with, as ``default_scope`` names them.
+        needs: Parts that the config must have.
+        libraries: Those whose configs the tool takes, as ``default_scope`` names them.
 
     Raises:
-        UserError: If it cannot be read or lacks one of them, or if a setting will not do.
+        UserError: If the config cannot be read, lacks a part or has a setting that cannot work.
     """
     with before_processes_meet(args.launcher):
         return _open_config(args, needs, libraries)
@@ -57,13 +64,13 @@ def open_config(
 def _open_config(
     args: argparse.Namespace, needs: Sequence[str], libraries: Sequence[str]
 ) -> Config:
-    if args.launcher in ("none", "pytorch"):  # the others tell it in variables of their own
+    if args.launcher in ("none", "pytorch"):  # the others have variables of their own
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     force_weights_only()
     if not torch.cuda.is_available():
         keep_freed_memory()
     check_config_file(args.config)
-    with user_mistakes(f"cannot read the config {args.config}"), telling_of_mmpretrain():
+    with user_mistakes(f"cannot read the config {args.config}"), explain_missing_mmpretrain():
         cfg = Config.fromfile(args.config)
     options = args.cfg_options or {}
     unsure = check_options(cfg, options, getattr(args, "amp", False))
@@ -82,7 +89,7 @@ def _open_config(
         cfg.work_dir = args.work_dir
     elif not cfg.get("work_dir"):
         cfg.work_dir = os.path.join("work_dirs", Path(args.config).stem)
-    with user_mistakes("cannot import what the config names"), telling_of_mmpretrain():
+    with user_mistakes("cannot import what the config names"), explain_missing_mmpretrain():
         init_default_scope(cfg.default_scope)
         check_types(cfg)
     check_values(cfg)
@@ -99,70 +106,120 @@ def _check_runner(cfg: Config) -> None:
     found = find_type(kind)
     if isinstance(found, type) and not issubclass(found, Runner):
         raise UserError(
-            f"runner_type={kind}: that is another kind than mmengine's Runner, on which resuming and saving here rely; "
+            f"runner_type={kind}: that is another kind than mmengine's Runner, which our resuming and saving need; "
             "remove runner_type and strategy"
         )
+
+
+@contextmanager
+def explain_missing_mmpretrain() -> Iterator[None]:
+    """Explain failures of mmpretrain, which only classifiers need, while a config or what it names is read.
+
+    Raises:
+        UserError: If it is needed, and is not installed or does not load, most often because of torchvision.
+    """
+    try:
+        yield
+    except Exception as error:
+        text = "".join(
+            traceback.format_exception(error)
+        )  # with its causes, and the files that they went through
+        if _NO_MMPRETRAIN.search(text) and find_spec("mmpretrain") is None:
+            raise UserError(
+                f"this config is one for mmpretrain, which is not installed here; {_SETUP}"
+            ) from error
+        for name in ("torchvision", "mmpretrain") if f"{os.sep}mmpretrain{os.sep}" in text else ():
+            try:
+                import_module(name)
+            except Exception as reason:
+                raise UserError(
+                    f"this config is one for mmpretrain, and {name} does not load here ({one_sentence(reason):.200}); "
+                    f"{_SETUP}"
+                ) from error
+        raise
 
 
 def prepare_data(
     cfg: Config,
     args: argparse.Namespace,
     loaders: Sequence[str],
-    checkpoint: Optional[dict[str, Any]],
+    checkpoint: Optional[Checkpoint],
 ) -> None:
-    """Choose the data set, generate it if the config says how, and check that it is there."""
+    """Choose the data set, generate it if the config says how, and check it.
+
+    Args:
+        cfg: Changed in place, to use ``--data-root``.
+        args: Of the command line.
+        loaders: The data loaders that the run will use.
+        checkpoint: Its classes are those of ``--data-root`` where ``--classes`` is not given.
+
+    Raises:
+        UserError: If the data cannot be trained on or tested with.
+    """
     if args.no_data_check:
         cfg.check_data = False
     if args.data_root:
         if args.classes and cfg.default_scope == "mmpretrain":
             raise UserError(
-                "--classes: a classifier's classes are called as their folders in --data-root are"
+                "--classes: a classifier's classes are named by their folders in --data-root"
             )
-        classes = args.classes or (classes_of(checkpoint) if checkpoint else None)
-        # Loaders of a split that is there anyway follow too, so that the config saved in the work dir
-        # is one of the data set throughout.
+        classes = args.classes or (checkpoint.classes if checkpoint else None)
+        # Every loader of those splits changes, so that the config saved in the work dir names one data set.
         here = {SPLIT_OF_LOADER[loader] for loader in loaders}
         following = [name for name, split in SPLIT_OF_LOADER.items() if split in here]
         say(apply_data_root(cfg, args.data_root, following, classes, args.reduce_zero_label))
     elif args.classes or args.reduce_zero_label is not None:
         raise UserError("--classes and --reduce-zero-label describe a --data-root; give that too")
     if cfg.get("prepare_data"):
-        on_first_process(_generate_data, cfg.prepare_data)
+        on_first_process(generate_data, cfg.prepare_data)
     for warning in on_first_process(check_data, cfg, loaders):
         say(f"warning: {warning}")
 
 
-def _generate_data(generator: ConfigDict) -> None:
+def generate_data(generator: ConfigDict) -> None:
+    """Generate the data set that a config's ``prepare_data`` describes, unless it exists.
+
+    Raises:
+        UserError: If that is not possible.
+    """
     with user_mistakes("cannot prepare the data set"):
         TASK_UTILS.build(generator).ensure()
 
 
 def build_model(cfg: Config) -> nn.Module:
-    """Build the model to see that its config is right, before a work dir exists."""
+    """Build the model, which checks its config before there is a work dir.
+
+    Raises:
+        UserError: If that is not possible.
+    """
     model = deepcopy(cfg.model)
-    if cfg.get("data_preprocessor"):  # which the runner gives it, too
+    if cfg.get("data_preprocessor"):  # as the runner does
         model.setdefault("data_preprocessor", deepcopy(cfg.data_preprocessor))
     with user_mistakes("cannot build the model"), naming_the_nearest():
         return MODELS.build(model)
 
 
 def build_runner(cfg: Config) -> Runner:
-    """Build the runner that the config asks for, which makes the work dir."""
+    """Build the runner that the config asks for, which makes the work dir.
+
+    Raises:
+        UserError: If that is not possible.
+    """
     with user_mistakes("cannot set up the run"), naming_the_nearest():
         return RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
 
 
 def say(text: Optional[str]) -> None:
-    """Print a line at once, if there is one, from one process of several."""
+    """Print ``text``, if there is one, from the first process."""
     if text and is_main_process():
         print(text, flush=True)
 
 
 def use_worker_init(cfg: Config) -> None:
-    """Make every data loader of a config start its workers with :func:`init_worker`.
+    """Make every data loader of a config start its workers with :func:`~.hooks.workers.init_worker`.
 
     Args:
-        cfg: Changed in place. A ``worker_init_fn`` of its own is left.
+        cfg: Changed in place. A loader's own ``worker_init_fn`` stays.
     """
     for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
         if cfg.get(name):

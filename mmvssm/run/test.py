@@ -1,4 +1,4 @@
-"""What tools/test.py does."""
+"""Evaluate the model of a config, as tools/test.py does."""
 
 import argparse
 import json
@@ -12,8 +12,9 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.dist import is_main_process
 
+from ..datasets.walk import leaf_datasets
 from ..errors import UserError
-from .checkpoints import check_fits, load_any
+from .checkpoints import Checkpoint
 from .exported import check_arguments, is_exported, load_exported, use_exported
 from .failures import run_failures
 from .resuming import check_same_classes
@@ -33,29 +34,32 @@ _NEEDS = ("test_dataloader", "test_cfg", "test_evaluator")
 
 
 def test(args: argparse.Namespace) -> dict[str, Any]:
-    """What tools/test.py does.
+    """Evaluate a checkpoint or an exported file on the config's test data.
+
+    mmengine's runner tests. Before it, we check settings, data and checkpoint as :func:`~.train.train` does.
 
     Args:
         args: Parsed by :func:`test_parser`.
 
     Returns:
-        The metrics.
+        The metrics. ``test_results.json`` in the work dir has them too.
 
     Raises:
-        UserError: If the config, the data or the checkpoint will not do; nothing was written then.
+        UserError: If the config, the data or the checkpoint cannot be used, before anything is written.
     """
     check_arguments(args)
     exported = is_exported(args.checkpoint)
     cfg = open_config(args, _NEEDS, LIBRARIES)
-    checkpoint = load_exported(args.checkpoint, cfg) if exported else load_any(args.checkpoint)
+    checkpoint = (
+        load_exported(args.checkpoint, cfg) if exported else Checkpoint.load(args.checkpoint)
+    )
     prepare_data(cfg, args, _LOADERS, checkpoint)
     if exported:
         use_exported(cfg, args.checkpoint, args.native)
     else:
-        check_fits(build_model(cfg), checkpoint, args.checkpoint)
-    check_same_classes(cfg, "test_dataloader", checkpoint, args.checkpoint)
-    cfg.load_from = None if exported else args.checkpoint
-    cfg.resume = False
+        checkpoint.check_fits(build_model(cfg))
+    check_same_classes(cfg, "test_dataloader", checkpoint)
+    cfg.load_from, cfg.resume = None if exported else args.checkpoint, False
     for option, where in (("--show-dir", args.show_dir), ("--out", args.out)):
         _check_writable(option, where)
     if args.show or args.show_dir:
@@ -66,8 +70,8 @@ def test(args: argparse.Namespace) -> dict[str, Any]:
         _write_predictions(cfg, args.out)
     use_worker_init(cfg)
     runner = build_runner(cfg)
-    # mmseg's visualization hook asks for the training iteration, and the runner would build the
-    # training data set, which need not be here, to answer.
+    # mmseg's visualization hook asks for the training iteration. To answer, the runner would build the training data
+    # set, which need not exist here.
     runner._train_loop = None
     with run_failures():
         metrics = runner.test()
@@ -85,14 +89,14 @@ def test(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check_writable(option: str, where: Optional[str]) -> None:
-    """Check before the evaluation that what comes out of it will have a place."""
+    """Check before the evaluation that its pictures or predictions can be written."""
     if not where:
         return
     path = Path(where).absolute()
-    if path.suffix in _PICKLES and path.is_dir():
-        raise UserError(f"{option} {where}: this is a folder, not a file")
-    if path.exists() and path.suffix not in _PICKLES and not path.is_dir():
-        raise UserError(f"{option} {where}: this is a file, not a folder")
+    as_file, is_folder = path.suffix in _PICKLES, path.is_dir()
+    if path.exists() and as_file == is_folder:
+        found, needed = ("folder", "file") if is_folder else ("file", "folder")
+        raise UserError(f"{option} {where}: this is a {found}, not a {needed}")
     there = next(folder for folder in (path, *path.parents) if folder.exists())
     if there != path and not there.is_dir():
         raise UserError(f"{option} {where}: {there} is a file, not a folder")
@@ -101,41 +105,36 @@ def _check_writable(option: str, where: Optional[str]) -> None:
 
 
 def _draw_predictions(cfg: Config, args: argparse.Namespace) -> None:
-    """Turn on the library's visualization hook, with pictures going to ``--show-dir`` itself."""
+    """Turn on the library's visualization hook, and let it write to ``--show-dir`` itself."""
     hook = cfg.get("default_hooks", {}).get("visualization")
     if not hook:
         raise UserError("--show and --show-dir need default_hooks.visualization in the config")
-    if cfg.default_scope == "mmpretrain":
-        out_dir = os.path.abspath(args.show_dir) if args.show_dir else None
-        hook.update(enable=True, interval=1, out_dir=out_dir)
-        if args.show:
-            hook.update(show=True, wait_time=args.wait_time)
-        return
-    hook.update(draw=True)
+    folder = os.path.abspath(args.show_dir) if args.show_dir else None
     if args.show:
         hook.update(show=True, wait_time=args.wait_time)
-    if not args.show_dir:
+    if cfg.default_scope == "mmpretrain":
+        hook.update(enable=True, interval=1, out_dir=folder)
         return
-    folder = os.path.abspath(args.show_dir)
-    if cfg.default_scope == "mmdet":
+    hook.draw = True
+    if folder and cfg.default_scope == "mmdet":
         hook.test_out_dir = folder
-        return
-    hook.interval = 1
-    visualizer = cfg.setdefault("visualizer", ConfigDict(type="SegLocalVisualizer"))
-    visualizer.vis_backends = [{"type": "LocalVisBackend", "img_save_dir": folder}]
-    # mmseg's own default covers the picture almost completely.
-    visualizer.setdefault("alpha", 0.5)
+    elif folder:
+        hook.interval = 1
+        visualizer = cfg.setdefault("visualizer", ConfigDict(type="SegLocalVisualizer"))
+        visualizer.vis_backends = [{"type": "LocalVisBackend", "img_save_dir": folder}]
+        # mmseg's own default covers the picture almost completely.
+        visualizer.setdefault("alpha", 0.5)
 
 
 def _warning_of_equal_names(dataset: Any) -> Optional[str]:
-    """What to say where mmpretrain, which names pictures by the image's file alone, wrote over some."""
+    """A warning if images share a file name, by which alone mmpretrain names its pictures."""
     paths = [dataset.get_data_info(i).get("img_path") for i in range(len(dataset))]
     names = {os.path.basename(path) for path in paths if path}
     if len(names) == len(paths):
         return None
     return (
-        f"warning: the {len(paths)} images have {len(names)} file names between them (mmpretrain's pictures are called "
-        "by these), and of each name the last one's picture is there"
+        f"warning: the {len(paths)} images have {len(names)} file names between them, by which mmpretrain names its "
+        "pictures; of images of one name, only the last one's picture was kept"
     )
 
 
@@ -149,10 +148,8 @@ def _use_tta(cfg: Config) -> None:
     if not cfg.get("tta_model") or not cfg.get("tta_pipeline"):
         raise UserError("--tta needs tta_model and tta_pipeline in the config")
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
-    dataset = cfg.test_dataloader.dataset
-    while "dataset" in dataset:
-        dataset = dataset.dataset
-    dataset.pipeline = cfg.tta_pipeline
+    for dataset in leaf_datasets(cfg.test_dataloader.dataset):
+        dataset.pipeline = cfg.tta_pipeline
 
 
 def _write_predictions(cfg: Config, out: str) -> None:
@@ -163,14 +160,14 @@ def _write_predictions(cfg: Config, out: str) -> None:
         kind = "mmdet.DumpDetResults" if cfg.default_scope == "mmdet" else "DumpResults"
         evaluators.append(ConfigDict(type=kind, out_file_path=out))
     elif cfg.default_scope != "mmseg":
-        raise UserError(f"--out {out}: only a segmenter's go to a folder; name a .pkl file")
+        raise UserError(f"--out {out}: only a segmenter writes to a folder; name a .pkl file")
     else:
         evaluators[0].output_dir = out
     cfg.test_evaluator = evaluators
 
 
 def _plain(value: Any) -> Any:
-    """``value`` with NumPy's and PyTorch's numbers as Python's, and None for what JSON has no number for."""
+    """``value`` for JSON: numbers of NumPy and PyTorch as Python's, and None for NaN and infinity."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

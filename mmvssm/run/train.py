@@ -1,21 +1,19 @@
-"""What tools/train.py does."""
+"""Train the model of a config, as tools/train.py does."""
 
 import argparse
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.hooks import CheckpointHook
 from mmengine.runner import Runner
-from torch import nn
 
 from ..errors import UserError, one_sentence, user_mistakes
 from ..processes import on_first_process
-from .checkpoints import Resumable, check_fits, check_resumable, find_resumable, load_any
 from .failures import run_failures
 from .hooks.reproducible import make_reproducible
-from .pretrained import check_pretrained, count_shared
-from .resuming import check_progress, check_same_classes
+from .pretrained import check_pretrained
+from .resuming import choose_start
 from .schedule import change_length, check_can_follow, hint_at_options, shorten_warm_ups
 from .settings import find_type, naming_the_nearest
 from .setup import (
@@ -34,36 +32,54 @@ _NEEDS = ("train_dataloader", "train_cfg", "optim_wrapper")
 
 
 def train(args: argparse.Namespace) -> None:
-    """What tools/train.py does.
+    """Train the model of a config.
+
+    mmengine's runner trains. To it, we add:
+
+    Before the run, when nothing has been written yet:
+
+    1. Settings: refuse misspelt keys, unknown types and values that cannot work (:func:`~.setup.open_config`).
+    2. Machine: gloo and plain batch norm without GPUs; ``SyncBuffersHook`` with several processes.
+    3. Options: ``--epochs`` and ``--iters`` with the whole schedule, ``--tensorboard``, and ``--amp`` on a CPU.
+    4. Work dir: refuse one that holds, or is locked by, another run (:mod:`~.work_dir`).
+    5. Data: ``--data-root`` with classes, heads and evaluators; generated data; checks of every file that the run will
+       read (:func:`~.setup.prepare_data`).
+    6. Start: the newest checkpoint that loads for ``--resume``; checks that a checkpoint, pretrained weights and a
+       teacher fit the model, the classes and the schedule (:mod:`~.resuming`, :mod:`~.pretrained`).
+
+    In the run:
+
+    7. Exact resuming: samplers, loops and seeds that depend on the iteration alone (:mod:`~.hooks.reproducible`).
+    8. Checkpoints that are written whole or not at all (``AtomicCheckpointHook`` in place of ``CheckpointHook``).
+    9. A stop at the first loss or weight that is not finite (``NonFiniteGuardHook``).
+    10. A checkpoint when Ctrl-C or a signal ends the run (``InterruptionHook``).
+    11. Data workers that end with the run and report why they fail (``init_worker``).
+    12. The work dir's lock (:func:`~.work_dir.lock_work_dir`).
+    13. One-line errors for memory, disk, network and mistakes in the config (:func:`~.failures.run_failures`).
+
+    Importing :mod:`mmvssm.run` makes checkpoints load with ``weights_only=True``.
 
     Args:
-        args: Parsed by :func:`train_parser`.
+        args: Parsed by :func:`~.arguments.train_parser`.
 
     Raises:
-        UserError: If the config, the data or a checkpoint will not do; nothing was written then. Or if, when it
-            runs, a pruned backbone meets a neck or a grid that does not go with it.
+        UserError: If the config, the data or a checkpoint cannot be used, before anything is written; or if a pruned
+            backbone finds, in the run, that its neck or grid does not fit.
     """
     cfg = open_config(args, _NEEDS, LIBRARIES)
-    given, old_epochs = list(args.cfg_options or {}), (cfg.get("train_cfg") or {}).get("max_epochs")
-    option = _option_of_length(args)
+    given, old_epochs = list(args.cfg_options or {}), cfg.train_cfg.get("max_epochs")
+    option = next((name for name in ("epochs", "iters") if getattr(args, name) is not None), None)
     if option:
         say(change_length(cfg, option, getattr(args, option), given))
     else:
         say(hint_at_options(cfg, given))
-    if args.amp:
-        use_amp(cfg)
-    if args.tensorboard:
-        use_tensorboard(cfg)
-    if args.auto_scale_lr:
-        if "base_batch_size" not in (cfg.get("auto_scale_lr") or {}):
-            raise UserError("--auto-scale-lr needs auto_scale_lr.base_batch_size in the config")
-        cfg.auto_scale_lr.enable = True
+    _apply_options(cfg, args)
     on_first_process(check_not_locked, cfg.work_dir)
     if not (args.resume or cfg.get("resume")):
         check_unused(cfg.work_dir, None)
     prepare_data(cfg, args, _LOADERS, None)
     model = build_model(cfg)
-    _choose_start(cfg, args, model)
+    choose_start(cfg, model, args.resume, new_schedule=option is not None)
     if option and cfg.get("resume"):
         check_can_follow(cfg, option)
         _add_hooks(cfg, "mmvssm.FollowSchedule")
@@ -76,11 +92,11 @@ def train(args: argparse.Namespace) -> None:
     prepare_training(cfg)
     with lock_work_dir(cfg.work_dir):
         runner = build_runner(cfg)
-        # Not what the machine may lack when workers start, such as memory.
+        # Only these errors are mistakes in the config: workers start here, and may lack memory.
         with user_mistakes("cannot set up the training", (KeyError, TypeError, ValueError)):
             _ = runner.train_loop
             runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
-        _tell_of_bad_schedules(runner)
+        _explain_scheduler_errors(runner)
         if option == "epochs":
             say(shorten_warm_ups(runner, old_epochs, given))
         with run_failures(runner.work_dir):
@@ -92,107 +108,36 @@ def train(args: argparse.Namespace) -> None:
 
 
 def prepare_training(cfg: Config) -> None:
-    """Add to a training config what every run has: resuming exactly, saving safely, ending properly.
+    """Add what every training run of ours has: exact resuming, whole checkpoints, and hooks that end it properly.
 
     Args:
-        cfg: Changed in place. What it has of these already is left as it is.
+        cfg: Changed in place. Parts of these kinds that it has already stay as they are.
     """
-    _use_atomic_checkpoints(cfg)
+    hook = cfg.get("default_hooks", {}).get("checkpoint")
+    if hook and find_type(hook.get("type")) is CheckpointHook:
+        hook.type = "mmvssm.AtomicCheckpointHook"
     make_reproducible(cfg)
-    _add_hooks(
-        cfg,
-        "mmvssm.NonFiniteGuardHook",
-        "mmvssm.InterruptionHook",
-        "mmvssm.UnfinishedValidationHook",
-    )
+    _add_hooks(cfg, "mmvssm.NonFiniteGuardHook", "mmvssm.InterruptionHook")
     use_worker_init(cfg)
 
 
-def _tell_of_bad_schedules(runner: Runner) -> None:
-    """Make a mistake in ``param_scheduler`` one sentence; the runner reads that only once it trains."""
-    build = runner.build_param_scheduler
-
-    def build_or_tell(schedulers: Any) -> Any:
-        with user_mistakes("cannot set up the schedule (param_scheduler)"):
-            return build(schedulers)
-
-    runner.build_param_scheduler = build_or_tell
-
-
-def _option_of_length(args: argparse.Namespace) -> Optional[str]:
-    """``"epochs"`` or ``"iters"``, if the command line says how long to train."""
-    return next((name for name in ("epochs", "iters") if getattr(args, name) is not None), None)
-
-
-def _choose_start(cfg: Config, args: argparse.Namespace, model: nn.Module) -> None:
-    """Settle what training starts from, and check that it fits."""
-    weights = cfg.get("load_from")
-    if args.resume:
-        cfg.resume, cfg.load_from = True, None if args.resume == "auto" else args.resume
-    checkpoint = None
-    if cfg.get("resume") and not cfg.get("load_from"):
-        found = _find_resumable(cfg.work_dir)
-        if found is None:
-            check_unused(cfg.work_dir, None)
-            start = weights or "the beginning"
-            say(f"There is no checkpoint in {cfg.work_dir}; training starts from {start}")
-            cfg.resume, cfg.load_from = False, weights
-        else:
-            cfg.load_from, checkpoint = found.path, found.content
-            for path in found.skipped:
-                say(f"{path} is damaged or incomplete and was skipped")
-    path = cfg.get("load_from")
-    check_unused(cfg.work_dir, path if cfg.get("resume") else None)
-    if not path:
-        return
-    checkpoint = checkpoint or load_any(path)
-    if not cfg.get("resume"):
-        say(count_shared(model, checkpoint, path))
-        return
-    check_resumable(checkpoint, path)
-    check_fits(model, checkpoint, path)
-    check_same_classes(cfg, "train_dataloader", checkpoint, path)
-    for line in check_progress(cfg, checkpoint, path, _option_of_length(args) is not None):
-        say(line)
-    # mmengine restores a seed it had chosen itself only after the data order is settled.
-    randomness = cfg.setdefault("randomness", ConfigDict())
-    if randomness.get("seed") is None:
-        randomness.seed = checkpoint["meta"].get("seed")
-    say(f"Resuming from {path}")
-
-
-def _find_resumable(work_dir: str) -> Optional[Resumable]:
-    """:func:`find_resumable`, decided by the first process; only that one gets the content."""
-    contents = []
-
-    def look() -> Optional[Resumable]:
-        found = find_resumable(work_dir)
-        if found is None:
-            return None
-        contents.append(found.content)
-        return found._replace(content=None)
-
-    found = on_first_process(look)
-    return found._replace(content=contents[0]) if contents else found
-
-
 def use_amp(cfg: Config) -> None:
-    """Turn on mixed precision as this machine has it.
+    """Turn on mixed precision: float16 on a GPU, bfloat16 without one.
 
     Args:
-        cfg: Changed in place. Without a GPU, settings that only loss scaling has are dropped.
+        cfg: Changed in place. Without a GPU, the settings of loss scaling are dropped.
     """
-    if not torch.cuda.is_available():
-        cfg.optim_wrapper.type = "mmvssm.BFloat16OptimWrapper"
-        for name in ("loss_scale", "dtype", "use_fsdp"):  # AmpOptimWrapper's own
-            cfg.optim_wrapper.pop(name, None)
+    if torch.cuda.is_available():
+        cfg.optim_wrapper.type = "AmpOptimWrapper"
+        cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
         return
-    cfg.optim_wrapper.type = "AmpOptimWrapper"
-    cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
+    cfg.optim_wrapper.type = "mmvssm.BFloat16OptimWrapper"
+    for name in ("loss_scale", "dtype", "use_fsdp"):  # of AmpOptimWrapper alone
+        cfg.optim_wrapper.pop(name, None)
 
 
 def use_tensorboard(cfg: Config) -> None:
-    """Let a run write what it logs for TensorBoard as well.
+    """Log for TensorBoard as well.
 
     Args:
         cfg: Changed in place.
@@ -212,15 +157,31 @@ def use_tensorboard(cfg: Config) -> None:
         visualizer.vis_backends = [*backends, ConfigDict(type="TensorboardVisBackend")]
 
 
-def _use_atomic_checkpoints(cfg: Config) -> None:
-    hook = cfg.get("default_hooks", {}).get("checkpoint")
-    if hook and find_type(hook.get("type")) is CheckpointHook:
-        hook.type = "mmvssm.AtomicCheckpointHook"
+def _apply_options(cfg: Config, args: argparse.Namespace) -> None:
+    if args.amp:
+        use_amp(cfg)
+    if args.tensorboard:
+        use_tensorboard(cfg)
+    if args.auto_scale_lr:
+        if "base_batch_size" not in (cfg.get("auto_scale_lr") or {}):
+            raise UserError("--auto-scale-lr needs auto_scale_lr.base_batch_size in the config")
+        cfg.auto_scale_lr.enable = True
 
 
 def _add_hooks(cfg: Config, *types: str) -> None:
-    """Add hooks that every training has; one that the config has already keeps its settings."""
+    """Add hooks to ``custom_hooks``; one that the config has already keeps its settings."""
     hooks = list(cfg.get("custom_hooks") or [])
-    there = [find_type(hook.get("type")) for hook in hooks if isinstance(hook, dict)]
-    missing = (name for name in types if find_type(name) not in there)
+    present = [find_type(hook.get("type")) for hook in hooks if isinstance(hook, dict)]
+    missing = (name for name in types if find_type(name) not in present)
     cfg.custom_hooks = [*hooks, *(ConfigDict(type=name) for name in missing)]
+
+
+def _explain_scheduler_errors(runner: Runner) -> None:
+    """Report a mistake in ``param_scheduler`` in one line; the runner builds it only when it trains."""
+    build = runner.build_param_scheduler
+
+    def build_or_explain(schedulers: Any) -> Any:
+        with user_mistakes("cannot set up the schedule (param_scheduler)"):
+            return build(schedulers)
+
+    runner.build_param_scheduler = build_or_explain

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mmvssm.errors import UserError
-from mmvssm.run import mmpretrain_missing
+from mmvssm.run import setup
 from support.tool_runs import sentence_of_refusal
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -33,18 +33,18 @@ def test_what_keeps_it_from_loading_is_named(monkeypatch):
         if name == "torchvision":
             raise RuntimeError("operator torchvision::nms does not exist")
 
-    monkeypatch.setattr(mmpretrain_missing, "import_module", import_module)
+    monkeypatch.setattr(setup, "import_module", import_module)
     words = r"torchvision does not load here \(operator torchvision::nms .*make setup-pretrain"
-    with pytest.raises(UserError, match=words), mmpretrain_missing.telling_of_mmpretrain():
+    with pytest.raises(UserError, match=words), setup.explain_missing_mmpretrain():
         fail_inside("/env/mmpretrain/models/__init__.py", "it fails")
 
 
 @pytest.mark.parametrize("file", ["/env/mmpretrain/a.py", "/env/mmdet/a.py"])
 def test_other_failures_stay_what_they_are(monkeypatch, file):
-    monkeypatch.setattr(mmpretrain_missing, "import_module", lambda name: None)
+    monkeypatch.setattr(setup, "import_module", lambda name: None)
     with (
         pytest.raises(ImportError, match=r"pretraining$"),
-        mmpretrain_missing.telling_of_mmpretrain(),
+        setup.explain_missing_mmpretrain(),
     ):
         fail_inside(file, "no such file")
 

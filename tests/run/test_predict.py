@@ -31,6 +31,7 @@ from pycocotools.coco import COCO
 
 from mmvssm.datasets.pictures import Loading
 from mmvssm.errors import UserError
+from mmvssm.run.checkpoints import Checkpoint
 from mmvssm.run.predict import in_batches
 from mmvssm.run.prediction import predictor as predictor_module
 from mmvssm.run.prediction.outputs import JsonList, VideoFile, build_visualizer, draw, place_name
@@ -659,16 +660,17 @@ def test_classes_are_the_checkpoints_then_the_configs(weights, in_folder):
     cfg = Config.fromfile(weights / "detector.py")
     init_default_scope(cfg.default_scope)
     own = {"classes": list("vwxyz"), "palette": [[9, 9, n] for n in range(5)]}
-    classes, palette = name_classes(cfg, {"meta": {"dataset_meta": own}})
+    classes, palette = name_classes(cfg, Checkpoint("", {"meta": {"dataset_meta": own}}))
     assert classes == list("vwxyz") and palette[3] == (9, 9, 3)
     for wrong in ("red", [[1, 2, 3]], [[1, 2, 300]] * 5, [["x"] * 3] * 5, None):
-        _, palette = name_classes(cfg, {"meta": {"dataset_meta": {**own, "palette": wrong}}})
+        meta = {"dataset_meta": {**own, "palette": wrong}}
+        _, palette = name_classes(cfg, Checkpoint("", {"meta": meta}))
         assert len(set(palette)) == 5
     for silent in ({}, {"meta": None}, {"meta": {"dataset_meta": {"classes": ["one"]}}}):
-        classes, palette = name_classes(cfg, silent)
+        classes, palette = name_classes(cfg, Checkpoint("", silent))
         assert classes[0] == "disk" and tuple(palette[0]) == (230, 60, 60)
     cfg.test_dataloader.dataset.metainfo = {"classes": ("a", "b")}
-    assert name_classes(cfg, {})[0] == [f"class {n}" for n in range(5)]
+    assert name_classes(cfg, Checkpoint("", {}))[0] == [f"class {n}" for n in range(5)]
 
 
 def test_list_in_a_json_file(in_folder):

@@ -575,10 +575,8 @@ def test_resuming_reads_the_checkpoint_once(tiny, used, monkeypatch):
     def stop(*_):
         raise StoppedError
 
-    for name in ("load_checkpoint_safely", "load_local", "load_any"):
-        target = f"mmvssm.run.checkpoints.{name}"
-        monkeypatch.setattr(target, count(getattr(checkpoints, name)))
-    monkeypatch.setattr("mmvssm.run.train.load_any", checkpoints.load_any)
+    load = checkpoints.load_checkpoint_safely
+    monkeypatch.setattr(checkpoints, "load_checkpoint_safely", count(load))
     monkeypatch.setattr("mmvssm.run.train.build_runner", stop)
     with pytest.raises(StoppedError):
         call("train.py", tiny(), "--work-dir", used, "--resume")
@@ -593,7 +591,7 @@ def test_resuming_says_what_is_different(tiny, used, capsys):
     out = capsys.readouterr().out
     assert "out/iter_2.pth is damaged or incomplete and was skipped" in out
     assert "Resuming from out/iter_1.pth" in out
-    assert "The run had a batch size of 2 so far and goes on with 4" in out
+    assert "The run had a batch size of 2 and continues with 4" in out
     assert (used / "iter_3.pth").exists() and not (used / LOCK).exists()
     call("train.py", "tiny.py", "--work-dir", used, "--resume", *options)
     assert "has done 3 iterations, all that train_cfg.max_iters asks for" in capsys.readouterr().out

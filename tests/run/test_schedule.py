@@ -528,7 +528,7 @@ class TestTool:
             *("train.py", path, "--resume", checkpoint, "--work-dir", "new"),
             *("--cfg-options", "train_cfg.max_iters=3"),
         )
-        assert "planned for train_cfg.max_iters=2 and now goes to 3" in capsys.readouterr().out
+        assert "planned for train_cfg.max_iters=2 and now ends at 3" in capsys.readouterr().out
 
 
 def test_the_hook_is_registered():

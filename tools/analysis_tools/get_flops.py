@@ -17,7 +17,7 @@ from torch import nn
 import mmvssm  # noqa: F401  (registers the models)
 from mmvssm.analysis.flops import count
 from mmvssm.errors import UserError, add_traceback_option, run_tool, user_mistakes
-from mmvssm.run.mmpretrain_missing import telling_of_mmpretrain
+from mmvssm.run.setup import explain_missing_mmpretrain
 
 
 def parse_args() -> argparse.Namespace:
@@ -49,7 +49,7 @@ def build(args: argparse.Namespace) -> nn.Module:
             return MODELS.build(dict(type=f"mmvssm.{args.model}", **args.cfg_options))
     if not Path(args.model).is_file():
         raise UserError(f"there is no config file {args.model}")
-    with user_mistakes(f"cannot build the model of {args.model}"), telling_of_mmpretrain():
+    with user_mistakes(f"cannot build the model of {args.model}"), explain_missing_mmpretrain():
         cfg = Config.fromfile(args.model)
         cfg.merge_from_dict(args.cfg_options)
         init_default_scope(cfg.get("default_scope", "mmengine"))

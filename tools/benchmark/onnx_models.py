@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from mmvssm.datasets.root import list_files
 from mmvssm.errors import UserError, add_traceback_option, run_tool
 from mmvssm.models.pruning import PrunedTokens
-from mmvssm.run.checkpoints import check_fits, load_any
+from mmvssm.run.checkpoints import Checkpoint
 from mmvssm.run.setup import build_model, open_config, prepare_data
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -130,13 +130,13 @@ def open_model(
     """Build a model, with its weights or random ones."""
     args.config = path
     cfg = open_config(args)
-    weights = load_any(checkpoint) if checkpoint else None
+    weights = Checkpoint.load(checkpoint) if checkpoint else None
     if args.what == "parity" and not args.images:
         prepare_data(cfg, args, ("test_dataloader",), weights)
     torch.manual_seed(0)
     network = build_model(cfg).eval()
     if weights:
-        check_fits(network, weights, checkpoint)
+        weights.check_fits(network)
     return Model(Path(path).stem, cfg, network, weights is not None, file)
 
 

@@ -27,7 +27,7 @@ from ...datasets.pictures import Loading
 from ...datasets.root import make_palette, num_classes_of
 from ...datasets.walk import inference_pipeline
 from ...errors import UserError, user_mistakes
-from ..checkpoints import check_fits, classes_of, dataset_meta_of
+from ..checkpoints import Checkpoint
 from ..failures import is_out_of_memory
 from ..resuming import metainfo_of_data
 from ..setup import build_model
@@ -60,7 +60,6 @@ class Predictor:
     Args:
         cfg: Its config, whose test pipeline is used.
         checkpoint: Its weights.
-        path: Their file, for messages.
         device: What to run on, such as ``"cuda:1"``.
 
     Attributes:
@@ -75,10 +74,10 @@ class Predictor:
     """
 
     def __init__(
-        self, cfg: Config, checkpoint: dict[str, Any], path: str, device: Union[str, torch.device]
+        self, cfg: Config, checkpoint: Checkpoint, device: Union[str, torch.device]
     ) -> None:
         model = build_model(cfg)
-        check_fits(model, checkpoint, path)
+        checkpoint.check_fits(model)
         with user_mistakes(f"cannot use --device {device}"):
             self.model = revert_sync_batchnorm(model).to(device).eval()
         self.classes, self.palette = name_classes(cfg, checkpoint)
@@ -175,7 +174,7 @@ def _rgb(pixels: np.ndarray) -> np.ndarray:
     )
 
 
-def name_classes(cfg: Config, checkpoint: dict[str, Any]) -> tuple[list[str], list[tuple]]:
+def name_classes(cfg: Config, checkpoint: Checkpoint) -> tuple[list[str], list[tuple]]:
     """What a model's labels are called, and their colours.
 
     Args:
@@ -190,7 +189,7 @@ def name_classes(cfg: Config, checkpoint: dict[str, Any]) -> tuple[list[str], li
     """
     count = num_classes_of(cfg.model)
     metainfo = metainfo_of_data(cfg, "test_dataloader")
-    named = [(classes_of(checkpoint), dataset_meta_of(checkpoint).get("palette"))]
+    named = [(checkpoint.classes, checkpoint.dataset_meta.get("palette"))]
     named.append((metainfo.get("classes"), metainfo.get("palette")))
     for classes, palette in named:
         if classes and count in (None, len(classes)):
