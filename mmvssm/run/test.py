@@ -17,6 +17,7 @@ from ..errors import UserError
 from .checkpoints import Checkpoint
 from .exported import check_arguments, is_exported, load_exported, use_exported
 from .failures import run_failures
+from .hooks.checkpoint_hook import INTERRUPTED
 from .resuming import check_same_classes
 from .setup import (
     LIBRARIES,
@@ -27,10 +28,12 @@ from .setup import (
     say,
     use_worker_init,
 )
+from .work_dir import LOCK
 
 _LOADERS = ("test_dataloader",)
 _PICKLES = (".pkl", ".pickle")
 _NEEDS = ("test_dataloader", "test_cfg", "test_evaluator")
+_OF_TRAINING = (LOCK, "last_checkpoint", INTERRUPTED, "epoch_*.pth", "iter_*.pth", "best_*.pth")
 
 
 def test(args: argparse.Namespace) -> dict[str, Any]:
@@ -60,6 +63,7 @@ def test(args: argparse.Namespace) -> dict[str, Any]:
         checkpoint.check_fits(build_model(cfg))
     check_same_classes(cfg, "test_dataloader", checkpoint)
     cfg.load_from, cfg.resume = None if exported else args.checkpoint, False
+    cfg.work_dir = _work_dir_of_test(cfg.work_dir, args.config)
     for option, where in (("--show-dir", args.show_dir), ("--out", args.out)):
         _check_writable(option, where)
     if args.show or args.show_dir:
@@ -86,6 +90,15 @@ def test(args: argparse.Namespace) -> dict[str, Any]:
         if where:
             say(f"{what}: {where}")
     return metrics
+
+
+def _work_dir_of_test(work_dir: str, config: str) -> str:
+    """The work dir, or ``test`` inside it if a training wrote there: mmengine overwrites the config in a work dir."""
+    folder = Path(work_dir)
+    has_config = Path(config).resolve().parent == folder.resolve()
+    if has_config or any(file for pattern in _OF_TRAINING for file in folder.glob(pattern)):
+        return str(folder / "test")
+    return work_dir
 
 
 def _check_writable(option: str, where: Optional[str]) -> None:
@@ -140,7 +153,7 @@ def _warning_of_equal_names(dataset: Any) -> Optional[str]:
 
 def _use_tta(cfg: Config) -> None:
     """Test with the config's test-time augmentation."""
-    if cfg.default_scope == "mmdet" and "mask_head" in repr(cfg.model):
+    if cfg.default_scope == "mmdet" and _predicts_masks(cfg.model):
         raise UserError(
             "--tta: mmdet cannot merge the masks of several views, only boxes, and this model "
             "predicts masks; test it without --tta"
@@ -150,6 +163,13 @@ def _use_tta(cfg: Config) -> None:
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
     for dataset in leaf_datasets(cfg.test_dataloader.dataset):
         dataset.pipeline = cfg.tta_pipeline
+
+
+def _predicts_masks(node: Any) -> bool:
+    """Whether a model's config has a mask head."""
+    if isinstance(node, dict):
+        return bool(node.get("mask_head")) or any(map(_predicts_masks, node.values()))
+    return isinstance(node, (list, tuple)) and any(map(_predicts_masks, node))
 
 
 def _write_predictions(cfg: Config, out: str) -> None:

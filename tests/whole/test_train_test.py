@@ -314,7 +314,7 @@ def test_data_root_of_ones_own_trains_and_tests(trained, tmp_path):
     assert tuple(loaded["meta"]["dataset_meta"]["classes"]) == ("round", "other")
     assert loaded["state_dict"]["roi_head.bbox_head.fc_cls.weight"].shape[0] == 3
     succeed("test.py", path, checkpoint, "--data-root", root, cwd=tmp_path)
-    assert (tmp_path / "work_dirs/small/test_results.json").exists()
+    assert (tmp_path / "work_dirs/small/test/test_results.json").exists()
 
     code, _, err = run("test.py", path, checkpoint, cwd=tmp_path)
     assert code == 1
