@@ -43,6 +43,12 @@ def train_parser() -> argparse.ArgumentParser:
         help="write losses and metrics for TensorBoard too (the package tensorboard has to be there)",
     )
     parser.add_argument(
+        "--plain",
+        action="store_true",
+        help="run the config by mmengine alone, without our checks, hooks, samplers and loops, to find out whose "
+        "problem it is; only safe loading of checkpoints and generated data remain",
+    )
+    parser.add_argument(
         "--resume",
         nargs="?",
         const="auto",

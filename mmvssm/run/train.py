@@ -12,6 +12,7 @@ from ..errors import UserError, one_sentence, user_mistakes
 from ..processes import on_first_process
 from .failures import run_failures
 from .hooks.reproducible import make_reproducible
+from .plain import train_plain
 from .pretrained import check_pretrained
 from .resuming import choose_start
 from .schedule import change_length, check_can_follow, hint_at_options, shorten_warm_ups
@@ -34,7 +35,7 @@ _NEEDS = ("train_dataloader", "train_cfg", "optim_wrapper")
 def train(args: argparse.Namespace) -> None:
     """Train the model of a config.
 
-    mmengine's runner trains. To it, we add:
+    mmengine's runner trains. With ``--plain``, nothing else happens (:func:`~.plain.train_plain`). Without it, we add:
 
     Before the run, when nothing has been written yet:
 
@@ -57,7 +58,7 @@ def train(args: argparse.Namespace) -> None:
     12. The work dir's lock (:func:`~.work_dir.lock_work_dir`).
     13. One-line errors for memory, disk, network and mistakes in the config (:func:`~.failures.run_failures`).
 
-    Importing :mod:`mmvssm.run` makes checkpoints load with ``weights_only=True``.
+    Importing :mod:`mmvssm.run` makes checkpoints load with ``weights_only=True``, also with ``--plain``.
 
     Args:
         args: Parsed by :func:`~.arguments.train_parser`.
@@ -66,6 +67,9 @@ def train(args: argparse.Namespace) -> None:
         UserError: If the config, the data or a checkpoint cannot be used, before anything is written; or if a pruned
             backbone finds, in the run, that its neck or grid does not fit.
     """
+    if args.plain:
+        train_plain(args)
+        return
     cfg = open_config(args, _NEEDS, LIBRARIES)
     given, old_epochs = list(args.cfg_options or {}), cfg.train_cfg.get("max_epochs")
     option = next((name for name in ("epochs", "iters") if getattr(args, name) is not None), None)

@@ -1,0 +1,58 @@
+"""Train by mmengine alone, to tell whether a problem is ours or that of mmengine and its libraries."""
+
+import argparse
+import os
+from pathlib import Path
+
+from mmengine.config import Config
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+from ..errors import UserError
+from ..processes import on_first_process
+from .arguments import train_parser
+from .setup import generate_data
+
+_DATA_OPTIONS = ("data_root", "classes", "reduce_zero_label", "no_data_check")
+_NOT_PLAIN = ("epochs", "iters", "tensorboard", *_DATA_OPTIONS)
+
+
+def train_plain(args: argparse.Namespace) -> None:
+    """Do what mmdet's own tools/train.py does, and nothing that :func:`~.train.train` lists.
+
+    Two things remain. Checkpoints still load with ``weights_only=True`` and without their config text, because we never
+    evaluate what is handed in. And if the config has a generator (``prepare_data``), we generate its data unless it
+    exists, because mmengine could not run the config otherwise. Mistakes end in mmengine's own tracebacks.
+
+    Args:
+        args: Parsed by :func:`~.arguments.train_parser`.
+
+    Raises:
+        UserError: If an option was given that mmengine does not have.
+    """
+    default = train_parser().get_default
+    given = [name for name in _NOT_PLAIN if getattr(args, name) != default(name)]
+    if given:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise UserError(
+            f"--plain runs the config by mmengine alone, which has no {options}; put it into the config, or leave out "
+            "--plain"
+        )
+    if args.launcher in ("none", "pytorch"):
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    cfg = Config.fromfile(args.config)
+    cfg.merge_from_dict(args.cfg_options or {})
+    cfg.launcher = args.launcher
+    cfg.work_dir = (
+        args.work_dir or cfg.get("work_dir") or os.path.join("work_dirs", Path(args.config).stem)
+    )
+    if args.amp:
+        cfg.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic")
+    if args.auto_scale_lr:
+        cfg.auto_scale_lr.enable = True
+    if args.resume:
+        cfg.resume, cfg.load_from = True, None if args.resume == "auto" else args.resume
+    runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+    if cfg.get("prepare_data"):
+        on_first_process(generate_data, cfg.prepare_data)
+    runner.train()
