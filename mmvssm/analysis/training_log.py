@@ -1,9 +1,10 @@
-"""What runs logged: reading the scalars that mmengine writes, and drawing them."""
+"""Read the scalars that mmengine logs, and draw them as curves."""
 
 from __future__ import annotations
 
 import json
 import math
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,15 +19,11 @@ from ..errors import UserError
 
 _SCALARS = "vis_data/scalars.json"
 _NOT_METRICS = {"data_time", "time", "memory", "step", "epoch", "iter"}
-_BY_SIZE = (
-    "_s",
-    "_m",
-    "_l",
-)  # COCO's metrics for small, medium and large objects: only if asked for
+_BY_SIZE = ("_s", "_m", "_l")  # COCO's metrics of small, medium, large objects: not by default
 _COLUMNS = 3
 _PANEL = (4.2, 2.8)  # inches
 _DPI = 120
-_FEW = 40  # points that are marked
+_FEW = 40  # up to this many points get a marker each
 
 
 @dataclass
@@ -42,12 +39,12 @@ class Curve:
     values: list[float] = field(default_factory=list)
 
     def cut(self, first: int) -> None:
-        """Forget what comes from step ``first`` on."""
-        kept = sum(step < first for step in self.steps)
+        """Drop the values of step ``first`` and later ones."""
+        kept = bisect_left(self.steps, first)
         del self.steps[kept:], self.values[kept:]
 
     def add(self, step: int, value: float) -> None:
-        """Add a value; one that the same step had is replaced."""
+        """Append a value; it replaces those of the same and of later steps."""
         self.cut(step)
         self.steps.append(step)
         self.values.append(value)
@@ -55,15 +52,15 @@ class Curve:
 
 @dataclass
 class Run:
-    """All that one run logged, its resumed parts joined.
+    """The log of one run, its resumed parts joined.
 
     Attributes:
-        name: How it is called in pictures.
+        name: Its name in pictures.
         training: Curves over iterations.
         metrics: Curves of evaluations, over epochs if ``by_epoch``, else over iterations.
         by_epoch: Whether the run counted epochs.
-        parts: How many times it was started.
-        unreadable: How many lines were damaged.
+        parts: How many times the run was started.
+        unreadable: Number of damaged lines, which are skipped.
     """
 
     name: str
@@ -84,15 +81,20 @@ def read_run(path: str, name: Optional[str] = None) -> Run:
 
     Args:
         path: Its work dir, one of the folders with a time for a name in it, or a ``scalars.json`` file.
-        name: How to call it. Defaults to the path.
+        name: Its name in pictures. Defaults to the path.
 
     Raises:
         UserError: If there is nothing to read.
     """
     files = _files(Path(path))
     run = Run(name or path)
-    for file in files:
-        _add_part(run, file)
+    parts = [list(_records(run, file)) for file in files]
+    # The folders' names give the order, unless the clock went back: then the earliest by name is a resumed part.
+    first_steps = [_first_step(part) for part in parts]
+    if first_steps[0] > min(first_steps):
+        parts.sort(key=_first_step)
+    for part in parts:
+        _add_part(run, part)
     if not run.keys:
         raise UserError(
             f"the log of {path} holds no losses or metrics yet; a run writes them every "
@@ -108,7 +110,7 @@ def _files(path: Path) -> list[Path]:
         raise UserError(f"there is no work dir or log {path}")
     if (path / _SCALARS).is_file():
         return [path / _SCALARS]
-    # Folders are called by the time of the start, such as 20250131_235959.
+    # mmengine names each folder by the time of the start, such as 20250131_235959.
     found = sorted(path.glob(f"*/{_SCALARS}"), key=lambda file: file.parts[-3])
     if not found:
         raise UserError(
@@ -117,11 +119,19 @@ def _files(path: Path) -> list[Path]:
     return found
 
 
-def _add_part(run: Run, file: Path) -> None:
-    """Add one of the files of a run, which takes the place of what was logged after it was resumed."""
+def _first_step(records: list[dict[str, Any]]) -> float:
+    return next((record["step"] for record in records if _is_training(record)), math.inf)
+
+
+def _is_training(record: dict[str, Any]) -> bool:
+    return "lr" in record or "iter" in record
+
+
+def _add_part(run: Run, records: list[dict[str, Any]]) -> None:
+    """Add one part of a run; it replaces what earlier parts logged after the step it resumed from."""
     begun = False
-    for record in _records(run, file):
-        step, is_training = record["step"], "lr" in record or "iter" in record
+    for record in records:
+        step, is_training = record["step"], _is_training(record)
         if is_training and not begun:
             begun = True
             run.parts += 1
@@ -131,14 +141,14 @@ def _add_part(run: Run, file: Path) -> None:
             for curve in run.metrics.values():
                 curve.cut(record["epoch"] if run.by_epoch else step)
         curves = run.training if is_training else run.metrics
+        skipped = {"step", "epoch", "iter"} if is_training else _NOT_METRICS
         for key, value in record.items():
-            if _is_number(value) and key not in (
-                {"step", "epoch", "iter"} if is_training else _NOT_METRICS
-            ):
+            if _is_number(value) and key not in skipped:
                 curves.setdefault(key, Curve()).add(step, value)
 
 
 def _records(run: Run, file: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of a log, and count its damaged lines in ``run.unreadable``."""
     try:
         lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
@@ -148,10 +158,9 @@ def _records(run: Run, file: Path) -> Iterator[dict[str, Any]]:
             record = json.loads(line)
         except (ValueError, RecursionError):
             record = None
-        places = (
-            [record.get("step"), record.get("epoch", 1)] if isinstance(record, dict) else [None]
-        )
-        if is_list_of(places, int):
+        if isinstance(record, dict) and is_list_of(
+            [record.get("step"), record.get("epoch", 1)], int
+        ):
             yield record
         else:
             run.unreadable += 1
@@ -162,7 +171,7 @@ def _is_number(value: Any) -> bool:
 
 
 def default_keys(runs: Sequence[Run]) -> list[str]:
-    """The curves to draw if none are asked for: losses, the learning rate, the share of kept tokens, metrics."""
+    """Names of the curves drawn by default: losses, learning rate, share of kept tokens, metrics."""
     training = list(dict.fromkeys(key for run in runs for key in run.training))
     losses = [key for key in training if "loss" in key.rpartition(".")[2]]
     losses.sort(key=lambda key: key != "loss")
@@ -172,15 +181,15 @@ def default_keys(runs: Sequence[Run]) -> list[str]:
 
 
 def draw_runs(runs: Sequence[Run], keys: Sequence[str]) -> Figure:
-    """Draw curves, each in a panel of its own, with a line for each run that has it.
+    """Draw one panel for each curve, with one line for each run that logged it.
 
     Raises:
-        UserError: If no run has one of them.
+        UserError: If no run logged one of the curves.
     """
-    there = list(dict.fromkeys(key for run in runs for key in run.keys))
+    logged = list(dict.fromkeys(key for run in runs for key in run.keys))
     for key in keys:
-        if key not in there:
-            raise UserError(f"no run logged {key!r}; there are {', '.join(there)}")
+        if key not in logged:
+            raise UserError(f"no run logged {key!r}; there are {', '.join(logged)}")
     columns = min(_COLUMNS, len(keys))
     rows = math.ceil(len(keys) / columns)
     figure = Figure((columns * _PANEL[0], rows * _PANEL[1] + 0.3), dpi=_DPI, layout="constrained")

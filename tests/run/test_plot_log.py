@@ -11,7 +11,7 @@ import pytest
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from mmvssm.analysis.training_log import default_keys, draw_runs, read_run
+from mmvssm.analysis.training_log import Curve, default_keys, draw_runs, read_run
 from mmvssm.errors import UserError
 from mmvssm.run.train import use_tensorboard
 from support.tool_runs import call, sentence_of_refusal
@@ -76,6 +76,41 @@ def test_what_a_resumed_part_does_again_replaces_the_old(tmp_path):
     run = read_run("run")
     assert (run.training["loss"].steps, run.training["loss"].values) == ([10, 20, 30], [1, 1, 2])
     assert (run.metrics["mAP"].steps, run.metrics["mAP"].values) == ([1], [0.1])
+
+
+def test_a_part_resumed_after_the_clock_went_back_still_comes_last(tmp_path):
+    log(
+        tmp_path / "run" / "20250601_000000",
+        *(training(step, 1.0, epoch=1) for step in range(1, 101)),
+        dict(mAP=0.1, step=1),
+    )
+    log(
+        tmp_path / "run" / "20250101_000000",
+        *(training(step, 2.0, epoch=2) for step in range(91, 241)),
+        dict(mAP=0.2, step=2),
+    )
+    run = read_run("run")
+    assert run.training["loss"].steps == list(range(1, 241))
+    assert run.training["loss"].values == [1.0] * 90 + [2.0] * 150
+    assert run.metrics["mAP"].values == [0.1, 0.2]
+
+
+def test_reading_takes_time_linear_in_the_number_of_lines(tmp_path):
+    """Without a clock: a list that counts how many of its elements are visited."""
+    visited = 0
+
+    class Steps(list):
+        def __iter__(self):
+            nonlocal visited
+            visited += len(self)
+            return super().__iter__()
+
+    curve = Curve(Steps(), [])
+    for step in range(1000):
+        curve.add(step, 0.0)
+    assert visited <= 2000 and curve.steps == list(range(1000))
+    curve.add(500, 1.0)
+    assert len(curve.values) == 501 and curve.values[-1] == 1.0
 
 
 def test_damaged_lines_are_counted(tmp_path, capsys):
