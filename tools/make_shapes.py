@@ -1,4 +1,4 @@
-"""Write the embedded data set, which the shapes configs also do by themselves when first used."""
+"""Generate the embedded data set; the shapes configs also generate it on first use."""
 
 import argparse
 
@@ -7,7 +7,7 @@ from mmvssm.errors import add_traceback_option, run_tool, user_mistakes
 
 
 def parse_args() -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -15,13 +15,17 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--num-train", type=int, default=800, help="number of training images")
     parser.add_argument("--num-val", type=int, default=100, help="number of validation images")
     parser.add_argument("--image-size", type=int, default=160, help="height and width in pixels")
-    parser.add_argument("--seed", type=int, default=0, help="chooses the scenes")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random scenes")
     add_traceback_option(parser)
     return parser.parse_args()
 
 
 def main() -> None:
-    """Write the data set, or say in one sentence why not."""
+    """Generate the data set, unless it is there already.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
     args = parse_args()
     with user_mistakes():
         root = ShapesGenerator(

@@ -7,13 +7,13 @@ python tools/plot_log.py work_dirs/dense work_dirs/pruned --keys loss mIoU --out
 import argparse
 from pathlib import Path
 
-from mmvssm.analysis.picture_file import picture_file
+from mmvssm.analysis import picture_file
 from mmvssm.analysis.training_log import default_keys, draw_runs, read_run
 from mmvssm.errors import UserError, add_traceback_option, run_tool, user_mistakes
 
 
 def plot_log_parser() -> argparse.ArgumentParser:
-    """The arguments of tools/plot_log.py."""
+    """Return the argument parser."""
     parser = argparse.ArgumentParser(
         description="Draw the losses and metrics of one or more runs, resumed parts joined."
     )
@@ -36,20 +36,20 @@ def plot_log_parser() -> argparse.ArgumentParser:
 
 
 def plot_log(args: argparse.Namespace) -> None:
-    """What tools/plot_log.py does.
+    """Draw the curves of some runs into one picture, and print how far each run came.
 
     Args:
-        args: Parsed by :func:`~mmvssm.run.arguments.plot_log_parser`.
+        args: Parsed by :func:`plot_log_parser`.
 
     Raises:
-        UserError: If there is nothing to draw, or nowhere to put it.
+        UserError: If a log cannot be read, there is nothing to draw, or the picture cannot be written.
     """
     out = picture_file(args.out)
     names = _names(args.runs)
     runs = [read_run(path, name) for path, name in zip(args.runs, names)]
     for path, run in zip(args.runs, runs):
         steps = max((curve.steps[-1] for curve in run.training.values() if curve.steps), default=0)
-        damaged = f"; {run.unreadable} damaged lines were left out" * bool(run.unreadable)
+        damaged = f"; {run.unreadable} damaged lines were skipped" * bool(run.unreadable)
         parts = f" in {run.parts} parts" * (run.parts > 1)
         print(f"{path}: {steps} iterations{parts}{damaged}")
     keys = args.keys or default_keys(runs)
@@ -62,7 +62,7 @@ def plot_log(args: argparse.Namespace) -> None:
 
 
 def _names(paths: list[str]) -> list[str]:
-    """The folders' own names if they differ, else the paths."""
+    """Return the folders' names if they all differ, else the paths."""
     names = [Path(path).resolve().name for path in paths]
     return names if len(set(names)) == len(names) else list(paths)
 

@@ -14,7 +14,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 import mmvssm  # noqa: F401  (registers the models)
-from mmvssm.analysis.picture_file import picture_file
+from mmvssm.analysis import picture_file
 from mmvssm.analysis.pruning_view import (
     draw_pruning,
     load_image,
@@ -38,9 +38,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "config", help="a detector's or segmenter's config with model.backbone.pruning"
     )
-    parser.add_argument(
-        "checkpoint", help="a checkpoint of that model; a dense one's weights fit too"
-    )
+    parser.add_argument("checkpoint", help="a checkpoint of that model, pruned or dense")
     parser.add_argument("image", help="an image file")
     parser.add_argument("--out", required=True, metavar="FILE.png", help="the picture to write")
     parser.add_argument(
@@ -61,17 +59,25 @@ def parse_args() -> argparse.Namespace:
 
 
 def check_files(args: argparse.Namespace) -> None:
-    """Find out what is wrong with the files before anything takes time."""
+    """Check the files given before any slow work.
+
+    Raises:
+        UserError: If the config or the image cannot be read, or the picture cannot be written.
+    """
     check_config_file(args.config)
     if not os.path.isfile(args.image):
         raise UserError(f"there is no image {args.image}")
     if mmcv.imread(args.image) is None:
-        raise UserError(f"{args.image} is not an image that can be read")
+        raise UserError(f"{args.image} is not an image that mmcv can read")
     picture_file(args.out)
 
 
 def load_model(cfg: Config, args: argparse.Namespace) -> nn.Module:
-    """Build the config's model and load its weights."""
+    """Build the config's model in evaluation mode and load its weights.
+
+    Raises:
+        UserError: If the model cannot be built or prunes nothing, or the checkpoint does not fit it.
+    """
     with user_mistakes(f"cannot build the model of {args.config}"):
         init_default_scope(cfg.get("default_scope", "mmengine"))
         model = MODELS.build(cfg.model)
@@ -82,7 +88,7 @@ def load_model(cfg: Config, args: argparse.Namespace) -> nn.Module:
 
 
 def main() -> None:
-    """Run the tool."""
+    """Draw the picture and print the numbers."""
     args = parse_args()
     check_files(args)
     force_weights_only()

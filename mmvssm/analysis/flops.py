@@ -1,4 +1,4 @@
-"""Counting parameters and floating-point operations as the vision Mamba papers do."""
+"""Count parameters and floating-point operations as the vision Mamba papers do."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 class Cost(NamedTuple):
-    """What a part of a model costs.
+    """Parameters and FLOPs of one part of a model.
 
     Attributes:
-        parameters: How many.
-        flops: Operations of one run: a multiply-add counts once, the scan as ``9 L D N + L D`` per direction.
+        parameters: Number of parameters.
+        flops: Operations of one run; a multiply-add counts once, the scan as ``9 L D N + L D`` per direction.
         scan_flops: The scan's share of ``flops``.
     """
 
@@ -25,16 +25,16 @@ class Cost(NamedTuple):
 
 
 def count(model: nn.Module, run: Callable[[], object]) -> dict[str, Cost]:
-    """Count what ``run`` makes ``model`` do.
+    """Count the operations of ``model`` during ``run``.
 
     Convolutions, matrix products, attention and the scan count; norms, activations and other element-wise work do not.
 
     Args:
-        model: The model, to name the parts of and count parameters in.
-        run: Runs it once, with gradients off.
+        model: The model.
+        run: Runs the model once; we call it without gradients.
 
     Returns:
-        The cost of each child of the model that does anything, by its name, and of the whole under ``'total'``.
+        The cost of each child module that has any, by name, and of the whole model under ``'total'``.
     """
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         run()
@@ -56,7 +56,7 @@ def count(model: nn.Module, run: Callable[[], object]) -> dict[str, Cost]:
 
 
 def _counts_below(part: nn.Module, name: str, by_module: dict) -> Counter:
-    """Operations by kind in ``part``, of which perhaps not ``forward`` but only some children were called."""
+    """Count operations by kind in ``part``, also where only its children were called, not its ``forward``."""
     if name in by_module:
         return Counter(by_module[name])
     children = part.named_children()

@@ -124,7 +124,7 @@ def test_damaged_lines_are_counted(tmp_path, capsys):
     ]
     log(tmp_path / "run" / "20250101_000000", training(1, 3.0), *broken, training(2, float("nan")))
     call("plot_log.py", "run", "--out", "a.png")
-    assert "run: 2 iterations; 5 damaged lines were left out" in capsys.readouterr().out
+    assert "run: 2 iterations; 5 damaged lines were skipped" in capsys.readouterr().out
     assert read_run("run").training["loss"].steps == [1, 2]
 
 

@@ -43,7 +43,11 @@ def parse_args() -> argparse.Namespace:
 
 
 def build(args: argparse.Namespace) -> nn.Module:
-    """Build the model that the command line names, with random weights."""
+    """Build the model named on the command line, with random weights.
+
+    Raises:
+        UserError: If there is no such config or model.
+    """
     if not args.model.endswith(".py"):
         with user_mistakes():
             return MODELS.build(dict(type=f"mmvssm.{args.model}", **args.cfg_options))
@@ -57,7 +61,7 @@ def build(args: argparse.Namespace) -> nn.Module:
 
 
 def default_shape(model: nn.Module) -> tuple[int, int]:
-    """The size at which papers give FLOPs."""
+    """Return the height and width at which papers report FLOPs."""
     if hasattr(model, "decode_head"):
         return 512, 2048
     is_detector = hasattr(model, "data_preprocessor") and not is_classifier(model)
@@ -65,12 +69,12 @@ def default_shape(model: nn.Module) -> tuple[int, int]:
 
 
 def is_classifier(model: nn.Module) -> bool:
-    """Whether a model is one of mmpretrain's; detectors' heads have longer names."""
+    """Return whether a model is an mmpretrain classifier; detectors call their heads ``*_head``."""
     return hasattr(model, "data_preprocessor") and hasattr(model, "head")
 
 
 def run_once(model: nn.Module, image: torch.Tensor) -> object:
-    """Run a backbone, classifier, segmenter or detector, without its post-processing."""
+    """Run a backbone, classifier, segmenter or detector on ``(1, 3, H, W)``, without post-processing."""
     if not hasattr(model, "data_preprocessor"):
         return model(image)
     if hasattr(model, "decode_head") or is_classifier(model):
@@ -85,7 +89,7 @@ def run_once(model: nn.Module, image: torch.Tensor) -> object:
 
 
 def main() -> None:
-    """Run the tool."""
+    """Print the table of parameters and FLOPs."""
     args = parse_args()
     model = build(args).eval()
     shape = tuple(args.shape * 2)[:2] if args.shape else default_shape(model)
