@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import runpy
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,8 +34,9 @@ from mmvssm.datasets.pictures import Loading
 from mmvssm.errors import UserError
 from mmvssm.run.checkpoints import Checkpoint
 from mmvssm.run.predict import in_batches
+from mmvssm.run.prediction import outputs as outputs_module
 from mmvssm.run.prediction import predictor as predictor_module
-from mmvssm.run.prediction.outputs import JsonList, VideoFile, build_visualizer, draw, place_name
+from mmvssm.run.prediction.outputs import VideoFile, build_visualizer, draw, place_name
 from mmvssm.run.prediction.predictor import Predictor, name_classes
 from mmvssm.run.prediction.sources import describe_image, find_sources
 from support import tiny_configs
@@ -342,8 +344,8 @@ def test_broken_files_are_left_out_and_said(predict, scenes, capsys):
     said = capsys.readouterr()
     for name in ("cut.png", "cut.jpg", "empty.jpg", "words.png", "film.mp4"):
         assert f"warning: in/{name} " in said.out
-    assert "in/empty.jpg is empty; it is left out" in said.out
-    assert "left out of in: what is no image or video, 1 in all (.txt)" in said.out
+    assert "in/empty.jpg is empty; we skip it" in said.out
+    assert "in: we skip 1 files that are no images or videos (.txt)" in said.out
     (sentence, _) = said.err.splitlines()
     assert "5 of 7 files could not be read (in/cut.jpg, in/cut.png, in/empty.jpg, ...)" in sentence
     assert "2 images in" in said.out and "images per second" in said.out
@@ -361,8 +363,7 @@ def test_image_of_which_nothing_is_left_when_resized(predict, scenes, capsys):
     described = predict("segmenter", scenes, code=3)
     assert len(described["images"]) == 2
     assert (
-        "in/line.png has 900x1 pixels, of which the config's test pipeline"
-        in capsys.readouterr().out
+        "in/line.png has 900x1 pixels, which the config's test pipeline" in capsys.readouterr().out
     )
 
 
@@ -420,12 +421,11 @@ def test_video_that_ends_early_is_said(predict, clip, capsys):
     Path("cut.avi").write_bytes(data[: int(len(data) * 0.7)])
     described = predict("segmenter", "cut.avi")
     assert 0 < len(described["images"]) < 12
-    assert "warning: cut.avi says that it has 12 frames" in capsys.readouterr().out
+    assert "warning: cut.avi announces 12 frames, but only" in capsys.readouterr().out
 
 
 def test_video_that_was_not_written_whole_is_an_error(in_folder):
-    video = VideoFile(Path("."), 5)
-    video.open("film.mp4", (48, 64, 3))
+    video = VideoFile("film.mp4", 5, (48, 64, 3))
     video.add(np.zeros((48, 64, 3), np.uint8))
     video.add(np.zeros((99, 64, 3), np.uint8))  # which OpenCV leaves out in silence
     with pytest.raises(UserError, match="it has 1 of 2 frames"):
@@ -514,7 +514,7 @@ def test_a_pruned_model_that_keeps_everything_has_no_tokens_to_show(predict, sce
         *("--cfg-options", "model.backbone.pruning.keep_ratio=1.0"),
     )
     assert "tokens" not in described["images"][0]
-    assert "note: 1 image of which all tokens are kept" in capsys.readouterr().out
+    assert "note: 1 image kept all tokens; no token picture was drawn" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------- which files
@@ -534,7 +534,7 @@ def test_folders_patterns_and_files(in_folder):
         ("p/b.png", "b", False),
         ("p/film.mp4", "film", True),
     ]
-    assert warnings == ["left out of p: what is no image or video, 1 in all (.txt)"]
+    assert warnings == ["p: we skip 1 files that are no images or videos (.txt)"]
     sources, _ = find_sources(["p/**/*", "p/a.JPG", "q/*.jpg", "odd[1].png"])
     named = {s.path: s.name for s in sources}
     assert named == {
@@ -555,6 +555,11 @@ def test_folders_patterns_and_files(in_folder):
         assert [s.name for s in find_sources(["*/../../p/*.png"])[0]] == ["p/b"]
 
 
+def test_outputs_stay_in_their_folder(in_folder):
+    touch("...mp4", "p/....png")
+    assert [s.name for s in find_sources(["...mp4", "p/....png"])[0]] == ["unnamed", "unnamed-2"]
+
+
 def test_outputs_never_share_a_name(in_folder):
     touch(
         "p/a.png", "p/a.jpg", "p/A.tif", "p/a.mp4", "p/a-2.png", "p/clip.mp4", "p/clip/000000.png"
@@ -570,15 +575,15 @@ def test_outputs_never_share_a_name(in_folder):
 
 REFUSED = {
     "missing": (["none.png"], "there is no file or folder none.png"),
-    "empty folder": (["void"], "the folder void is empty"),
+    "empty folder": (["void"], "the folder void holds no images or videos"),
     "no images": (["texts"], "the folder texts holds no images or videos"),
-    "images deeper": (["deep"], "for those in its 1 folders, give 'deep/**/*'"),
-    "suffix": (["texts/notes.txt"], "notes.txt is not an image or video of a kind that is known"),
-    "pattern": (["*.bmp"], "*.bmp stands for no file at all"),
-    "pattern of others": (["texts/*"], "none of the 1 files and folders that texts/* stands for"),
+    "images deeper": (["deep"], "for those in its folders, give 'deep/**/*'"),
+    "suffix": (["texts/notes.txt"], "notes.txt is not an image or video that we can read"),
+    "pattern": (["*.bmp"], "*.bmp matches no image or video"),
+    "pattern of others": (["texts/*"], "texts/* matches no image or video"),
     "used folder": (["in", "--out-dir", "texts"], "--out-dir texts is not empty"),
     "file": (["in", "--out-dir", "texts/notes.txt"], "--out-dir texts/notes.txt is a file"),
-    "batch size": (["in", "--batch-size", "0"], "--batch-size 0: at least one image"),
+    "batch size": (["in", "--batch-size", "0"], "--batch-size 0: must be at least 1"),
     "score": (["in", "--score-thr", "2"], "scores are between 0 and 1"),
     "score of a segmenter": (["in", "--score-thr", "0.5"], "--score-thr is for detectors"),
     "device": (["in", "--device", "abacus"], "cannot use --device abacus"),
@@ -623,19 +628,58 @@ def test_checkpoint_that_will_not_do(weights, scenes, capsys, checkpoint, words)
 # ------------------------------------------------------------------------------- what else happens
 
 
-def test_interrupted_run_leaves_whole_files(predict, scenes, monkeypatch):
+def stopped_at_second_image(monkeypatch, stop):
     answer = Predictor.__call__
+    calls = []
 
-    def once(self, batch, calls=[]):  # noqa: B006
+    def once(self, batch):
         calls.append(0)
         if len(calls) > 1:
-            raise KeyboardInterrupt
+            stop()
         return answer(self, batch)
 
     monkeypatch.setattr(Predictor, "__call__", once)
-    described = predict("detector", scenes, "--score-thr", "0.1", code=130)
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(("stop", "code"), [(interrupt, 130), (terminate, 143)])
+def test_stopped_run_leaves_whole_files(predict, scenes, monkeypatch, stop, code):
+    stopped_at_second_image(monkeypatch, stop)
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("SIGTERM is not handled"))
+    try:
+        described = predict("detector", scenes, "--score-thr", "0.1", code=code)
+        assert signal.getsignal(signal.SIGTERM).__name__ == "<lambda>"
+    finally:
+        signal.signal(signal.SIGTERM, before)
     assert [r["file_name"] for r in described["images"]] == ["in/a.png"]
     assert {d["file_name"] for d in results()} == {"in/a.png"}
+
+
+def test_killed_run_keeps_what_was_saved_before(predict, scenes, monkeypatch):
+    """JSON files are whole at any moment, and saved again and again."""
+    seen = []
+    stopped_at_second_image(monkeypatch, lambda: seen.append((index(), results())))
+    monkeypatch.setattr(outputs_module, "_SAVE_SECONDS", 0)
+    predict("detector", scenes, "--score-thr", "0.1")
+    ((described, found),) = seen
+    assert [r["file_name"] for r in described["images"]] == ["in/a.png"]
+    assert {d["file_name"] for d in found} == {"in/a.png"}
+
+
+def test_detections_of_an_image_that_was_not_drawn_are_not_listed(predict, scenes, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out/pictures/a.jpg")
+
+    monkeypatch.setattr(mmcv, "imwrite", full)
+    assert predict("detector", scenes, "--score-thr", "0.1", code=1)["images"] == []
+    assert results() == []
 
 
 def test_out_of_memory_is_one_sentence(predict, scenes, monkeypatch, capsys):
@@ -671,15 +715,6 @@ def test_classes_are_the_checkpoints_then_the_configs(weights, in_folder):
         assert classes[0] == "disk" and tuple(palette[0]) == (230, 60, 60)
     cfg.test_dataloader.dataset.metainfo = {"classes": ("a", "b")}
     assert name_classes(cfg, Checkpoint("", {}))[0] == [f"class {n}" for n in range(5)]
-
-
-def test_list_in_a_json_file(in_folder):
-    for entries in ([], [{"a": 1}], [1, [2], "three"]):
-        written = JsonList(Path("list.json"))
-        for entry in entries:
-            written.add(entry)
-        written.close()
-        assert json.loads(Path("list.json").read_text()) == entries
 
 
 def test_grey_and_floating_point_pixels_are_shown_as_pictures():

@@ -1,1 +1,1 @@
-"""Predicting on images and videos: which files, by which model, and what is written."""
+"""The parts of prediction: which files to read, the model with its pipeline, and what is written."""

@@ -1,4 +1,4 @@
-"""What is written of predictions: pictures, videos, label maps, COCO's JSON."""
+"""Write predictions: pictures, videos, label maps and COCO's JSON."""
 
 from __future__ import annotations
 
@@ -21,28 +21,31 @@ from mmengine.visualization import Visualizer
 from PIL import Image
 
 from ...errors import UserError, user_mistakes
-from .predictor import Predictor
-from .sources import Source
+from ...files import write_whole
+from .predictor import Item, Predictor
 
 RESULTS = "predictions.json"
 INDEX = "images.json"
 _CODEC = "mp4v"
+_SAVE_SECONDS = 60  # a killed run loses the records of at most so long
 
 
 class Outputs(AbstractContextManager):
-    """A folder of predictions, in order at any moment that they are cut short.
+    """A folder of predictions, whose JSON files are whole at any moment.
 
-    It gets ``pictures``, of a detector ``predictions.json`` (COCO's results format, with three keys more: the
-    file's name, the frame of a video and the class's name), of a segmenter ``labels`` (PNG), where asked
-    for ``tokens``, and ``images.json``, which is a data set file of COCO's without annotations: the
-    images by their ids, and the categories.
+    It gets ``pictures``, for detectors ``predictions.json`` (COCO's results format), for segmenters
+    ``labels`` (PNG), and ``tokens`` if there are any. ``images.json`` is a COCO data set file without
+    annotations: the images by id, and the categories.
 
     Args:
-        folder: Made if it is not there.
+        folder: The folder; it is made if it does not exist.
         cfg: The model's config, whose visualizer draws.
         predictor: The model.
-        score_thr: Detections of lower scores are left out everywhere.
-        info: Put into ``images.json``.
+        score_thr: Detections with lower scores are neither drawn nor listed.
+        info: The ``info`` of ``images.json``.
+
+    Attributes:
+        num_written: Number of images and frames written.
     """
 
     def __init__(
@@ -69,118 +72,106 @@ class Outputs(AbstractContextManager):
                 for label, (name, color) in enumerate(zip(predictor.classes, predictor.palette))
             ],
         }
-        self._results: Optional[JsonList] = None
+        self._results: list[str] = []  # as JSON, which takes less memory than dictionaries
         self._video: Optional[VideoFile] = None
+        self._saved = time.monotonic()
 
     def __enter__(self) -> Outputs:
         with user_mistakes(f"cannot write to the folder {self.folder}", (OSError,)):
             self.folder.mkdir(parents=True, exist_ok=True)
-            if self._predictor.is_detector:
-                self._results = JsonList(self.folder / RESULTS)
+            self._save()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._results:
-            self._results.close()
-        with open(self.folder / INDEX, "w", encoding="utf-8") as file:
-            json.dump(self._index, file, indent=1)
-        self.end_video()
+        self._save()
+        self._end_video()
 
-    def add(
-        self,
-        source: Source,
-        frame: Optional[int],
-        pixels: np.ndarray,
-        sample: BaseDataElement,
-        tokens: Optional[Figure] = None,
-    ) -> None:
-        """Write what was predicted of an image.
+    def _save(self) -> None:
+        if self._predictor.is_detector:
+            write_whole(self.folder / RESULTS, "[\n" + ",\n".join(self._results) + "\n]\n")
+        write_whole(self.folder / INDEX, json.dumps(self._index, indent=1))
+        self._saved = time.monotonic()
+
+    def add(self, item: Item, sample: BaseDataElement, tokens: Optional[Figure] = None) -> None:
+        """Write the prediction of an image or frame; frames of a video must follow each other.
 
         Args:
-            source: Its file.
-            frame: Which frame of a video it is, counted from 0.
-            pixels: RGB, uint8 ``(H, W, 3)``.
+            item: The image or frame.
             sample: The prediction.
             tokens: A picture of the tokens that were kept.
 
         Raises:
-            UserError: If the model predicts neither instances nor label maps.
+            UserError: If the model predicts neither instances nor label maps, or a video cannot be written.
         """
-        self.num_written += 1
+        source, frame, pixels = item.source, item.frame, item.image.pixels
         height, width = pixels.shape[:2]
-        record = {
-            "id": self.num_written,
-            "file_name": source.path,
-            "width": width,
-            "height": height,
-            **({} if frame is None else {"frame": frame}),
-        }
-        name = source.name if frame is None else f"{source.name}/{frame:06d}"
+        number = self.num_written + 1
+        record = {"id": number, "file_name": source.path, "width": width, "height": height}
+        name = source.name
+        if frame is not None:
+            record["frame"] = frame
+            name = f"{name}/{frame:06d}"
+        detections = []
         if self._predictor.is_detector:
-            sample = self._write_instances(record, sample)
+            sample = self._confident(sample)
+            extra = {key: record[key] for key in ("file_name", "frame") if key in record}
+            for detection in self._detections(sample.pred_instances):
+                detections.append(json.dumps({"image_id": number, **detection, **extra}))
         else:
-            record["label_map"] = self._write_labels(name, sample)
+            record["label_map"] = self._write_labels(f"labels/{name}.png", sample)
         drawn = draw(self._visualizer, pixels, sample)
         if frame is None:
-            record["picture"] = self._write_picture(f"pictures/{name}.jpg", drawn)
+            record["picture"] = f"pictures/{name}.jpg"
+            mmcv.imwrite(mmcv.rgb2bgr(drawn), self._place(record["picture"]))
         else:
-            record["picture"] = self._video_of(source.name, drawn).add(drawn)
+            record["picture"] = f"pictures/{source.name}.mp4"
+            self._video_at(self._place(record["picture"]), item.fps, drawn).add(drawn)
         if tokens is not None:
             record["tokens"] = f"tokens/{name}.png"
             tokens.savefig(self._place(record["tokens"]))
+        # Last, so that the JSON files only list what was written.
         self._index["images"].append(record)
-
-    def start_video(self, fps: float) -> None:
-        """Say that the frames that come next are of one video, to be written as such."""
-        self.end_video()
-        self._video = VideoFile(self.folder, fps)
-
-    def end_video(self) -> None:
-        """Finish the video under way, if there is one."""
-        video, self._video = self._video, None
-        if video:
-            video.close()
+        self._results += detections
+        self.num_written = number
+        if time.monotonic() - self._saved >= _SAVE_SECONDS:
+            self._save()
 
     def _place(self, name: str) -> str:
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         return str(path)
 
-    def _video_of(self, name: str, drawn: np.ndarray) -> VideoFile:
-        assert self._video is not None, "frames come after start_video"
-        if not self._video.name:
-            self._place(f"pictures/{name}.mp4")
-            self._video.open(f"pictures/{name}.mp4", drawn.shape)
+    def _video_at(self, path: str, fps: float, drawn: np.ndarray) -> VideoFile:
+        """Return the video at a path; open it, and end the one before, if it is not the current one."""
+        if self._video is None or self._video.path != path:
+            self._end_video()
+            self._video = VideoFile(path, fps, drawn.shape)
         return self._video
 
-    def _write_picture(self, name: str, drawn: np.ndarray) -> str:
-        mmcv.imwrite(mmcv.rgb2bgr(drawn), self._place(name))
-        return name
+    def _end_video(self) -> None:
+        video, self._video = self._video, None
+        if video:
+            video.close()
 
     def _write_labels(self, name: str, sample: BaseDataElement) -> str:
         if "pred_sem_seg" not in sample:
             raise UserError("this config's model predicts no label maps (pred_sem_seg)")
         labels = sample.pred_sem_seg.data.squeeze(0).numpy()
-        small = len(self._predictor.classes) <= 256
-        name = f"labels/{name}.png"
-        Image.fromarray(labels.astype(np.uint8 if small else np.uint16)).save(self._place(name))
+        dtype = np.uint8 if len(self._predictor.classes) <= 256 else np.uint16
+        Image.fromarray(labels.astype(dtype)).save(self._place(name))
         return name
 
-    def _write_instances(self, record: dict[str, Any], sample: BaseDataElement) -> BaseDataElement:
-        """Write detections, and return them without those of low scores."""
+    def _confident(self, sample: BaseDataElement) -> BaseDataElement:
+        """Return a sample without the detections of low scores."""
         if "pred_instances" not in sample:
             raise UserError("this config's model predicts no instances (pred_instances)")
         sample = sample.clone()
         instances = sample.pred_instances
         sample.pred_instances = instances[instances.scores >= self._score_thr]
-        assert self._results is not None
-        for detection in self._detections(sample.pred_instances):
-            extra = {key: record[key] for key in ("file_name", "frame") if key in record}
-            self._results.add({"image_id": record["id"], **detection, **extra})
         return sample
 
     def _detections(self, instances: InstanceData) -> Iterator[dict[str, Any]]:
-        """Detections as COCO writes them."""
+        """Yield detections in COCO's results format, with the class's name."""
         instances = instances.numpy()
         masks = encode_masks(instances.masks) if "masks" in instances else None
         for index, (label, score) in enumerate(zip(instances.labels, instances.scores)):
@@ -197,7 +188,7 @@ class Outputs(AbstractContextManager):
 
 
 def encode_masks(masks: np.ndarray) -> list[dict[str, Any]]:
-    """Masks ``(N, H, W)`` as COCO's run lengths, as text for JSON."""
+    """Encode masks ``(N, H, W)`` as COCO's run lengths, as text for JSON."""
     from mmdet.structures.mask import encode_mask_results  # here, as segmentation needs no mmdet
 
     return [
@@ -206,112 +197,74 @@ def encode_masks(masks: np.ndarray) -> list[dict[str, Any]]:
     ]
 
 
-class JsonList:
-    """A list in a JSON file that is written entry by entry.
-
-    Args:
-        path: The file.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115  (closed by close)
-        self._separator = "[\n"
-
-    def add(self, entry: Any) -> None:
-        """Append an entry."""
-        self._file.write(self._separator + json.dumps(entry))
-        self._separator = ",\n"
-
-    def close(self) -> None:
-        """End the list and the file."""
-        self._file.write("\n]\n" if self._separator == ",\n" else "[]\n")
-        self._file.close()
-
-
 class VideoFile:
     """A video that is written frame by frame.
 
     Args:
-        folder: Where to.
-        fps: Frames a second.
+        path: The file.
+        fps: Frames per second.
+        shape: ``(H, W, 3)`` of all its frames.
+
+    Raises:
+        UserError: If OpenCV cannot encode it.
     """
 
-    def __init__(self, folder: Path, fps: float) -> None:
-        self.name = ""
-        self._folder, self._fps = folder, fps
+    def __init__(self, path: str, fps: float, shape: tuple[int, ...]) -> None:
+        self.path = path
         self._num_frames = 0
-
-    def open(self, name: str, shape: tuple[int, ...]) -> None:
-        """Begin the file.
-
-        Args:
-            name: Below the folder.
-            shape: ``(H, W, 3)`` of all its frames.
-
-        Raises:
-            UserError: If OpenCV cannot write one.
-        """
-        self.name = name
-        path, codec = str(self._folder / name), cv2.VideoWriter_fourcc(*_CODEC)
-        self._writer = cv2.VideoWriter(path, codec, self._fps, (shape[1], shape[0]))
+        height, width = shape[:2]
+        codec = cv2.VideoWriter_fourcc(*_CODEC)
+        self._writer = cv2.VideoWriter(path, codec, fps, (width, height))
         if not self._writer.isOpened():
             raise UserError(
-                f"cannot write the video {path} of {shape[1]}x{shape[0]} pixels: this build of OpenCV "
+                f"cannot write the video {path} of {width}x{height} pixels: this build of OpenCV "
                 "has no encoder for it; predict on the frames as images"
             )
 
-    def add(self, drawn: np.ndarray) -> str:
-        """Append a frame, RGB, uint8 ``(H, W, 3)``.
-
-        Returns:
-            The file's name below the folder.
-        """
+    def add(self, drawn: np.ndarray) -> None:
+        """Append a frame, RGB, uint8 ``(H, W, 3)``."""
         self._writer.write(mmcv.rgb2bgr(drawn))
         self._num_frames += 1
-        return self.name
 
     def close(self) -> None:
         """Finish the file.
 
         Raises:
-            UserError: If frames are missing from it, of which OpenCV says nothing, as on a full disk.
+            UserError: If frames are missing, as on a full disk; OpenCV itself does not raise then.
         """
-        if not self.name:
-            return
         self._writer.release()
-        path = str(self._folder / self.name)
-        written = mmcv.VideoReader(path).frame_cnt if os.path.isfile(path) else 0
+        written = mmcv.VideoReader(self.path).frame_cnt if os.path.isfile(self.path) else 0
         if written != self._num_frames:
             raise UserError(
-                f"the video {path} was not written whole: it has {written} of {self._num_frames} frames; "
+                f"the video {self.path} is incomplete: it has {written} of {self._num_frames} frames; "
                 "is the disk full?"
             )
 
 
 def build_visualizer(cfg: Config, predictor: Predictor) -> Visualizer:
-    """The config's visualizer, for drawing only."""
+    """Build the config's visualizer, for drawing only."""
     kind = "DetLocalVisualizer" if predictor.is_detector else "SegLocalVisualizer"
     settings = {"type": kind, **(cfg.get("visualizer") or {})}
-    # Drawing must not log where a training does; and under its name there may be an older one.
+    # Without backends it writes no logs; a new name keeps mmengine from returning an older instance.
     for name in ("vis_backends", "save_dir"):
         settings.pop(name, None)
     settings["name"] = f"predictions-{time.monotonic_ns()}"
     if not predictor.is_detector:
-        settings.setdefault("alpha", 0.5)  # mmseg's own covers the picture almost completely
+        settings.setdefault("alpha", 0.5)  # mmseg's default hides most of the image
     with user_mistakes("cannot build the config's visualizer"):
         visualizer = VISUALIZERS.build(settings)
     visualizer.dataset_meta = {"classes": predictor.classes, "palette": predictor.palette}
     if hasattr(visualizer, "_get_center_loc"):
-        # mmseg's sorts all pixels of a class in Python, which takes longer than predicting them.
+        # mmseg's own sorts all pixels of a class in Python, which takes longer than the prediction.
         visualizer._get_center_loc = place_name
     return visualizer
 
 
 def place_name(mask: np.ndarray) -> np.ndarray:
-    """Where mmseg writes the name of a class: amid its pixels in the first row that has most of them.
+    """Return where mmseg writes the name of a class: the middle pixel in the fullest row of its mask.
 
     Args:
-        mask: ``(H, W)``, 1 where the class is.
+        mask: ``(H, W)``, 1 at pixels of the class.
 
     Returns:
         ``(x, y)``.
@@ -322,7 +275,7 @@ def place_name(mask: np.ndarray) -> np.ndarray:
 
 
 def draw(visualizer: Visualizer, pixels: np.ndarray, sample: BaseDataElement) -> np.ndarray:
-    """A prediction drawn on its image, RGB, uint8 ``(H, W, 3)`` both."""
+    """Draw a prediction on its image; both are RGB, uint8 ``(H, W, 3)``."""
     every_score = {"pred_score_thr": -1.0} if "pred_instances" in sample else {}
     visualizer.add_datasample("", pixels, sample, draw_gt=False, **every_score)
     return visualizer.get_image()

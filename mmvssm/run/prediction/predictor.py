@@ -1,10 +1,10 @@
-"""A model with its weights: what it is given of an image, what it answers, and what its numbers mean."""
+"""Prepare images for a detector or segmenter, run it, and name its classes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Optional, Union
+from typing import Any, NamedTuple, Optional, Union
 
 import cv2
 import numpy as np
@@ -31,7 +31,7 @@ from ..checkpoints import Checkpoint
 from ..failures import is_out_of_memory
 from ..resuming import metainfo_of_data
 from ..setup import build_model
-from .sources import UnreadableError
+from .sources import Source, UnreadableError
 
 _READER = "LoadImageFromFile"
 
@@ -41,8 +41,8 @@ class Prepared:
     """An image, ready for a model.
 
     Attributes:
-        pixels: As read, RGB, uint8 ``(H, W, 3)``: what predictions refer to, and are drawn on.
-        data: What the test pipeline made of it.
+        pixels: The image as read, RGB, uint8 ``(H, W, 3)``; predictions refer to it and are drawn on it.
+        data: The output of the test pipeline.
     """
 
     pixels: np.ndarray
@@ -50,27 +50,47 @@ class Prepared:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Of what the model is given, ``(C, H, W)``."""
+        """Shape of the model's input, ``(C, H, W)``."""
         return tuple(self.data["inputs"].shape)
+
+
+class Item(NamedTuple):
+    """An image, or a frame of a video.
+
+    Attributes:
+        source: Its file.
+        image: The prepared image.
+        frame: Index of the frame, from 0; None for an image.
+        fps: Frames per second of the video.
+    """
+
+    source: Source
+    image: Prepared
+    frame: Optional[int] = None
+    fps: float = 0.0
 
 
 class Predictor:
     """A detector or segmenter in evaluation mode.
 
+    mmdet's and mmseg's inferencers load checkpoints that do not fit with only a warning, catch no errors per
+    file and read no videos. So we use the parts below them: ``InferencerLoader``, the config's test
+    pipeline, ``test_step`` and the visualizers.
+
     Args:
-        cfg: Its config, whose test pipeline is used.
-        checkpoint: Its weights.
-        device: What to run on, such as ``"cuda:1"``.
+        cfg: The config, whose test pipeline is used.
+        checkpoint: The weights.
+        device: The device to run on, such as ``"cuda:1"``.
 
     Attributes:
         model: The model.
-        classes: What its labels 0, 1 ... are called.
+        classes: Names of the labels 0, 1 ...
         palette: Their colours, RGB, 0 to 255.
-        is_detector: Whether it predicts instances (mmdet), or label maps (mmseg).
+        is_detector: True for detectors (mmdet), False for segmenters (mmseg).
         loading: How images are decoded.
 
     Raises:
-        UserError: If the checkpoint belongs to another model, or the config or device will not do.
+        UserError: If the checkpoint does not fit the model, or the config or device cannot be used.
     """
 
     def __init__(
@@ -86,25 +106,25 @@ class Predictor:
         self.loading = Loading.of(dict(pipeline=pipeline))
         if not pipeline or str(pipeline[0].type).rsplit(".", 1)[-1] != _READER:
             raise UserError(
-                f"the config's test pipeline does not begin with {_READER}, so it does not say how "
-                "an image file is read"
+                f"the config's test pipeline does not begin with {_READER}; put it first, so that we "
+                "know how to read an image file"
             )
-        # The libraries' own, for files and for frames of videos.
+        # The libraries' loader for both files and frames of videos.
         pipeline[0].type = f"{cfg.default_scope}.InferencerLoader"
         with user_mistakes("cannot build the config's test pipeline"):
             self._load, self._prepare = Compose(pipeline[:1]), Compose(pipeline[1:])
 
     def prepare(self, image: Union[str, np.ndarray]) -> Prepared:
-        """Read an image as testing would, and make of it what the model is given.
+        """Read an image and apply the test pipeline.
 
         Args:
             image: A file, or pixels, BGR, uint8 ``(H, W, 3)``.
 
         Raises:
-            UnreadableError: If that is not possible.
+            UnreadableError: If the image cannot be decoded or resized.
         """
         key = "img_path" if isinstance(image, str) else "img"
-        # Whatever goes wrong is about this image: the pipeline has no other input.
+        # Any error is about this image: the loader has no other input.
         try:
             results = self._load({key: image, "img_id": 0})
         except Exception as error:
@@ -116,18 +136,21 @@ class Predictor:
         except (cv2.error, ValueError, AssertionError, ZeroDivisionError) as error:
             height, width = pixels.shape[:2]
             raise UnreadableError(
-                f"has {width}x{height} pixels, of which the config's test pipeline can make nothing"
+                f"has {width}x{height} pixels, which the config's test pipeline cannot resize"
             ) from error
 
     @torch.no_grad()
     def __call__(self, batch: Sequence[Prepared]) -> list[BaseDataElement]:
-        """What the model predicts.
+        """Predict on a batch.
 
         Args:
             batch: Images of one ``input_shape``.
 
         Returns:
-            mmdet's ``DetDataSample`` or mmseg's ``SegDataSample`` of each, on the CPU.
+            One ``DetDataSample`` (mmdet) or ``SegDataSample`` (mmseg) per image, on the CPU.
+
+        Raises:
+            UserError: If memory runs out.
         """
         data = dict(
             inputs=[image.data["inputs"] for image in batch],
@@ -145,11 +168,11 @@ class Predictor:
             ) from error
 
     def draw_tokens(self, image: Prepared, title: str) -> Optional[Figure]:
-        """A picture of the tokens that a pruned backbone keeps; None if it keeps all of them.
+        """Draw the tokens that a pruned backbone keeps; return None if it keeps all of them.
 
         Args:
-            image: What to draw on.
-            title: Put above, with the numbers.
+            image: The image to draw on.
+            title: The title, to which we add the token counts.
 
         Raises:
             UserError: If the backbone prunes nothing at all.
@@ -165,7 +188,7 @@ class Predictor:
 
 
 def _rgb(pixels: np.ndarray) -> np.ndarray:
-    """Pixels in mmcv's order, grey or of a floating-point type perhaps, as a picture."""
+    """Convert pixels in mmcv's channel order, ``(H, W[, C])`` of any type, to RGB, uint8 ``(H, W, 3)``."""
     if pixels.ndim == 2:
         pixels = pixels[..., None]
     shape = (*pixels.shape[:2], 3)
@@ -175,17 +198,17 @@ def _rgb(pixels: np.ndarray) -> np.ndarray:
 
 
 def name_classes(cfg: Config, checkpoint: Checkpoint) -> tuple[list[str], list[tuple]]:
-    """What a model's labels are called, and their colours.
+    """Return the names and colours of a model's classes.
 
     Args:
-        cfg: Its config; it tells where the checkpoint does not.
-        checkpoint: Its own words come first.
+        cfg: The config, which we ask second.
+        checkpoint: The checkpoint, which we ask first.
 
     Returns:
-        Names, and RGB colours, 0 to 255. Where neither tells, or not as many as there are: "class 0" ...
+        Names, and RGB colours, 0 to 255. If neither lists as many classes as the model has: "class 0" ...
 
     Raises:
-        UserError: If nothing tells how many there are.
+        UserError: If the number of classes is unknown.
     """
     count = num_classes_of(cfg.model)
     metainfo = metainfo_of_data(cfg, "test_dataloader")
@@ -195,13 +218,15 @@ def name_classes(cfg: Config, checkpoint: Checkpoint) -> tuple[list[str], list[t
         if classes and count in (None, len(classes)):
             return list(map(str, classes)), _colors(palette, len(classes)) or make_palette(classes)
     if count is None:
-        raise UserError("neither the checkpoint nor the config says which classes there are")
+        raise UserError(
+            "neither the checkpoint nor the config lists the classes; set num_classes in the model's heads"
+        )
     classes = [f"class {label}" for label in range(count)]
     return classes, make_palette(classes)
 
 
 def _colors(palette: Any, count: int) -> Optional[list[tuple]]:
-    """A palette, if that is what it is."""
+    """Return a palette as tuples, or None if it is not a list of ``count`` RGB colours."""
     if not isinstance(palette, (list, tuple)) or len(palette) != count:
         return None
     colors = [tuple(color) if isinstance(color, (list, tuple)) else () for color in palette]

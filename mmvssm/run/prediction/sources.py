@@ -1,31 +1,28 @@
-"""Which images and videos to predict on, and what becomes of their pixels on the way."""
+"""Find the images and videos to predict on, and check what can be read of them."""
 
 from __future__ import annotations
 
 import glob
 import os
 import re
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import mmcv
-import numpy as np
 from PIL import Image
 
 from ...datasets.memory import Memory
 from ...datasets.pictures import IMAGE_SUFFIXES, Loading, read_images, without_size_limit
-from ...errors import UserError, user_mistakes
+from ...errors import UserError, shown, user_mistakes
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg")
 _KNOWN = IMAGE_SUFFIXES + VIDEO_SUFFIXES
-_OTHERS_SHOWN = 5
 _DEFAULT_FPS = 25.0
 
 
 class UnreadableError(Exception):
-    """Why a file is left out: words to follow its name in a sentence."""
+    """Raised for a file that cannot be read; the message continues a line that begins with its name."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +30,9 @@ class Source:
     """A file to predict on.
 
     Attributes:
-        path: Where it is.
-        name: What its outputs are called, without a suffix: its place in the folder that was given,
-            below a folder of that name if there are several inputs. No other source has it.
+        path: The file.
+        name: The unique name of its outputs, without a suffix: its place in the given folder, below
+            the folder's name if there are several inputs.
     """
 
     path: str
@@ -43,7 +40,7 @@ class Source:
 
     @property
     def is_video(self) -> bool:
-        """Whether it has frames, or is an image."""
+        """Whether it is a video rather than an image."""
         return self.path.lower().endswith(VIDEO_SUFFIXES)
 
 
@@ -51,19 +48,18 @@ class Source:
 
 
 def find_sources(inputs: Sequence[str]) -> tuple[list[Source], list[str]]:
-    """The images and videos that files, folders and glob patterns stand for.
+    """Find the images and videos in files, folders and glob patterns.
 
-    A folder stands for the files in it, not for those in folders further down. Hidden files, and files
-    of other kinds beside images and videos, are left out. What is named twice is there once.
+    We do not look into subfolders, skip hidden files and those of other kinds, and take each file once.
 
     Args:
-        inputs: As on the command line.
+        inputs: Paths and patterns of the command line.
 
     Returns:
-        The sources, those of a folder or pattern sorted; and warnings of what was left out.
+        The sources, sorted within each folder or pattern; and warnings about skipped files.
 
     Raises:
-        UserError: If an input is missing, of an unknown kind, or stands for nothing.
+        UserError: If an input does not exist, is of an unknown kind, or contains no image or video.
     """
     found: dict[str, tuple[str, str]] = {}  # path and name by absolute path
     warnings: list[str] = []
@@ -71,21 +67,19 @@ def find_sources(inputs: Sequence[str]) -> tuple[list[Source], list[str]]:
         if os.path.isfile(given):
             if not _is_known(given):
                 raise UserError(
-                    f"{given} is not an image or video of a kind that is known; names end in "
-                    f"{', '.join(_KNOWN)}"
+                    f"{given} is not an image or video that we can read; known suffixes are {', '.join(_KNOWN)}"
                 )
             found.setdefault(os.path.abspath(given), (given, os.path.basename(given)))
             continue
         folder, files = _expand(given)
-        known, others = _sorted_out(files)
+        others = [path for path in files if os.path.isfile(path) and not _is_known(path)]
+        known = [path for path in files if os.path.isfile(path) and _is_known(path)]
         if not known:
-            raise UserError(_nothing_there(given, files, others))
+            raise UserError(_why_empty(given))
         if others:
-            suffixes = Counter(os.path.splitext(path)[1] or "no suffix" for path in others)
-            listing = ", ".join(suffix for suffix, _ in suffixes.most_common(_OTHERS_SHOWN))
+            suffixes = dict.fromkeys(os.path.splitext(path)[1] or "no suffix" for path in others)
             warnings.append(
-                f"left out of {given}: what is no image or video, {len(others)} in all ({listing}"
-                f"{', ...' * (len(suffixes) > _OTHERS_SHOWN)})"
+                f"{given}: we skip {len(others)} files that are no images or videos ({shown(list(suffixes))})"
             )
         above = os.path.basename(os.path.abspath(folder)) if folder and len(inputs) > 1 else ""
         for path in known:
@@ -95,7 +89,7 @@ def find_sources(inputs: Sequence[str]) -> tuple[list[Source], list[str]]:
 
 
 def _expand(given: str) -> tuple[str, list[str]]:
-    """The folder that an input names, or of a pattern what stands before the wildcards; and what is there."""
+    """Return the folder of an input, for a pattern the one before its first wildcard, and the paths in it."""
     if os.path.isdir(given):
         with user_mistakes(f"cannot list the folder {given}", (OSError,)):
             names = sorted(name for name in os.listdir(given) if not name.startswith("."))
@@ -110,34 +104,21 @@ def _is_known(path: str) -> bool:
     return path.lower().endswith(_KNOWN)
 
 
-def _sorted_out(paths: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Of some paths the images and videos, and the other files."""
-    files = [path for path in paths if os.path.isfile(path)]
-    return [p for p in files if _is_known(p)], [p for p in files if not _is_known(p)]
-
-
-def _nothing_there(given: str, found: Sequence[str], others: Sequence[str]) -> str:
-    """Why an input stands for nothing."""
-    if not os.path.isdir(given):
-        return (
-            f"none of the {len(found)} files and folders that {given} stands for is an image or video"
-            if found
-            else f"{given} stands for no file at all"
-        )
-    if not found:
-        return f"the folder {given} is empty"
-    folders = len(found) - len(others)
-    deeper = os.path.join(given, "**", "*")
-    return f"the folder {given} holds no images or videos" + (
-        f"; for those in its {folders} folders, give '{deeper}'" if folders else ""
-    )
+def _why_empty(given: str) -> str:
+    if os.path.isdir(given):
+        deeper = os.path.join(given, "**", "*")
+        return f"the folder {given} holds no images or videos; for those in its folders, give '{deeper}'"
+    return f"{given} matches no image or video"
 
 
 def _named(files: Sequence[tuple[str, str]]) -> list[Source]:
-    """Sources of paths and wished names, with suffixes, of which several may be the same."""
-    # A pattern may lead out of the folder that it begins in; what is written stays in the output folder.
+    """Make sources of paths and preferred names, which have suffixes and need not be unique."""
+    # A pattern with .. , or a file called "...mp4", must not lead out of the output folder.
     inside = [Path(*(part for part in Path(name).parts if part != os.pardir)) for _, name in files]
-    stems = [name.with_suffix("") for name in inside]
+    names = [name.with_suffix("").name for name in inside]
+    stems = [
+        path.parent / (name if name.strip(".") else "unnamed") for path, name in zip(inside, names)
+    ]
     folders = {parent.as_posix().lower() for stem in stems for parent in stem.parents}
     taken: set[str] = set()
     sources = []
@@ -156,17 +137,17 @@ def _named(files: Sequence[tuple[str, str]]) -> list[Source]:
 
 
 def describe_image(path: str, loading: Loading) -> list[str]:
-    """Check that an image file is whole, and find what of it is not used.
+    """Check that an image file is whole, and describe which of its data mmcv's reader ignores.
 
     Args:
         path: The file.
         loading: How the pipeline decodes it.
 
     Returns:
-        Phrases that say what mmcv's reader leaves out, such as the lower half of 16 bits.
+        Phrases such as "16 bits a channel, of which the upper 8 are used".
 
     Raises:
-        UnreadableError: If it is damaged, or nothing that can be read.
+        UnreadableError: If the file is damaged or no image.
     """
     (picture,) = read_images([path], loading.backend, Memory())
     if picture.problem:
@@ -177,7 +158,7 @@ def describe_image(path: str, loading: Loading) -> list[str]:
         found.append("transparency, which is ignored: the colours underneath are used")
     if picture.format in ("PNG", "TIFF", "WEBP"):
         with without_size_limit(), Image.open(path) as image:
-            # Pillow's name of the pixels in the file; its mode is that of what it would make of them.
+            # A tile names the pixels as stored; the image's mode is that of what Pillow decodes them to.
             if reduces and any(";16" in str(tile) for tile in getattr(image, "tile", ())):
                 found.append("16 bits a channel, of which the upper 8 are used")
             if getattr(image, "n_frames", 1) > 1:
@@ -185,34 +166,32 @@ def describe_image(path: str, loading: Loading) -> list[str]:
     return found
 
 
-class Video:
-    """The frames of a video file.
-
-    Args:
-        path: The file.
-
-    Attributes:
-        fps: Frames a second; 25 where the file does not say.
-        num_announced: How many frames the file says that it has; 0 where it does not.
+def open_video(path: str) -> mmcv.VideoReader:
+    """Open a video; iterating yields its frames, BGR, uint8 ``(H, W, 3)``.
 
     Raises:
-        UnreadableError: If it cannot be opened.
+        UnreadableError: If OpenCV cannot open it.
     """
+    os.environ.setdefault(
+        "OPENCV_FFMPEG_LOGLEVEL", "-8"
+    )  # FFmpeg must not print about broken files
+    reader = mmcv.VideoReader(path)
+    if not reader.opened:
+        raise UnreadableError("is damaged, or no video that OpenCV can read")
+    return reader
 
-    def __init__(self, path: str) -> None:
-        # Otherwise FFmpeg prints what it makes of broken files.
-        os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-        self._reader = mmcv.VideoReader(path)
-        if not self._reader.opened:
-            raise UnreadableError("is damaged, or no video that OpenCV reads")
-        fps = self._reader.fps
-        self.fps = float(fps) if 0 < fps < float("inf") else _DEFAULT_FPS
-        self.num_announced = max(self._reader.frame_cnt, 0)
 
-    def __iter__(self) -> Iterator[np.ndarray]:
-        """Frames, BGR, uint8 ``(H, W, 3)``."""
-        yield from self._reader
+def fps_of(video: mmcv.VideoReader) -> float:
+    """Return the frames per second of a video; 25 if the file does not say."""
+    return float(video.fps) if 0 < video.fps < float("inf") else _DEFAULT_FPS
 
-    def close(self) -> None:
-        """Release the file."""
-        self._reader.vcap.release()
+
+def count_frames(source: Source) -> int:
+    """Return how many frames a video announces; 1 for an image or an unreadable video."""
+    if not source.is_video:
+        return 1
+    try:
+        with open_video(source.path) as video:
+            return max(video.frame_cnt, 1)
+    except UnreadableError:
+        return 1
