@@ -1,4 +1,4 @@
-"""Look at a data set before training on it: pictures before and after the pipeline, and a table.
+"""Draw samples of a data set before and after the pipeline, and print tables about its annotations.
 
 python tools/browse_dataset.py configs/groupmamba_maskrcnn_shapes.py
 python tools/browse_dataset.py configs/groupmamba_upernet_ade20k.py --data-root my_data --split val --num 20
@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, Optional
 
 import mmcv
 import numpy as np
+import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import DATASETS
 from rich.progress import track
@@ -32,18 +33,19 @@ from mmvssm.analysis.dataset_view import (
 )
 from mmvssm.datasets.walk import leaf_datasets
 from mmvssm.errors import UserError, add_traceback_option, run_tool, user_mistakes
+from mmvssm.files import write_whole
 from mmvssm.run.arguments import add_data_options
 from mmvssm.run.hooks.reproducible import derive_seed, seed_all
 from mmvssm.run.setup import open_config, prepare_data, say
 
-_MANY = 200  # images, which take seconds to open: with progress
+_MANY = 200  # from so many images on we show progress
 
 
 def browse_parser() -> argparse.ArgumentParser:
-    """The arguments of tools/browse_dataset.py."""
+    """Return the argument parser."""
     parser = argparse.ArgumentParser(
-        description="Look at the data set of a detector's or segmenter's config: pictures of samples with their "
-        "annotations, before and after the pipeline, and what the annotations hold."
+        description="Draw samples of a detector's or segmenter's data set with their annotations, before and after "
+        "the pipeline, and print tables about the annotations."
     )
     parser.add_argument("config", help="config file")
     add_data_options(parser)
@@ -57,15 +59,14 @@ def browse_parser() -> argparse.ArgumentParser:
         "--seed",
         type=int,
         default=0,
-        help="of the choice of samples and of their augmentation (default: 0)",
+        help="seed for choosing and augmenting samples (default: 0)",
     )
     parser.add_argument(
         "--max-images",
         type=int,
         default=500,
         metavar="N",
-        help="how many images to open at most for sizes after the pipeline and for pixels; 0: all "
-        "(default: 500)",
+        help="open at most N images for the tables of sizes and pixels; 0: all (default: 500)",
     )
     parser.add_argument(
         "--out-dir",
@@ -78,13 +79,13 @@ def browse_parser() -> argparse.ArgumentParser:
 
 
 def browse(args: argparse.Namespace) -> None:
-    """What tools/browse_dataset.py does.
+    """Write pictures and tables of the data set of a config.
 
     Args:
-        args: Parsed by :func:`~mmvssm.run.arguments.browse_parser`.
+        args: Parsed by :func:`browse_parser`.
 
     Raises:
-        UserError: If the config or the data will not do.
+        UserError: If an argument, the config or the data cannot be used, or nothing can be written.
     """
     for name in ("num", "max_images", "seed"):
         if getattr(args, name) < 0:
@@ -100,14 +101,10 @@ def browse(args: argparse.Namespace) -> None:
     samples = Samples(cfg, loader, args.seed)
     text = "\n".join(_statistics(cfg, samples, args.max_images))
     say(text)
-    try:
+    with user_mistakes(f"cannot write to --out-dir {out_dir}", (OSError,)):
         for name, picture in _pictures(cfg, samples, args.num):
-            out_dir.mkdir(parents=True, exist_ok=True)
             mmcv.imwrite(picture[..., ::-1], str(out_dir / name))
-        out_dir.mkdir(parents=True, exist_ok=True)
-        (out_dir / "statistics.txt").write_text(text + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write to --out-dir {out_dir}: {error.strerror}") from error
+        write_whole(out_dir / "statistics.txt", f"{text}\n")
     say(f"Pictures and statistics: {out_dir}")
 
 
@@ -117,7 +114,11 @@ class Samples:
     Args:
         cfg: The config.
         loader: Name of the data loader in it.
-        seed: Of the choice of samples and of their augmentation.
+        seed: Seed for choosing and augmenting samples.
+
+    Attributes:
+        dataset: The data set, built from the loader's config without filters and packing.
+        leaves: The data sets inside its wrappers.
 
     Raises:
         UserError: If the data set cannot be set up, or its pipeline loads no annotations.
@@ -127,41 +128,38 @@ class Samples:
         self.loader, self.seed = loader, seed
         config = deepcopy(cfg[loader].dataset)
         self._filters = [_without_filter(leaf) for leaf in leaf_datasets(config)]
-        for node in _with_pipelines(config):
-            node.pipeline = _unpacked(node.pipeline)
+        _unpack(config)
         with user_mistakes(f"cannot set up the data set of {loader}"):
             self.dataset = DATASETS.build(config)
             self.leaves = list(_leaves_of(self.dataset))
         for leaf in self.leaves:
             names = [type(step).__name__ for step in leaf.pipeline.transforms]
             if not any(name.startswith("Load") and "Annotation" in name for name in names):
-                raise UserError(
-                    f"the pipeline of {loader} loads no annotations that could be drawn or counted"
-                )
-        # By their images, of which wrappers of data sets know.
+                raise UserError(f"the pipeline of {loader} loads no annotations to draw or count")
+        # Wrappers of data sets only tell the image of a sample, not the leaf that it comes from.
         self._leaf_of = {r["img_path"]: leaf for leaf in self.leaves for r in leaf.data_list}
         self._kept = {record["img_path"] for records in self._filtered() for record in records}
 
     @property
-    def metainfo(self) -> dict[str, Any]:
-        """The data set's."""
-        return self.dataset.metainfo
+    def classes(self) -> Sequence[str]:
+        """Names of the data set's classes."""
+        return self.dataset.metainfo["classes"]
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        """What is known of all images, those that training leaves out included."""
+        """The records of all images, including those that training filters out."""
         return [record for leaf in self.leaves for record in leaf.data_list]
 
-    def num_left_out(self) -> int:
-        """How many images the data set's own filter leaves out."""
+    def num_filtered_out(self) -> int:
+        """Return how many images the data set's own filter drops."""
         return len(self.records) - sum(map(len, self._filtered()))
 
     def path(self, index: int) -> str:
-        """The image file of a sample."""
+        """Return the image file of a sample."""
         return self.dataset.get_data_info(index)["img_path"]
 
     def choose(self, most: int) -> list[int]:
-        """Indices of different images, at random, of those that are not left out."""
+        """Return random indices of at most so many different images that training does not filter out."""
         chosen, seen = [], set()
         for index in np.random.default_rng(self.seed).permutation(len(self.dataset)):
             if len(chosen) == most:
@@ -173,7 +171,7 @@ class Samples:
         return chosen
 
     def before(self, index: int) -> dict[str, Any]:
-        """A sample as its files have it."""
+        """Return a sample as loaded from its files."""
         with self._mistakes(index):
             results = self.dataset.get_data_info(index)
             for step in self._leaf_of[results["img_path"]].pipeline.transforms:
@@ -182,14 +180,14 @@ class Samples:
         return results
 
     def after(self, index: int) -> dict[str, Any]:
-        """A sample as the pipeline makes it, without the last step, which packs it for the model."""
+        """Return a sample after the pipeline, except for its last step, which packs it for the model."""
         seed_all(derive_seed(self.seed, index))
         with self._mistakes(index):
             results = self.dataset[index]
         if "img" not in results:
             raise UserError(
-                f"the pipeline of {self.loader} ends in something else than Pack{{Det,Seg}}Inputs, so its "
-                "samples cannot be drawn"
+                f"the pipeline of {self.loader} must end in PackDetInputs or PackSegInputs, so that we can "
+                "draw its samples"
             )
         return results
 
@@ -203,39 +201,30 @@ class Samples:
 
 
 def _without_filter(leaf: ConfigDict) -> Optional[dict]:
-    """Let a data set keep all its records, to be looked at; returns the filter that it had."""
+    """Make a data set keep all its records, readable; return the filter that it had."""
     leaf.serialize_data = False
     return leaf.pop("filter_cfg", None)
 
 
-def _with_pipelines(config: ConfigDict) -> Iterator[ConfigDict]:
-    """Every part of a data set's config that has a pipeline."""
-    if config.get("pipeline"):
-        yield config
-    inner = (
-        [config["dataset"]]
-        if isinstance(config.get("dataset"), dict)
-        else config.get("datasets", [])
-    )
-    for part in inner:
-        yield from _with_pipelines(part)
+def _unpack(config: ConfigDict) -> None:
+    """Drop packing from all pipelines of a data set's config, and load annotations before any resizing.
 
-
-def _unpacked(pipeline: Sequence[dict]) -> list[dict]:
-    """A pipeline without its last step, and with annotations loaded before anything changes the image.
-
-    Evaluation compares in the original image, so its pipelines load them after resizing.
+    Evaluation compares in the original image, so its pipelines load annotations after resizing.
     """
-    kinds = [str(step.get("type")).rpartition(".")[2] for step in pipeline]
-    steps = [step for step, kind in zip(pipeline, kinds) if not kind.startswith("Pack")]
-    loading = [
-        step for step in steps if str(step.get("type")).rpartition(".")[2].startswith("Load")
-    ]
-    return loading + [step for step in steps if step not in loading]
+    if config.get("pipeline"):
+        steps = [step for step in config.pipeline if not _kind(step).startswith("Pack")]
+        config.pipeline = sorted(steps, key=lambda step: not _kind(step).startswith("Load"))
+    inner = config.get("dataset")
+    for part in [inner] if isinstance(inner, dict) else config.get("datasets", []):
+        _unpack(part)
+
+
+def _kind(step: dict) -> str:
+    return str(step.get("type")).rpartition(".")[2]
 
 
 def _leaves_of(dataset: Any) -> Iterator[Any]:
-    """The data sets proper inside wrappers."""
+    """Yield the data sets inside any nesting of wrappers."""
     if hasattr(dataset, "datasets"):
         for part in dataset.datasets:
             yield from _leaves_of(part)
@@ -249,37 +238,36 @@ def _leaves_of(dataset: Any) -> Iterator[Any]:
 
 
 def _statistics(cfg: Config, samples: Samples, most: int) -> list[str]:
-    find = _statistics_of_objects if cfg.default_scope == "mmdet" else _statistics_of_pixels
-    return find(cfg, samples, most)
+    if cfg.default_scope == "mmdet":
+        return _statistics_of_objects(cfg, samples, most)
+    return _statistics_of_pixels(samples, most)
 
 
 def _chosen(samples: Samples, most: int) -> tuple[list[int], str]:
-    """The images to open, and how to call them."""
+    """Return the indices of the images to open, and a phrase for them."""
     total = len(samples.records)
     indices = samples.choose(most or total)
-    some = (
-        f"{len(indices):,} of {total:,} images" if len(indices) < total else f"all {total:,} images"
-    )
-    return indices, some
+    some = f"{len(indices):,} of {total:,}" if len(indices) < total else f"all {total:,}"
+    return indices, f"{some} images"
 
 
-def _opened(indices: list[int], what: str) -> Any:
+def _tracked(indices: list[int], what: str) -> Iterable[int]:
     return track(indices, what, disable=len(indices) < _MANY, transient=True)
 
 
 def _statistics_of_objects(cfg: Config, samples: Samples, most: int) -> list[str]:
-    counts = count_objects(samples.records, samples.metainfo["classes"])
-    left_out = samples.num_left_out()
+    counts = count_objects(samples.records, samples.classes)
+    dropped = samples.num_filtered_out()
+    note = f" (filter_cfg drops {dropped:,} images)" if dropped else ""
     lines = [
-        f"{counts.images:,} images, {counts.empty:,} of them without an object"
-        + f" ({left_out:,} are left out of training by filter_cfg)" * bool(left_out)
-        + f"; {counts.objects.sum():,} objects",
+        f"{counts.images:,} images, {counts.empty:,} of them without an object{note}; "
+        f"{counts.objects.sum():,} objects",
         str(table_of_objects(counts)),
         str(table_of_sizes(counts.sizes, "in the files, pixels")),
     ]
     indices, some = _chosen(samples, most)
     sizes, overlaps, anchors = [], [], _anchors(cfg)
-    for index in _opened(indices, "Applying the pipeline"):
+    for index in _tracked(indices, "Applying the pipeline"):
         results = samples.after(index)
         boxes = _boxes(results)
         sizes += (boxes[:, 2:] - boxes[:, :2]).prod(1).sqrt().tolist()
@@ -288,16 +276,14 @@ def _statistics_of_objects(cfg: Config, samples: Samples, most: int) -> list[str
     lines.append(f"After the pipeline ({some}):")
     lines.append(str(table_of_sizes(sizes, "as the model gets them, pixels")))
     if anchors is None:
-        lines.append("The model has no anchors that objects could be compared with.")
+        lines.append("The model has no anchors to compare objects with.")
     else:
         lines.append(str(table_of_anchors(np.array(sizes), np.array(overlaps), anchors)))
     return lines
 
 
-def _boxes(results: dict[str, Any]) -> Any:
-    """The boxes ``(N, 4)`` of objects that are not ignored."""
-    import torch
-
+def _boxes(results: dict[str, Any]) -> torch.Tensor:
+    """Return the boxes ``(N, 4)`` of objects that are not ignored."""
     boxes = results["gt_bboxes"]
     boxes = torch.as_tensor(getattr(boxes, "tensor", boxes), dtype=torch.float32)
     ignored = results.get("gt_ignore_flags")
@@ -305,7 +291,7 @@ def _boxes(results: dict[str, Any]) -> Any:
 
 
 def _anchors(cfg: Config) -> Optional[Anchors]:
-    """The anchors of a detector: a two-stage one's first stage's, or a one-stage one's."""
+    """Return the anchors of a one-stage detector, or of the first stage of a two-stage one."""
     model = cfg.model
     training = model.get("train_cfg") or {}
     preprocessor = model.get("data_preprocessor") or {}
@@ -319,10 +305,10 @@ def _anchors(cfg: Config) -> Optional[Anchors]:
     return None
 
 
-def _statistics_of_pixels(cfg: Config, samples: Samples, most: int) -> list[str]:
-    counts = PixelCounts.of(samples.metainfo["classes"])
+def _statistics_of_pixels(samples: Samples, most: int) -> list[str]:
+    counts = PixelCounts.of(samples.classes)
     indices, some = _chosen(samples, most)
-    for index in _opened(indices, "Reading label maps"):
+    for index in _tracked(indices, "Reading label maps"):
         counts.add(samples.before(index)["gt_seg_map"])
     return [
         f"{some}: {counts.empty:,} of {counts.images:,} without any labelled pixel, {counts.uniform:,} with one "
@@ -335,16 +321,17 @@ def _statistics_of_pixels(cfg: Config, samples: Samples, most: int) -> list[str]
 
 
 def _pictures(cfg: Config, samples: Samples, num: int) -> Iterator[tuple[str, np.ndarray]]:
-    """File names and pictures, RGB."""
-    drawer = SampleDrawer(cfg.default_scope, samples.metainfo)
-    num_classes = len(samples.metainfo["classes"])
-    for index in track(samples.choose(num), "Drawing", disable=num < _MANY, transient=True):
+    """Yield file names and pictures, RGB, uint8 ``(H, W, 3)``."""
+    drawer = SampleDrawer(cfg.default_scope, samples.dataset.metainfo)
+    for index in _tracked(samples.choose(num), "Drawing"):
         panels, labels = [], set()
         for when, results in (("file", samples.before(index)), ("pipeline", samples.after(index))):
             height, width = results["img"].shape[:2]
             name = Path(results.get("img_path", "")).name
             panels.append((f"{when}: {name} {width}x{height}", drawer.draw(results)))
-            labels |= set(np.unique(results.get("gt_seg_map", []))) & set(range(num_classes))
+            labels |= set(np.unique(results.get("gt_seg_map", []))) & set(
+                range(len(samples.classes))
+            )
         picture = side_by_side(panels)
         if labels:
             legend = drawer.legend(sorted(map(int, labels)), picture.shape[1])

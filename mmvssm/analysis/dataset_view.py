@@ -1,4 +1,4 @@
-"""Seeing a data set: what its annotations hold, how objects suit a detector's anchors, and pictures of samples."""
+"""Count and draw the annotations of a data set, and compare objects with a detector's anchors."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from mmengine.registry import TASK_UTILS, TRANSFORMS, VISUALIZERS
 from prettytable import PrettyTable
 from torch import Tensor
 
+from ..datasets.root import make_palette
+
 _QUANTILES = {"smallest": 0.0, "5 %": 0.05, "median": 0.5, "95 %": 0.95, "largest": 1.0}
-_SHORT_SIDE = 512  # pixels that a panel has at least, so that names can be read
+_SHORT_SIDE = 512  # pixels at least of a panel, so that class names are legible
 _BAR = 28  # pixels above a panel, for its title
 _FONT = (cv2.FONT_HERSHEY_SIMPLEX, 0.5)
 
@@ -25,16 +27,16 @@ _FONT = (cv2.FONT_HERSHEY_SIMPLEX, 0.5)
 
 @dataclass
 class ObjectCounts:
-    """Objects of a data set for detection.
+    """Objects of a detection data set.
 
     Attributes:
-        classes: Their names.
-        objects: How many of each class are trained on or evaluated.
-        crowds: How many of each class are crowds or to be ignored.
-        images_with: In how many images each class is.
-        images: How many there are.
-        empty: How many of them hold no object.
-        sizes: The square root of every object's box's area, in pixels of its image file.
+        classes: Names of the classes.
+        objects: Objects per class, without crowds.
+        crowds: Crowds and ignored objects per class.
+        images_with: Images per class that contain it.
+        images: Number of images.
+        empty: Number of images without an object.
+        sizes: For each object the square root of its box's area, in pixels of the image file.
     """
 
     classes: Sequence[str]
@@ -50,8 +52,8 @@ def count_objects(records: Iterable[dict], classes: Sequence[str]) -> ObjectCoun
     """Count the objects of a data set.
 
     Args:
-        records: Of mmdet's form: ``instances``, each with ``bbox`` (x1, y1, x2, y2), ``bbox_label`` and, perhaps,
-            ``ignore_flag``.
+        records: mmdet's records: ``instances``, each with ``bbox`` (x1, y1, x2, y2), ``bbox_label`` and
+            optionally ``ignore_flag``.
         classes: Names of the classes.
     """
     counts = ObjectCounts(classes, *(np.zeros(len(classes), dtype=np.int64) for _ in range(3)))
@@ -73,21 +75,15 @@ def count_objects(records: Iterable[dict], classes: Sequence[str]) -> ObjectCoun
 
 
 def table_of_objects(counts: ObjectCounts) -> PrettyTable:
-    """Objects per class."""
+    """Tabulate the objects per class."""
     has_crowds = bool(counts.crowds.any())
     table = _table(["class", "objects", "share", "images with it", *["crowds"] * has_crowds])
     total = counts.objects.sum()
-    for row in zip(counts.classes, counts.objects, counts.images_with, counts.crowds):
-        name, objects, images, crowds = row
-        table.add_row(
-            [
-                name,
-                f"{objects:,}",
-                _percent(objects, total),
-                f"{images:,}",
-                *[f"{crowds:,}"] * has_crowds,
-            ]
-        )
+    for name, objects, images, crowds in zip(
+        counts.classes, counts.objects, counts.images_with, counts.crowds
+    ):
+        row = [name, f"{objects:,}", _percent(objects, total), f"{images:,}", f"{crowds:,}"]
+        table.add_row(row if has_crowds else row[:-1])
     return table
 
 
@@ -98,9 +94,15 @@ class Anchors:
     """The anchors of a detector's config.
 
     Args:
-        head: The config of its first stage, with an ``anchor_generator``.
-        assigner: The config of what matches objects to anchors.
-        divisor: What heights and widths of batches are padded to a multiple of.
+        head: The config of the head that has the ``anchor_generator``.
+        assigner: The config of the assigner that matches objects to anchors.
+        divisor: Batches are padded to a multiple of it in height and width.
+
+    Attributes:
+        smallest: Square root of the smallest anchor's area, in pixels.
+        largest: The same of the largest anchor.
+        positive: An anchor that overlaps an object by at least this much is positive.
+        least: An object's best anchor is positive from this overlap on.
     """
 
     def __init__(self, head: dict, assigner: Optional[dict], divisor: int = 1) -> None:
@@ -111,7 +113,6 @@ class Anchors:
         self.smallest, self.largest = sizes.min().item(), sizes.max().item()
         assigner = assigner or {}
         rules = str(assigner.get("type")).endswith("MaxIoUAssigner")
-        # From which overlap on an anchor is a positive; and from which on the best one of an object is one at least.
         self.positive = assigner["pos_iou_thr"] if rules else 0.5
         matches_best = rules and assigner.get("match_low_quality", True)
         self.least = (
@@ -119,7 +120,7 @@ class Anchors:
         )
 
     def best_overlaps(self, boxes: Tensor, shape: tuple[int, int]) -> Tensor:
-        """The overlap of each box with the anchor that fits it best.
+        """Return the overlap of each box with its best anchor.
 
         Args:
             boxes: ``(N, 4)``, in pixels: x1, y1, x2, y2.
@@ -133,51 +134,46 @@ class Anchors:
         padded = [math.ceil(side / self._divisor) * self._divisor for side in shape]
         grids = [
             tuple(math.ceil(side / s) for side, s in zip(padded, stride[::-1]))
-            for stride in self._strides()
+            for stride in self._generator.strides
         ]
         anchors = torch.cat(self._generator.grid_priors(grids, device="cpu"))
         chunks = [bbox_overlaps(chunk, anchors).max(1).values for chunk in boxes.split(16)]
         return torch.cat(chunks) if chunks else boxes.new_zeros(0)
 
-    def _strides(self) -> list[tuple[int, int]]:
-        """Horizontal and vertical steps of each level."""
-        return [tuple(stride) for stride in self._generator.strides]
-
 
 def table_of_sizes(sizes: Sequence[float], what: str) -> PrettyTable:
-    """How large objects are.
+    """Tabulate quantiles of object sizes.
 
     Args:
         sizes: Square roots of areas, in pixels.
-        what: In which images.
+        what: Heading that says in which images.
     """
     table = _table([what, *_QUANTILES])
-    values = (
-        np.quantile(sizes, list(_QUANTILES.values()))
-        if len(sizes)
-        else [math.nan] * len(_QUANTILES)
-    )
+    values = np.quantile(sizes if len(sizes) else [math.nan], list(_QUANTILES.values()))
     table.add_row(["objects, square root of area", *(f"{value:.1f}" for value in values)])
     return table
 
 
 def table_of_anchors(sizes: np.ndarray, overlaps: np.ndarray, anchors: Anchors) -> PrettyTable:
-    """How the sizes ``(N,)`` and best overlaps ``(N,)`` of objects suit the anchors."""
+    """Compare the sizes ``(N,)`` and best overlaps ``(N,)`` of objects with the anchors."""
     total = len(sizes)
     positive, least = anchors.positive, anchors.least
-    rows = {
-        f"smaller than the smallest anchor ({anchors.smallest:.0f} pixels)": sizes
-        < anchors.smallest,
-        f"larger than the largest anchor ({anchors.largest:.0f} pixels)": sizes > anchors.largest,
-        f"matched: an anchor overlaps them by {positive:g} or more": overlaps >= positive,
-        f"matched by their best anchor only, from {least:g} on": (overlaps >= least)
-        & (overlaps < positive),
-        "not matched by any anchor": overlaps < least,
-    }
+    best_only = (overlaps >= least) & (overlaps < positive)
+    rows = [
+        (
+            f"smaller than the smallest anchor ({anchors.smallest:.0f} pixels)",
+            sizes < anchors.smallest,
+        ),
+        (f"larger than the largest anchor ({anchors.largest:.0f} pixels)", sizes > anchors.largest),
+        (f"matched: an anchor overlaps them by {positive:g} or more", overlaps >= positive),
+        (f"matched by their best anchor only, from {least:g} on", best_only),
+        ("not matched by any anchor", overlaps < least),
+    ]
+    if least == positive:
+        del rows[3]
     table = _table(["objects against the anchors", "objects", "share"])
-    for name, found in rows.items():
-        if least < positive or "best anchor" not in name:
-            table.add_row([name, f"{found.sum():,}", _percent(found.sum(), total)])
+    for name, found in rows:
+        table.add_row([name, f"{found.sum():,}", _percent(found.sum(), total)])
     return table
 
 
@@ -189,13 +185,13 @@ class PixelCounts:
     """Pixels of label maps.
 
     Attributes:
-        classes: Their names.
-        pixels: How many each class has.
-        images_with: In how many images each class is.
-        ignored: How many pixels are no class.
-        images: How many there are.
-        empty: How many have nothing but ignored pixels.
-        uniform: How many have one class only.
+        classes: Names of the classes.
+        pixels: Pixels per class.
+        images_with: Images per class that contain it.
+        ignored: Number of pixels of no class.
+        images: Number of label maps.
+        empty: Number of label maps with ignored pixels only.
+        uniform: Number of label maps with a single class.
     """
 
     classes: Sequence[str]
@@ -208,11 +204,11 @@ class PixelCounts:
 
     @classmethod
     def of(cls, classes: Sequence[str]) -> PixelCounts:
-        """Nothing counted yet."""
+        """Start counting from zero."""
         return cls(classes, *(np.zeros(len(classes), dtype=np.int64) for _ in range(2)))
 
     def add(self, labels: np.ndarray) -> None:
-        """Count the pixels of a label map ``(H, W)``, whose labels beyond the classes are ignored ones."""
+        """Count the pixels of a label map ``(H, W)``; labels outside the classes are ignored pixels."""
         known = labels[(labels >= 0) & (labels < len(self.classes))]
         counts = np.bincount(known, minlength=len(self.classes))
         self.pixels += counts
@@ -224,7 +220,7 @@ class PixelCounts:
 
 
 def table_of_pixels(counts: PixelCounts) -> PrettyTable:
-    """Pixels per class, and ignored ones."""
+    """Tabulate the pixels per class and the ignored pixels."""
     total = counts.pixels.sum() + counts.ignored
     table = _table(["class", "pixels", "share", "images with it"])
     for name, pixels, images in zip(counts.classes, counts.pixels, counts.images_with):
@@ -247,34 +243,32 @@ def _percent(part: float, whole: float) -> str:
 
 
 class SampleDrawer:
-    """Draws what a pipeline made, with the visualizers of mmdet and mmseg.
+    """Draws samples with the visualizers of mmdet and mmseg.
 
     Args:
         scope: ``"mmdet"`` or ``"mmseg"``.
-        metainfo: The data set's, with ``classes`` and perhaps ``palette``.
+        metainfo: The data set's, with ``classes`` and optionally ``palette``.
     """
 
     def __init__(self, scope: str, metainfo: dict) -> None:
         self._is_detection = scope == "mmdet"
         name = "DetLocalVisualizer" if self._is_detection else "SegLocalVisualizer"
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it has nowhere to save to, which is so
+            warnings.simplefilter("ignore")  # that no save_dir is set; we do not save with it
             config = {"alpha": 0.5, **({"line_width": 1} if self._is_detection else {})}
             self._visualizer = VISUALIZERS.build(dict(type=name, name="browse", **config))
         meta = dict(metainfo)
         if not meta.get("palette"):
-            meta["palette"] = (
-                "random" if self._is_detection else _spread_palette(len(meta["classes"]))
-            )
+            meta["palette"] = make_palette(meta["classes"])
         self._visualizer.dataset_meta = meta
         pack = "PackDetInputs" if self._is_detection else "PackSegInputs"
         self._pack = TRANSFORMS.build(dict(type=pack, meta_keys=("img_path",)))
 
     def draw(self, results: dict[str, Any]) -> np.ndarray:
-        """The image of a pipeline's results with its annotations.
+        """Draw annotations on their image; small images are enlarged.
 
         Args:
-            results: Unpacked. Small images are drawn enlarged.
+            results: The output of a pipeline without its packing step.
 
         Returns:
             RGB, uint8 ``(H, W, 3)``.
@@ -289,15 +283,15 @@ class SampleDrawer:
             _as_arrays(sample)
         image, settings = _as_rgb(results["img"]), {"draw_pred": False}
         if not self._is_detection:
-            # mmseg looks for the middle of each class by sorting all its pixels, which takes seconds.
+            # To place a label, mmseg sorts all pixels of its class, which takes seconds.
             settings["with_labels"] = False
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of boxes that reach beyond the image
+            warnings.simplefilter("ignore")  # about boxes that reach beyond the image
             self._visualizer.add_datasample("", image, sample, **settings)
         return self._visualizer.get_image()
 
     def legend(self, labels: Iterable[int], width: int) -> np.ndarray:
-        """The colours and names of classes, RGB ``(h, width, 3)``."""
+        """Draw the colours and names of classes, RGB, uint8 ``(h, width, 3)``."""
         meta = self._visualizer.dataset_meta
         rows, x = [_white(_BAR, width)], 6
         for label in labels:
@@ -312,7 +306,7 @@ class SampleDrawer:
 
 
 def _as_arrays(sample: Any) -> None:
-    """Give mmdet's visualizer boxes and masks as it takes them."""
+    """Convert boxes and masks to the types that mmdet's visualizer draws."""
     from mmdet.models.utils import mask2ndarray
 
     instances = sample.gt_instances
@@ -323,7 +317,7 @@ def _as_arrays(sample: Any) -> None:
 
 
 def _as_rgb(image: np.ndarray) -> np.ndarray:
-    """The first channels of an image ``(H, W[, C])``, BGR, as RGB uint8 ``(H, W, 3)``."""
+    """Convert an image ``(H, W[, C])``, BGR, to RGB, uint8 ``(H, W, 3)``."""
     image = image[..., None] if image.ndim == 2 else image
     image = (
         np.broadcast_to(image, (*image.shape[:2], 3)) if image.shape[2] < 3 else image[..., 2::-1]
@@ -331,15 +325,8 @@ def _as_rgb(image: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(image.clip(0, 255).astype(np.uint8))
 
 
-def _spread_palette(count: int) -> list[tuple[int, int, int]]:
-    """Colours easy to tell apart."""
-    hues = (np.arange(count) * 0.6180339887 % 1 * 180).astype(np.uint8)
-    hsv = np.stack([hues, np.full_like(hues, 200), np.full_like(hues, 240)], 1)[None]
-    return [tuple(map(int, colour)) for colour in cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)[0]]
-
-
 def side_by_side(panels: Sequence[tuple[str, np.ndarray]]) -> np.ndarray:
-    """Pictures beside one another, each under its title.
+    """Put pictures side by side, each under its title.
 
     Args:
         panels: Titles and pictures, RGB ``(H, W, 3)``.

@@ -97,7 +97,7 @@ class TestObjects:
 
     def test_counts(self, said):
         assert "3 images, 1 of them without an object" in said
-        assert "(1 are left out of training by filter_cfg); 3 objects" in said
+        assert "(filter_cfg drops 1 images); 3 objects" in said
         found = rows(said)
         assert found["cat"] == ["1", "33.3 %", "1", "0"]
         assert found["dog"] == ["2", "66.7 %", "2", "1"]
