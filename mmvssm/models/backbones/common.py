@@ -1,4 +1,4 @@
-"""What the backbones have in common: checks of their arguments, initialisation, and when layers may be taken apart."""
+"""Argument checks, initialisation and helpers that the backbones share."""
 
 from __future__ import annotations
 
@@ -96,49 +96,6 @@ def init_step_size_bias(bias: Tensor) -> None:
     dt = torch.exp(torch.empty_like(bias).uniform_(math.log(0.001), math.log(0.1))).clamp(min=1e-4)
     with torch.no_grad():
         bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
-
-
-def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
-    """Whether a module does just what its type does with its own parameters.
-
-    Then, and only then, another computation of the same may take its place. Hooks, another module or another
-    ``forward`` put there (LoRA, quantisation), parametrizations, which change the type, and parameters that are
-    tensors of a type of their own have to be seen to have their effect, and all of them need the module to be called.
-    Hooks on all modules at once don't count: tools watch by them, such as PyTorch's FLOP counter, which is to count
-    what runs without it.
-
-    Args:
-        module: The module.
-        kinds: The types that it may have, exactly.
-    """
-    if type(module) not in kinds or "forward" in module.__dict__:
-        return False
-    if (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    ):
-        return False
-    # What a compiler puts in their place while it looks is of other types.
-    return torch.compiler.is_compiling() or all(
-        p is None or type(p) in (nn.Parameter, Tensor) for p in module._parameters.values()
-    )
-
-
-def is_plain_depthwise(conv: nn.Module) -> bool:
-    """Whether a module is a plain depthwise convolution, of stride 1 and an odd size, that keeps the map's size."""
-    if not is_plain(conv, nn.Conv2d):
-        return False
-    size = conv.kernel_size[0]
-    return (
-        conv.groups == conv.in_channels == conv.out_channels
-        and size % 2 == 1
-        and conv.kernel_size == (size, size)
-        and conv.padding == (size // 2, size // 2)
-        and conv.stride == conv.dilation == (1, 1)
-        and conv.padding_mode == "zeros"
-    )
 
 
 def convolve(conv: nn.Module, x: Tensor) -> Tensor:

@@ -17,10 +17,9 @@ import torch.nn.functional as F
 from mmcv.cnn.bricks import DropPath
 from mmengine.model import BaseModule
 from torch import Tensor
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils.checkpoint import checkpoint
 
-from ...ops import Traversal, conv_ffn, cross_traversal, in_chunks, selective_scan
+from ...ops import Traversal, cross_traversal, selective_scan
 from ...registry import MODELS
 from .common import (
     check_rates,
@@ -28,11 +27,10 @@ from .common import (
     drop_path_schedule,
     init_parameters,
     init_step_size_bias,
-    is_plain,
-    is_plain_depthwise,
     resolve_arch,
     resolve_out_indices,
 )
+from .fast_paths import feed_forward, folded_stem, gated_norm, modulated_norm
 
 NUM_GROUPS = 4
 """Groups of channels, one for each direction of the scan (paper, section 3.2)."""
@@ -231,31 +229,7 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, H, W, in_channels)`` to ``(B, H / 4, W / 4, dim)``."""
-        return self.down(self._convolve(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
-
-    def _convolve(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self._can_fold():
-            return self.conv(x)
-        # BatchNorm with fixed statistics is part of the convolution.
-        for conv, norm, activation in zip(self.conv[::3], self.conv[1::3], self.conv[2::3]):
-            weight, bias = fuse_conv_bn_weights(
-                *(conv.weight, conv.bias, norm.running_mean, norm.running_var),
-                *(norm.eps, norm.weight, norm.bias),
-            )
-            x = activation(conv._conv_forward(x, weight, bias))
-        return x
-
-    def _can_fold(self) -> bool:
-        return (
-            is_plain(self.conv, nn.Sequential)
-            and all(is_plain(conv, nn.Conv2d) for conv in self.conv[::3])
-            and all(
-                is_plain(norm, nn.BatchNorm2d, nn.SyncBatchNorm)
-                and not norm.training
-                and norm.running_mean is not None
-                for norm in self.conv[1::3]
-            )
-        )
+        return self.down(folded_stem(self.conv, x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
 class DownSample(nn.Module):
@@ -321,19 +295,7 @@ class ConvFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, H, W, dim)`` to the same shape."""
-        layers = (self.fc1, self.conv, self.fc2)
-        if torch.compiler.is_compiling() or not self._is_plain():
-            return self.fc2(F.gelu(convolve(self.conv, self.fc1(x))))
-        return conv_ffn(x, *(p for layer in layers for p in (layer.weight, layer.bias)))
-
-    def _is_plain(self) -> bool:
-        layers = (self.fc1, self.conv, self.fc2)
-        return (
-            is_plain(self.fc1, nn.Linear)
-            and is_plain_depthwise(self.conv)
-            and is_plain(self.fc2, nn.Linear)
-            and all(layer.bias is not None for layer in layers)
-        )
+        return feed_forward(self.fc1, self.conv, self.fc2, x)
 
 
 class ModulatedGroupMamba(nn.Module):
@@ -358,21 +320,7 @@ class ModulatedGroupMamba(nn.Module):
         affinity = self.affinity(x.mean((1, 2), keepdim=True)) * self.skip_scale
         scanned = self.scan(x, traversal)
         # The same norm once more, as published.
-        if torch.compiler.is_compiling() or not is_plain(self.norm, nn.LayerNorm):
-            return self.proj(self.norm(scanned * affinity * x))
-        y = in_chunks(
-            self._modulate,
-            (scanned.flatten(1, 2), x.flatten(1, 2)),
-            (affinity.flatten(1, 2),),
-            (self.norm.weight, self.norm.bias),
-        )
-        return self.proj(y.view(x.shape))
-
-    def _modulate(
-        self, scanned: Tensor, x: Tensor, affinity: Tensor, weight: Tensor, bias: Tensor
-    ) -> Tensor:
-        x = scanned * affinity * x
-        return F.layer_norm(x, self.norm.normalized_shape, weight, bias, self.norm.eps)
+        return self.proj(modulated_norm(self.norm, scanned, affinity, x))
 
 
 class GroupedVSSS(nn.Module):
@@ -428,16 +376,8 @@ class GroupedVSSS(nn.Module):
             self.dt_bias,
             traversal=traversal,
         )
-        gate, norm = split_groups(gate), self.norm
-        if torch.compiler.is_compiling() or not is_plain(norm, GroupedLayerNorm):
-            y = norm(y) * F.silu(gate)
-        else:
-            y = in_chunks(self._gate, (y, gate), parameters=(norm.weight, norm.bias))
+        y = gated_norm(self.norm, GroupedLayerNorm, y, split_groups(gate))
         return convolve(self.out_proj, y.view(x.shape))
-
-    def _gate(self, y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """``(B, L, 4, d)`` to the same shape."""
-        return self.norm.normalize(y, weight, bias) * F.silu(gate)
 
 
 class GroupedLayerNorm(nn.LayerNorm):

@@ -46,11 +46,10 @@ from .common import (
     drop_path_schedule,
     init_parameters,
     init_step_size_bias,
-    is_plain,
-    is_plain_depthwise,
     resolve_arch,
     resolve_out_indices,
 )
+from .fast_paths import bias_of, is_plain_depthwise, linear_without_bias
 
 NUM_WALKS = 4
 OUTPUT_EPS = 1e-6
@@ -501,19 +500,9 @@ class PlainMambaMixer(nn.Module):
         gate = F.silu(self.gate_proj(x))
         x = F.silu(layout.convolve(self.conv, self.in_proj(x)))
         dt, B, C = self.x_proj(x).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
-        if is_plain(self.dt_proj, nn.Linear):
-            delta = F.linear(dt, self.dt_proj.weight)
-        else:
-            delta = self.dt_proj(dt) - self._step_bias(dt)
+        delta = linear_without_bias(self.dt_proj, dt)
         y = self.scan(x, delta, B, C, layout.walks)
         return self.out_proj(y * gate), y
-
-    def _step_bias(self, like: Tensor) -> Tensor:
-        bias = getattr(self.dt_proj, "bias", None)
-        if isinstance(bias, Tensor):
-            return bias
-        # Another module that stands in its place: what it makes of zero.
-        return self.dt_proj(like.new_zeros(1, self.dt_rank))[0]
 
     def scan(self, x: Tensor, delta: Tensor, B: Tensor, C: Tensor, walks: SnakeWalks) -> Tensor:
         """Scan along the four walks, which share all but the direction in B, and sum.
@@ -528,7 +517,7 @@ class PlainMambaMixer(nn.Module):
         Returns:
             ``(B, L, 2 * dim)``.
         """
-        step_bias = self._step_bias(x) * (2 if self.double_step_bias else 1)
+        step_bias = bias_of(self.dt_proj, self.dt_rank, x) * (2 if self.double_step_bias else 1)
         # Of a token of value zero all projections but the biases are zero.
         rest = None if walks.traversal.gap is None else every_walk(F.softplus(step_bias), 0)
         direction = F.embedding(walks.arrival, self.direction_Bs).transpose(-3, -2)

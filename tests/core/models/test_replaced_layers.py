@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from mmvssm.models import GroupMamba, PlainMamba
-from mmvssm.models.backbones.common import is_plain, is_plain_depthwise
+from mmvssm.models.backbones.fast_paths import is_plain, is_plain_depthwise
 
 KINDS = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d)
 GROUPMAMBA = dict(
