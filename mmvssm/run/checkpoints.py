@@ -165,7 +165,7 @@ class Checkpoint:
         )
 
     def _malformed(self) -> Iterator[str]:
-        """The entries that mmengine could not resume from; only the first is sure to be one."""
+        """The entries that mmengine could not resume from; each check assumes that those before it passed."""
         for name, keys in _RUN_STATE.items():
             if not _is_dict(self.content[name]) or not all(k in self.content[name] for k in keys):
                 yield name

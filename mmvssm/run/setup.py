@@ -41,7 +41,7 @@ _DENSE = ("mmdet", "mmseg")
 LIBRARIES = (*_DENSE, "mmpretrain")
 # mmengine's words for a missing config, and Python's for a missing module.
 _NO_MMPRETRAIN = re.compile(r"\bmmpretrain is not installed|No module named '?mmpretrain\b")
-_SETUP = "`make setup-pretrain` sets up an environment of versions that work together, and says how to use it"
+_SETUP_PRETRAIN = "`make setup-pretrain` sets up an environment of versions that work together, and says how to use it"
 
 
 def open_config(
@@ -121,12 +121,11 @@ def explain_missing_mmpretrain() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        text = "".join(
-            traceback.format_exception(error)
-        )  # with its causes, and the files that they went through
+        # With the causes of the error, and the files that they passed through.
+        text = "".join(traceback.format_exception(error))
         if _NO_MMPRETRAIN.search(text) and find_spec("mmpretrain") is None:
             raise UserError(
-                f"this config is one for mmpretrain, which is not installed here; {_SETUP}"
+                f"this config is one for mmpretrain, which is not installed here; {_SETUP_PRETRAIN}"
             ) from error
         for name in ("torchvision", "mmpretrain") if f"{os.sep}mmpretrain{os.sep}" in text else ():
             try:
@@ -134,7 +133,7 @@ def explain_missing_mmpretrain() -> Iterator[None]:
             except Exception as reason:
                 raise UserError(
                     f"this config is one for mmpretrain, and {name} does not load here ({one_sentence(reason):.200}); "
-                    f"{_SETUP}"
+                    f"{_SETUP_PRETRAIN}"
                 ) from error
         raise
 

@@ -45,7 +45,8 @@ def test(args: argparse.Namespace) -> dict[str, Any]:
         args: Parsed by :func:`test_parser`.
 
     Returns:
-        The metrics. ``test_results.json`` in the work dir has them too.
+        The metrics. ``test_results.json`` has them too; it is in the work dir, or, if a training wrote there, in its
+        sub-folder ``test``.
 
     Raises:
         UserError: If the config, the data or the checkpoint cannot be used, before anything is written.
