@@ -1,4 +1,4 @@
-"""Build a folder with the web page and exported models, and serve it on this machine."""
+"""Build a folder with the web page and exported models, and serve it to browsers on this machine."""
 
 import argparse
 import hashlib
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Optional, Union
 from mmengine.config import Config
 from page_server import PageServer
 
+import mmvssm
 from mmvssm.datasets.walk import leaf_datasets
 from mmvssm.errors import UserError, add_traceback_option, user_mistakes
 from mmvssm.files import write_whole
@@ -30,11 +31,11 @@ _METHODS = {"UPerHead": "UperNet", "MaskRCNN": "Mask R-CNN", "FasterRCNN": "Fast
 
 
 class Trained(NamedTuple):
-    """A model to put into the page.
+    """A trained model that the page shows.
 
     Attributes:
-        config: Its config file.
-        checkpoint: Its weights.
+        config: The config file.
+        checkpoint: The checkpoint file.
     """
 
     config: Path
@@ -42,12 +43,12 @@ class Trained(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What its files are called."""
+        """Name of its files, without a suffix."""
         return self.config.stem
 
 
 def web_parser() -> argparse.ArgumentParser:
-    """The arguments of tools/web.py."""
+    """Return the argument parser of ``tools/web.py``."""
     parser = argparse.ArgumentParser(
         description="Build the web page with models in it, and serve it to browsers on this machine."
     )
@@ -57,45 +58,47 @@ def web_parser() -> argparse.ArgumentParser:
         "--work-dirs",
         default="work_dirs",
         metavar="DIR",
-        help="where `make train` and its like wrote the demo models (default: work_dirs)",
+        help="folder of the demo models' work dirs, as `make train` writes them (default: work_dirs)",
     )
     parser.add_argument(
         "--out",
         default="build/web",
         metavar="DIR",
-        help="where to write the page, as DIR/site (default: build/web)",
+        help="write the page to DIR/site (default: build/web)",
     )
     parser.add_argument(
-        "--port", type=int, default=8080, help="where to serve it (default: 8080); 0: any free one"
+        "--port", type=int, default=8080, help="port of the server; 0: any free one (default: 8080)"
     )
-    parser.add_argument("--build-only", action="store_true", help="do not serve it")
+    parser.add_argument(
+        "--build-only", action="store_true", help="build the page and do not serve it"
+    )
     add_cfg_options(parser)
     add_traceback_option(parser)
     return parser
 
 
 def web(args: argparse.Namespace, page: Path) -> None:
-    """Build the page with models in it, and serve it until the user ends that.
+    """Build the page with its models, and serve it until Ctrl-C.
 
     Args:
-        args: Parsed by :func:`~.arguments.web_parser`.
-        page: The folder of the page's own files.
+        args: Parsed by :func:`web_parser`.
+        page: The folder with the page's source files.
 
     Raises:
-        UserError: If there is no model to show, one cannot be exported, or the port is taken.
+        UserError: If there is no model to show, an export fails, or the port is in use.
     """
     site = Path(args.out) / "site"
     models = _models_to_show(args)
     if not (site / RUNTIME).is_dir():
         raise UserError(
-            f"{site / RUNTIME} does not exist: `make web` fetches it, as does python "
-            f"tools/install/onnxruntime_web.py {site / RUNTIME}"
+            f"{site / RUNTIME} does not exist; fetch it with `make web` or "
+            f"python tools/install/onnxruntime_web.py {site / RUNTIME}"
         )
     if args.build_only:
         build_site(site, page, models, args.cfg_options)
         say(f"The page: {site} (any web server can show it)")
         return
-    with PageServer(site, args.port) as server:  # before the work, which a taken port would waste
+    with PageServer(site, args.port) as server:  # first, as a port in use would waste the build
         build_site(site, page, models, args.cfg_options)
         say(f"The page: {server.address} (Ctrl-C ends the server)")
         server.serve()
@@ -111,34 +114,36 @@ def _models_to_show(args: argparse.Namespace) -> list[Trained]:
     found = [model for model in found if model.checkpoint and model.config.is_file()]
     if not found:
         raise UserError(
-            f"no demo model was trained in {args.work_dirs} yet: `make train-seg` trains one, or name a config and a "
-            "checkpoint of your own"
+            f"no demo model was trained in {args.work_dirs} yet; train one with `make train-seg`, or name a config "
+            "and a checkpoint of your own"
         )
     return found
 
 
 def _checkpoint_of(folder: Path) -> Optional[Path]:
-    """The newest of the best ones, or the last one where none is marked best."""
+    """Return the newest best checkpoint of a work dir, else its last checkpoint, else None."""
     best = max(folder.glob("best_*.pth"), key=lambda path: path.stat().st_mtime, default=None)
     if best or not (folder / "last_checkpoint").is_file():
         return best
-    last = folder / Path((folder / "last_checkpoint").read_text().strip()).name  # it may have moved
+    last = (
+        folder / Path((folder / "last_checkpoint").read_text().strip()).name
+    )  # the folder may have moved
     return last if last.is_file() else None
 
 
 def build_site(
     site: Path, page: Path, models: Sequence[Trained], cfg_options: Optional[dict[str, Any]] = None
 ) -> None:
-    """Write the page, models and example pictures to a folder; what is there and still right stays.
+    """Write the page, its models and example pictures to a folder; models that are up to date stay.
 
     Args:
-        site: The folder.
-        page: That of the page's own files.
-        models: In the order in which the page offers them.
-        cfg_options: What the command line changes in their configs.
+        site: The folder to write.
+        page: The folder with the page's source files.
+        models: The models, in the order of the page's list.
+        cfg_options: Changes to the models' configs.
 
     Raises:
-        UserError: If a model cannot be exported, or a file not be written.
+        UserError: If a model cannot be exported or a file cannot be written.
     """
     listed = []
     with user_mistakes(f"cannot write to {site}", (OSError,)):
@@ -165,14 +170,13 @@ def build_site(
         if titles[entry["title"]] > 1:
             entry["title"] += f" ({model.name})"
     for path in page.iterdir():
-        if path.suffix not in _PAGE:
-            continue
-        _write(site / path.name, path.read_bytes())
+        if path.suffix in _PAGE:
+            _write(site / path.name, path.read_bytes())
     _write(site / "models.json", json.dumps(listed, indent=1))
 
 
 def _export(model: Trained, cfg: Config, site: Path, cfg_options: Optional[dict[str, Any]]) -> None:
-    """Export a model unless that was done already from the same weights, config and code."""
+    """Export a model, unless the file was exported from the same weights, config and code."""
     out = site / "models" / f"{model.name}.onnx"
     stamp = site.parent / f"{model.name}.sha256"
     with user_mistakes(f"cannot read the checkpoint {model.checkpoint}", (OSError,)):
@@ -193,16 +197,22 @@ def _write(path: Path, content: Union[str, bytes]) -> None:
 
 
 def _fingerprint(model: Trained, cfg: Config) -> str:
-    """Of all that an exported file depends on."""
+    """Return a hash of all that an exported file depends on: weights, config and code."""
     weights = model.checkpoint.stat()
-    said = [cfg.to_dict(), str(model.checkpoint.resolve()), weights.st_size, weights.st_mtime_ns]
-    digest = hashlib.sha256(json.dumps(said, sort_keys=True, default=str))
-    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+    given = [cfg.to_dict(), str(model.checkpoint.resolve()), weights.st_size, weights.st_mtime_ns]
+    digest = hashlib.sha256(json.dumps(given, sort_keys=True, default=str).encode())
+    for path in package_sources():
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
+def package_sources() -> list[Path]:
+    """Return the Python files of the package, in a fixed order."""
+    return sorted(Path(mmvssm.__file__).parent.rglob("*.py"))
+
+
 def _title(cfg: Config) -> str:
+    """Return a model's name in the page, such as "UperNet on PlainMamba, pruned"."""
     head = cfg.model.get("decode_head")
     method = head.type if isinstance(head, dict) else cfg.model.type
     method, backbone = (x.split(".")[-1] for x in (method, cfg.model.backbone.type))
@@ -211,7 +221,7 @@ def _title(cfg: Config) -> str:
 
 
 def _copy_examples(cfg: Config, site: Path) -> list[str]:
-    """Copy a few pictures of the data set that a config is tested on, if it is there, and return their names."""
+    """Copy a few pictures of the config's test data, if they exist, and return their names."""
     if cfg.get("prepare_data"):
         with user_mistakes("cannot prepare the data set"):
             TASK_UTILS.build(cfg.prepare_data).ensure()
@@ -220,11 +230,11 @@ def _copy_examples(cfg: Config, site: Path) -> list[str]:
     source = Path(dataset.get("data_root") or "", prefix.get("img") or prefix.get("img_path") or "")
     pictures = _pictures_in(source) if source.is_dir() else []
     if not pictures:
-        say(f"No example pictures: {source} has none that browsers show")
+        say(f"No example pictures: {source} has none that browsers can show")
     names = []
     for path in pictures:
         content = path.read_bytes()
-        # Models of the same data set share them, and another picture of the same name has another.
+        # With a digest, models of one data set share a picture, and pictures of the same name do not clash.
         digest = hashlib.sha256(content).hexdigest()[:8]
         names.append(f"examples/{path.stem}-{digest}{path.suffix.lower()}")
         _write(site / names[-1], content)
@@ -232,7 +242,7 @@ def _copy_examples(cfg: Config, site: Path) -> list[str]:
 
 
 def _pictures_in(folder: Path) -> list[Path]:
-    """Some that lie far from each other in the alphabet."""
+    """Return a few pictures of a folder, evenly spread over their sorted names."""
     found = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in _PICTURES]
     found = [path for path in found if path.stat().st_size <= _LARGEST_PICTURE]
     return found[:: max(1, len(found) // _EXAMPLES)][:_EXAMPLES]

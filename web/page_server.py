@@ -1,4 +1,4 @@
-"""A web server for one folder, for browsers on this machine alone."""
+"""Serve one folder to browsers on this machine only."""
 
 import errno
 from functools import partial
@@ -13,17 +13,17 @@ POLICY = (
     "default-src 'none'; script-src 'self' 'wasm-unsafe-eval'; style-src 'self'; img-src 'self' blob:; "
     "connect-src 'self'; worker-src 'self'; base-uri 'none'; form-action 'none'"
 )
-"""Nothing but the page's own files, and no code that is text: what index.html says too, for its workers as well."""
+"""Load only the page's own files, and evaluate no text as code. index.html repeats it; here it covers workers too."""
 
 _HEADERS = {
     "Content-Security-Policy": f"{POLICY}; frame-ancestors 'none'",
-    # These two isolate the page from others, without which browsers allow no threads that share memory.
+    # Browsers allow threads with shared memory only on a page that these two isolate from others.
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Embedder-Policy": "require-corp",
     "Cross-Origin-Resource-Policy": "same-origin",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",  # ask each time whether a file has changed
+    "Cache-Control": "no-cache",  # the browser asks each time whether a file has changed
 }
 _TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -43,14 +43,14 @@ _TYPES = {
 
 
 class PageServer:
-    """Serves a folder's files on the loopback address.
+    """Serve a folder's files on the loopback address.
 
     Args:
-        folder: With an ``index.html``.
-        port: 0 for any that is free.
+        folder: The folder, with an ``index.html``.
+        port: The port; 0 for any free one.
 
     Raises:
-        UserError: If the port cannot be had.
+        UserError: If the port is in use or not allowed.
     """
 
     def __init__(self, folder: Path, port: int) -> None:
@@ -60,22 +60,20 @@ class PageServer:
         except (OSError, OverflowError) as error:
             in_use = getattr(error, "errno", None) == errno.EADDRINUSE
             why = "is in use" if in_use else f"cannot be used ({error})"
-            raise UserError(
-                f"port {port} {why}; choose another one with PORT=... or --port"
-            ) from error
+            raise UserError(f"port {port} {why}; choose another with PORT=... or --port") from error
         self._server.daemon_threads = True
 
     @property
     def address(self) -> str:
-        """Of the page."""
+        """URL of the page."""
         return f"http://{HOST}:{self._server.server_port}/"
 
     def serve(self) -> None:
-        """Answer until Ctrl-C, or another thread's :meth:`stop`."""
+        """Answer requests until Ctrl-C, or until another thread calls :meth:`stop`."""
         try:
             self._server.serve_forever()
         except KeyboardInterrupt:
-            print()  # behind the ^C of a terminal
+            print()  # ends the line on which terminals show ^C
 
     def stop(self) -> None:
         """End :meth:`serve`."""
@@ -93,7 +91,7 @@ class _Handler(SimpleHTTPRequestHandler):
     extensions_map = _TYPES
 
     def send_head(self) -> Any:
-        # A page elsewhere could give its own name this machine's address, and would then read what is here.
+        # A foreign site could point its own host name at this machine (DNS rebinding) and read our files.
         name = self.headers.get("Host", "").split(":")[0]
         if name not in (HOST, "localhost"):
             self.send_error(403, "Only for this machine")
@@ -109,4 +107,4 @@ class _Handler(SimpleHTTPRequestHandler):
         super().end_headers()
 
     def log_message(self, *_: Any) -> None:
-        """Say nothing: a browser shows what it could not get."""
+        """Log nothing; browsers report failed requests themselves."""

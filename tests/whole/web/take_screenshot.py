@@ -8,7 +8,7 @@ import tempfile
 import threading
 from pathlib import Path
 
-from serve import PageServer
+from page_server import PageServer
 
 from support.browser import Browser
 

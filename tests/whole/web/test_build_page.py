@@ -12,7 +12,7 @@ from pathlib import Path
 import build_page as module
 import pytest
 import torch
-from build_page import web, web_parser
+from build_page import package_sources, web, web_parser
 from page_server import POLICY, PageServer
 
 from mmvssm.errors import UserError
@@ -101,7 +101,7 @@ def test_demo_models_that_are_there(build):
         shown = [(site / example).read_bytes().decode() for example in model["examples"]]
         assert shown == [f"{i:03}.png" for i in (0, 8, 16, 24, 32, 40)]
     assert models[0]["examples"] == models[1]["examples"]
-    for path in PAGE.iterdir():
+    for path in (p for p in PAGE.iterdir() if p.is_file() and p.suffix != ".py"):
         assert (site / path.name).read_bytes() == path.read_bytes()
 
 
@@ -144,7 +144,8 @@ def test_a_model_of_ones_own(build, capsys):
 def test_no_demo_model(build):
     write_run("work_dirs/groupmamba_upernet_shapes", checkpoints=[])
     with pytest.raises(
-        UserError, match="no demo model was trained in work_dirs yet: `make train-seg`"
+        UserError,
+        match="no demo model was trained in work_dirs yet; train one with `make train-seg`",
     ):
         build()
     with pytest.raises(UserError, match="give both a config and a checkpoint"):
@@ -171,7 +172,7 @@ def test_files_that_will_not_do(build, config, checkpoint, words):
 def test_without_onnxruntime_web(build):
     config = write_run("work_dirs/groupmamba_upernet_shapes")
     Path("build/web/site/onnxruntime-web").rmdir()
-    with pytest.raises(UserError, match="onnxruntime-web does not exist: `make web` fetches it"):
+    with pytest.raises(UserError, match="onnxruntime-web does not exist; fetch it with `make web`"):
         build(config, config)
 
 
@@ -180,9 +181,7 @@ def test_a_taken_port_ends_it_before_the_work(build):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         arguments = web_parser().parse_args(["--port", str(port)])
-        with pytest.raises(
-            UserError, match=f"port {port} is in use; choose another one with PORT="
-        ):
+        with pytest.raises(UserError, match=f"port {port} is in use; choose another with PORT="):
             web(arguments, PAGE)
     assert not Path("build/web/site/models").exists()
     with pytest.raises(UserError, match="port 70000 cannot be used"):
@@ -300,3 +299,9 @@ def test_ctrl_c_is_the_usual_end(tmp_path, monkeypatch):
     with PageServer(tmp_path, 0) as server:
         monkeypatch.setattr(server._server, "serve_forever", interrupted)
         server.serve()
+
+
+def test_a_model_is_exported_anew_when_the_package_changes_not_when_anything_else_does():
+    files = package_sources()
+    assert ROOT / "mmvssm" / "run" / "export_onnx.py" in files
+    assert {path.relative_to(ROOT).parts[0] for path in files} == {"mmvssm"}
