@@ -1,4 +1,4 @@
-"""What tools/export_onnx.py does."""
+"""Export a model to an ONNX file."""
 
 import argparse
 import importlib.util
@@ -25,7 +25,7 @@ def export_onnx(args: argparse.Namespace) -> None:
         args: Parsed by :func:`~.arguments.export_onnx_parser`.
 
     Raises:
-        UserError: If something given will not do, or the model cannot be exported; no file was written then.
+        UserError: If an argument cannot be used or the model cannot be exported; no file is written then.
     """
     out = Path(args.out)
     _check_first(out)
@@ -58,11 +58,11 @@ def export_onnx(args: argparse.Namespace) -> None:
 
 
 def _check_first(out: Path) -> None:
-    """Find out what is wrong with the machine and the file's name before anything takes time."""
+    """Check the packages and the file's name before any slow work."""
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
-            f"exporting needs {' and '.join(missing)}, which this environment lacks: pip install onnx onnxscript "
+            f"exporting needs {' and '.join(missing)}, not installed here; run: pip install onnx onnxscript "
             "onnxruntime"
         )
     if out.suffix != ".onnx":
@@ -84,7 +84,7 @@ def _graph_of(model: Any, cfg: Config) -> Any:
 
 
 def _metadata(cfg: Config, checkpoint: Checkpoint) -> dict[str, str]:
-    """What the file says of itself: all of it text, lists as JSON."""
+    """Return the file's metadata: texts, with lists as JSON."""
     metainfo = dict(cfg.test_dataloader.dataset.get("metainfo") or {})
     metainfo.update(checkpoint.dataset_meta)
     found = {
