@@ -1,4 +1,4 @@
-"""Seeing token pruning: what a pruned backbone keeps of an image, what that saves, and a picture of it."""
+"""Measure and draw token pruning: the tokens a backbone keeps of an image, and the FLOPs and time saved."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from ..models.backbones.plain_mamba import LayerState
 from .flops import count
 
 _MIN_RUNS = 5
-_MIN_SECONDS = 0.5  # of all dense runs: small models need many for a clean one
+_MIN_SECONDS = 0.5  # of all dense runs; small models need many for a stable minimum
 _DPI = 150
 _PANEL_AREA = 10.0  # square inches
-_PANEL_WIDTH = (2.7, 6.5)  # inches; titles need the first
+_PANEL_WIDTH = (2.7, 6.5)  # inches; titles need the smaller one
 _PANEL_HEIGHT = 5.0
 _GONE = "0.85"
 _PADDING_EDGE = "0.45"
@@ -40,12 +40,12 @@ _PADDING_EDGE = "0.45"
 
 @dataclass(frozen=True)
 class PruningLayer:
-    """What one layer did with the tokens that had reached it.
+    """The tokens before and after one pruning layer.
 
     Attributes:
-        index: Which layer, counted from 0.
-        importance: ``(h, w)``, NaN where tokens had left earlier.
-        kept: ``(h, w)`` bool, the tokens that go on.
+        index: Index of the layer, from 0.
+        importance: ``(h, w)``, NaN at tokens pruned by earlier layers.
+        kept: ``(h, w)`` bool, True at tokens that the layer keeps.
     """
 
     index: int
@@ -54,25 +54,25 @@ class PruningLayer:
 
     @property
     def num_tokens(self) -> int:
-        """How many tokens had reached the layer."""
+        """Number of tokens before the layer."""
         return int(np.isfinite(self.importance).sum())
 
     @property
     def num_kept(self) -> int:
-        """How many of them go on."""
+        """Number of tokens that it keeps."""
         return int(self.kept.sum())
 
 
 @dataclass(frozen=True)
 class Saving:
-    """What one forward pass of a backbone costs without and with pruning.
+    """Cost of one forward pass of a backbone without and with pruning.
 
     Attributes:
-        dense_flops: See :func:`~mmvssm.analysis.flops.count`.
-        pruned_flops: The same.
-        dense_seconds: Wall-clock time.
-        pruned_seconds: The same.
-        num_runs: Of how many the times are the best.
+        dense_flops: FLOPs without pruning, as :func:`~mmvssm.analysis.flops.count` counts them.
+        pruned_flops: FLOPs with pruning.
+        dense_seconds: Wall-clock time without pruning, the best of ``num_runs``.
+        pruned_seconds: The same with pruning.
+        num_runs: Number of timed runs of each.
     """
 
     dense_flops: int
@@ -86,10 +86,10 @@ class Saving:
 
 
 def pruned_backbone(model: nn.Module) -> nn.Module:
-    """The backbone of a detector or segmenter.
+    """Return the backbone of a detector or segmenter.
 
     Raises:
-        UserError: If it has none that prunes tokens.
+        UserError: If the model has no backbone that prunes tokens.
     """
     backbone = getattr(model, "backbone", None)
     if getattr(backbone, "pruning", None) is None:
@@ -101,28 +101,28 @@ def pruned_backbone(model: nn.Module) -> nn.Module:
 
 
 def patch_size_of(backbone: nn.Module) -> int:
-    """Height and width in pixels of the square that a token stands for."""
+    """Return the height and width in pixels of the square patch that a token covers."""
     convs = (m for m in backbone.patch_embed.modules() if isinstance(m, nn.Conv2d))
     return math.prod(conv.stride[0] for conv in convs)
 
 
 def load_image(cfg: Config, model: nn.Module, path: str) -> tuple[np.ndarray, Tensor]:
-    """Prepare an image as testing would, without its annotations.
+    """Prepare an image with a config's test pipeline and a model's data preprocessor.
 
     Args:
-        cfg: The model's config; its test pipeline is used.
-        model: Its data preprocessor is used.
+        cfg: The model's config.
+        model: The model.
         path: The image.
 
     Returns:
-        The image after resizing, RGB, uint8 ``(H, W, 3)``; and what the backbone is given
-        ``(1, C, H', W')``, at the bottom and right perhaps with padding.
+        The image after resizing, RGB, uint8 ``(H, W, 3)``; and the backbone's input ``(1, C, H', W')``,
+        which may be padded at the bottom and right.
     """
     return as_backbone_sees(model, Compose(inference_pipeline(cfg))(dict(img_path=path, img_id=0)))
 
 
 def as_backbone_sees(model: nn.Module, data: dict[str, Any]) -> tuple[np.ndarray, Tensor]:
-    """What :func:`load_image` returns, of one image that a test pipeline has prepared."""
+    """Return the same as :func:`load_image` for the output ``data`` of a test pipeline."""
     pixels = data["inputs"].permute(1, 2, 0).numpy()
     image = np.broadcast_to(pixels[..., ::-1], (*pixels.shape[:2], 3)).clip(0, 255).astype(np.uint8)
     batch = dict(inputs=[data["inputs"]], data_samples=[data["data_samples"]])
@@ -131,7 +131,7 @@ def as_backbone_sees(model: nn.Module, data: dict[str, Any]) -> tuple[np.ndarray
 
 @torch.no_grad()
 def observe_pruning(backbone: nn.Module, x: Tensor) -> list[PruningLayer]:
-    """Run a pruned backbone on one image and note what leaves.
+    """Run a pruned backbone on one image and record which tokens each layer prunes.
 
     Args:
         backbone: In evaluation mode, with ``walk_layers``, such as
@@ -139,10 +139,10 @@ def observe_pruning(backbone: nn.Module, x: Tensor) -> list[PruningLayer]:
         x: The image ``(1, C, H, W)``.
 
     Returns:
-        One entry for each layer after which tokens left.
+        One entry for each layer that pruned tokens.
 
     Raises:
-        UserError: If none did.
+        UserError: If no layer did.
     """
     states = list(backbone.walk_layers(x))
     layers = []
@@ -168,10 +168,9 @@ def _positions(state: LayerState) -> np.ndarray:
 
 
 def measure_saving(backbone: nn.Module, x: Tensor) -> Saving:
-    """Count and time a pruned backbone on images ``(B, C, H, W)`` against itself unpruned.
+    """Compare a pruned backbone's FLOPs and time on images ``(B, C, H, W)`` with its dense form.
 
-    The times are those of the fastest run; dense and pruned take turns, so that both meet the same
-    load on the machine.
+    The times are the best of several runs. Dense and pruned runs alternate, so that both see the same load.
     """
     dense, pruned = [], []
     with _unpruned(backbone):
@@ -205,14 +204,14 @@ def _seconds(backbone: nn.Module, x: Tensor) -> float:
 
 
 def count_tokens(layers: Sequence[PruningLayer]) -> str:
-    """How many tokens reached the first of the pruning layers, and left each: a phrase."""
+    """Return a phrase with the number of tokens before the first pruning layer and after each."""
     first, last = layers[0].num_tokens, layers[-1].num_kept
     tokens = " -> ".join(str(n) for n in (first, *(layer.num_kept for layer in layers)))
     return f"tokens {tokens} ({last / first:.1%} reach the end)"
 
 
 def summarize(layers: Sequence[PruningLayer], saving: Saving, device: object) -> list[str]:
-    """What the backbone keeps, and saves in FLOPs and in time: three phrases."""
+    """Return three phrases: tokens kept, FLOPs saved and time saved."""
     fewer_flops = 1 - saving.pruned_flops / saving.dense_flops
     times_as_fast = saving.dense_seconds / saving.pruned_seconds
     return [
@@ -232,20 +231,19 @@ def draw_pruning(
 ) -> Figure:
     """Draw an image and, for each pruning layer, the tokens that it kept and their importance.
 
-    Next to the image is shown, for each token, after which layer it left. Tokens beyond the
-    image's edge, which see padding, are hatched.
+    The panel beside the image shows after which layer each token was pruned. Padding tokens are hatched.
 
     Args:
         image: RGB, uint8 ``(H, W, 3)``.
         layers: From :func:`observe_pruning`.
         patch_size: Height and width of a token in pixels.
-        title: Put above.
+        title: Title of the figure.
     """
     canvas = _fill_tokens(image, layers[0].kept.shape, patch_size)
     height, width = canvas.shape[:2]
     panel_width = float(np.clip(math.sqrt(_PANEL_AREA * width / height), *_PANEL_WIDTH))
     panel_height = min(panel_width * height / width, _PANEL_HEIGHT)
-    # Wide images fit a page better below each other than side by side.
+    # Panels of wide images go below each other.
     wide = width > 2 * height
     shape = (len(layers) + 1, 2) if wide else (2, len(layers) + 1)
     margins = (0.3, 1.2)  # for titles and colour bars
@@ -256,14 +254,14 @@ def draw_pruning(
     axes = figure.subplots(*shape)
     panels = axes if wide else axes.T
 
-    # Only where an image is shrunk may its pixels blend.
+    # Blend pixels only where the image is shrunk.
     interpolation = "antialiased" if width > panel_width * _DPI else "nearest"
     panels[0, 0].imshow(canvas, interpolation=interpolation)
     padding = ", hatched: padding" * (canvas.shape != image.shape)
     panels[0, 0].set_title(
         f"image, {image.shape[1]}x{image.shape[0]}\n{layers[0].kept.size} tokens{padding}"
     )
-    _show_departures(panels[0, 1], layers, canvas.shape)
+    _show_pruned_at(panels[0, 1], layers, canvas.shape)
     for (tokens, importance), layer in zip(panels[1:], layers):
         tokens.imshow(_dim(canvas, layer.kept, patch_size), interpolation=interpolation)
         tokens.add_collection(_outline(layer.kept, patch_size))
@@ -279,7 +277,7 @@ def draw_pruning(
 
 
 def _fill_tokens(image: np.ndarray, grid: tuple[int, int], patch_size: int) -> np.ndarray:
-    """Extend an image at the bottom and right, in white, to what a grid of tokens covers."""
+    """Pad an image at the bottom and right with white to the size of a grid of tokens."""
     rows, columns = (n * patch_size for n in grid)
     below, right = max(rows - image.shape[0], 0), max(columns - image.shape[1], 0)
     padded = np.pad(image, ((0, below), (0, right), (0, 0)), constant_values=255)
@@ -287,14 +285,14 @@ def _fill_tokens(image: np.ndarray, grid: tuple[int, int], patch_size: int) -> n
 
 
 def _dim(canvas: np.ndarray, kept: np.ndarray, patch_size: int) -> np.ndarray:
-    """Fade the pixels of tokens that are gone to a light grey."""
+    """Fade the pixels of pruned tokens to a light grey."""
     mask = kept.repeat(patch_size, 0).repeat(patch_size, 1)[..., None]
     faded = 0.2 * canvas.mean(-1, keepdims=True) + 0.8 * 255 * float(_GONE)
     return np.where(mask, canvas, faded).astype(np.uint8)
 
 
 def _outline(kept: np.ndarray, patch_size: int) -> LineCollection:
-    """The border between tokens that stay and tokens that are gone, which in pale images differ little."""
+    """Outline the kept tokens; in pale images, fading alone is hard to see."""
     beside = [((x + 1, y), (x + 1, y + 1)) for y, x in np.argwhere(kept[:, 1:] != kept[:, :-1])]
     below = [((x, y + 1), (x + 1, y + 1)) for y, x in np.argwhere(kept[1:] != kept[:-1])]
     lines = np.array(beside + below).reshape(-1, 2, 2) * patch_size - 0.5
@@ -303,38 +301,38 @@ def _outline(kept: np.ndarray, patch_size: int) -> LineCollection:
 
 def _show_tokens(ax: Axes, values: np.ndarray, canvas_shape: Sequence[int], **style) -> AxesImage:
     height, width = canvas_shape[:2]
-    extent = (-0.5, width - 0.5, height - 0.5, -0.5)  # where imshow puts the image's pixels
+    extent = (-0.5, width - 0.5, height - 0.5, -0.5)  # as imshow places an image's pixels
     return ax.imshow(values, extent=extent, interpolation="nearest", **style)
 
 
 def _show_importance(ax: Axes, layer: PruningLayer, canvas_shape: Sequence[int]) -> None:
-    # A few extreme tokens would leave the others all one colour.
+    # Without clipping, a few extreme tokens would give all others one colour.
     low, high = np.nanpercentile(layer.importance, (1, 99))
     colors = colormaps["viridis"].with_extremes(bad=_GONE)
     mappable = _show_tokens(
         ax, layer.importance, canvas_shape, cmap=colors, vmin=low, vmax=max(high, low + 1e-12)
     )
-    ax.set_title("importance" + ", grey: gone before" * bool(np.isnan(layer.importance).any()))
+    ax.set_title("importance" + ", grey: pruned before" * bool(np.isnan(layer.importance).any()))
     bar = ax.figure.colorbar(mappable, ax=ax, location="bottom", extend="both", aspect=25)
     bar.locator = MaxNLocator(4)
     threshold = layer.importance[layer.kept].min()
-    # Visible on every colour of the map.
+    # White on black is visible on every colour of the map.
     bar.ax.axvline(threshold, color="black", linewidth=4)
     bar.ax.axvline(threshold, color="white", linewidth=2)
     bar.set_label("white line: the least important token kept", fontsize="small")
 
 
-def _show_departures(ax: Axes, layers: Sequence[PruningLayer], canvas_shape: Sequence[int]) -> None:
-    """One colour for each layer after which tokens left, and one for those that stayed."""
+def _show_pruned_at(ax: Axes, layers: Sequence[PruningLayer], canvas_shape: Sequence[int]) -> None:
+    """Colour each token by the layer that pruned it, or as kept to the end."""
     stages = sum(layer.kept.astype(int) for layer in layers)
     shades = ListedColormap(colormaps["Blues"](np.linspace(0.15, 0.95, len(layers) + 1)))
     norm = BoundaryNorm(np.arange(len(layers) + 2) - 0.5, len(layers) + 1)
     mappable = _show_tokens(ax, stages, canvas_shape, cmap=shades, norm=norm)
-    ax.set_title("where tokens left")
+    ax.set_title("where tokens were pruned")
     bar = ax.figure.colorbar(mappable, ax=ax, location="bottom", aspect=25)
-    labels = [str(layer.index) for layer in layers] + ["stayed"]
+    labels = [str(layer.index) for layer in layers] + ["kept"]
     bar.set_ticks(range(len(labels)), labels=labels)
-    bar.set_label("left after layer", fontsize="small")
+    bar.set_label("pruned after layer", fontsize="small")
 
 
 def _mark_padding(ax: Axes, image_shape: Sequence[int], canvas_shape: Sequence[int]) -> None:
