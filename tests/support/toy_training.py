@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 import mmvssm  # noqa: F401
 from mmvssm.errors import run_tool
-from mmvssm.run.checkpoints import find_resumable
+from mmvssm.run.checkpoints import find_last
 from mmvssm.run.failures import run_failures
 from mmvssm.run.train import prepare_training
 
@@ -202,7 +202,7 @@ def losses(work_dir):
 def main(work_dir, overrides):
     resume = overrides.pop("resume", False)
     if resume:
-        overrides.update(resume=True, load_from=find_resumable(work_dir).path)
+        overrides.update(resume=True, load_from=find_last(work_dir)[0].path)
     init_default_scope("mmengine")
     cfg = toy_config(work_dir, **overrides)
     if cfg.launcher != "none":

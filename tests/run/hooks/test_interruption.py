@@ -16,7 +16,7 @@ from mmengine.registry import LOOPS
 from mmengine.runner import EpochBasedTrainLoop
 
 from mmvssm.errors import Stopped
-from mmvssm.run.checkpoints import find_resumable
+from mmvssm.run.checkpoints import find_last
 from mmvssm.run.hooks.workers import _report_unless_parent_left
 from support.toy_training import end_workers, losses, toy_runner
 from support.two_processes import in_two_processes
@@ -99,7 +99,7 @@ def test_resumed_equals_uninterrupted(tmp_path, case):
         f"stopped by SIGTERM after iteration {iterations}; --resume with the same --work-dir goes on "
         f"from {broken / 'interrupted.pth'}"
     )
-    assert find_resumable(broken).path == str(broken / "interrupted.pth")
+    assert find_last(broken)[0].path == str(broken / "interrupted.pth")
     before = losses(broken)
     assert max(before) == iterations
 

@@ -10,7 +10,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import METRICS
 
 from mmvssm.errors import Stopped
-from mmvssm.run.checkpoints import find_resumable
+from mmvssm.run.checkpoints import find_last
 from support.toy_training import losses, toy_runner
 
 UNFINISHED = "unfinished_validation"
@@ -57,7 +57,7 @@ class Breaking(Hook):
 def runner(work_dir, resume=False, **settings):
     settings = {"val_evaluator": dict(type="MeanScore"), **settings}
     if resume:
-        settings.update(resume=True, load_from=find_resumable(work_dir).path)
+        settings.update(resume=True, load_from=find_last(work_dir)[0].path)
     return toy_runner(work_dir, **settings)
 
 
