@@ -1,4 +1,4 @@
-"""Do the images that a run will read come out as the annotations say?"""
+"""Compare the images that a run will read with their annotations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Label maps for segmentation: are they what the classes say, and do they lie upon their images?"""
+"""Compare the label maps of segmentation with the classes and with their images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What earlier runs found out about files, so that a large data set is read once."""
+"""Remember what earlier runs found in files, so that a large data set is read once."""
 
 from __future__ import annotations
 

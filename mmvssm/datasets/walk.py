@@ -1,4 +1,4 @@
-"""The test pipeline of a config, for images that nothing is annotated of."""
+"""Walk from the wrappers of a data set's config to the data sets inside."""
 
 from __future__ import annotations
 
