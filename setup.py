@@ -126,7 +126,9 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["mmvssm", "mmvssm.*"]),
     # Where OpenMMLab's packages have their configs; the folder is a link to ours.
-    package_data={"mmvssm": [".mim/model-index.yml", ".mim/configs/*.py"]},
+    package_data={
+        "mmvssm": [".mim/model-index.yml", ".mim/configs/*.py", ".mim/configs/_base_/*.py"]
+    },
     ext_modules=[CPU_KERNEL],
     cmdclass={"build_ext": BuildKernel, "bdist_wheel": TagWheel},
     python_requires=">=3.9",  # the oldest whose syntax suffices; tests/test_install.py checks it

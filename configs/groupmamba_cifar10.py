@@ -22,9 +22,8 @@ model = dict(
     ),
     neck=dict(in_channels=96),
     head=dict(num_classes=10, in_channels=96),
-    train_cfg=dict(
-        _delete_=True
-    ),  # in so few epochs Mixup and CutMix would cost more than they bring
+    # In so few epochs Mixup and CutMix would cost more than they bring.
+    train_cfg=dict(_delete_=True),
 )
 
 classes = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

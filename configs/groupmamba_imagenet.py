@@ -6,7 +6,7 @@ batch of 1024 is 8 GPUs with 128 images each; with another number of GPUs, pass 
 
 _base_ = [
     "mmpretrain::_base_/datasets/imagenet_bs64_swin_224.py",
-    "mmpretrain::_base_/schedules/imagenet_bs1024_adamw_swin.py",
+    "./_base_/adamw_imagenet.py",
     "mmpretrain::_base_/default_runtime.py",
 ]
 custom_imports = dict(imports=["mmvssm", "mmvssm.pretraining"], allow_failed_imports=False)
@@ -39,11 +39,6 @@ model = dict(
 
 train_dataloader = dict(batch_size=128)
 
-# Learning rate 1e-3, weight decay 0.05, 20 epochs of warm-up are the inherited schedule's.
-optim_wrapper = dict(
-    clip_grad=dict(max_norm=5.0),
-    paramwise_cfg=dict(custom_keys={"A_logs": dict(decay_mult=0.0), "Ds": dict(decay_mult=0.0)}),
-)
 custom_hooks = [
     dict(
         type="mmpretrain.EMAHook",

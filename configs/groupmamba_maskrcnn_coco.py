@@ -14,7 +14,7 @@ The batch of 16 is 8 GPUs with 2 images each; with another number of GPUs, pass 
 _base_ = [
     "mmdet::_base_/models/mask-rcnn_r50_fpn.py",
     "mmdet::_base_/datasets/coco_instance.py",
-    "mmdet::_base_/schedules/schedule_1x.py",
+    "./_base_/adamw_detection.py",
     "mmdet::_base_/default_runtime.py",
 ]
 custom_imports = dict(imports=["mmvssm"], allow_failed_imports=False)
@@ -29,16 +29,3 @@ model = dict(
     ),
     neck=dict(in_channels=[64, 128, 348, 448]),
 )
-
-optim_wrapper = dict(
-    optimizer=dict(_delete_=True, type="AdamW", lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
-    paramwise_cfg=dict(
-        norm_decay_mult=0.0,
-        custom_keys={"A_logs": dict(decay_mult=0.0), "Ds": dict(decay_mult=0.0)},
-    ),
-)
-
-param_scheduler = [
-    dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=1000),
-    dict(type="MultiStepLR", by_epoch=True, begin=0, end=12, milestones=[8, 11], gamma=0.1),
-]

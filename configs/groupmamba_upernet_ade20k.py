@@ -15,7 +15,7 @@ The batch of 16 is 8 GPUs with 2 images each; with another number of GPUs, pass 
 _base_ = [
     "mmseg::_base_/models/upernet_r50.py",
     "mmseg::_base_/datasets/ade20k.py",
-    "mmseg::_base_/schedules/schedule_160k.py",
+    "./_base_/adamw_segmentation.py",
     "mmseg::_base_/default_runtime.py",
 ]
 custom_imports = dict(imports=["mmvssm"], allow_failed_imports=False)
@@ -57,18 +57,4 @@ tta_pipeline = [
             [dict(type="PackSegInputs")],
         ],
     ),
-]
-
-optim_wrapper = dict(
-    optimizer=dict(_delete_=True, type="AdamW", lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01),
-    paramwise_cfg=dict(
-        norm_decay_mult=0.0,
-        custom_keys={"A_logs": dict(decay_mult=0.0), "Ds": dict(decay_mult=0.0)},
-    ),
-)
-auto_scale_lr = dict(enable=False, base_batch_size=16)
-
-param_scheduler = [
-    dict(type="LinearLR", start_factor=1e-6, by_epoch=False, begin=0, end=1500),
-    dict(type="PolyLR", power=1.0, eta_min=0.0, by_epoch=False, begin=1500, end=160000),
 ]

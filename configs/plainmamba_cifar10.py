@@ -20,14 +20,3 @@ model = dict(
     neck=dict(_delete_=True, type="mmvssm.TokenPooling"),
     head=dict(in_channels=embed_dims),
 )
-
-optim_wrapper = dict(
-    paramwise_cfg=dict(
-        custom_keys={
-            "A_log": dict(decay_mult=0.0),
-            "mixer.D": dict(decay_mult=0.0),
-            "pos_embed": dict(decay_mult=0.0),
-            "direction_Bs": dict(decay_mult=0.0),
-        },
-    ),
-)

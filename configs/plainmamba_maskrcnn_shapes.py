@@ -36,12 +36,3 @@ model = dict(
         ),
     ],
 )
-optim_wrapper = dict(
-    paramwise_cfg=dict(
-        custom_keys={
-            "A_log": dict(decay_mult=0.0),
-            "mixer.D": dict(decay_mult=0.0),
-            "pos_embed": dict(decay_mult=0.0),
-        },
-    ),
-)

@@ -30,12 +30,3 @@ model = dict(
     decode_head=dict(in_channels=[embed_dims] * 4),
     auxiliary_head=dict(in_channels=embed_dims),
 )
-optim_wrapper = dict(
-    paramwise_cfg=dict(
-        custom_keys={
-            "A_log": dict(decay_mult=0.0),
-            "mixer.D": dict(decay_mult=0.0),
-            "pos_embed": dict(decay_mult=0.0),
-        },
-    ),
-)

@@ -26,7 +26,7 @@ SHAPES = [
 LIBRARIES = {"maskrcnn": "mmdet", "upernet": "mmseg"}
 
 
-SPARED = ("A_logs", "Ds", "A_log", "mixer.D", "pos_embed")
+SPARED = ("A_log", "scan.D", "mixer.D", "pos_embed")
 
 read = cache(Config.fromfile)  # mmengine reads dozens of files for each that is inherited
 

@@ -202,7 +202,7 @@ def test_a_wheel_without_the_kernel_fits_any_platform(source):
     assert "Tag: py3-none-any" in about
     assert "Root-Is-Purelib: true" in about
     # What else there is in it.
-    configs = {path.name: path.read_bytes() for path in (ROOT / "configs").glob("*.py")}
+    configs = {path.name: path.read_bytes() for path in (ROOT / "configs").rglob("*.py")}
     packed = {name: text for name, text in files.items() if "/.mim/configs/" in name}
     assert {Path(name).name: text for name, text in packed.items()} == configs
     (licence,) = (text for name, text in files.items() if name.endswith("/LICENSE"))

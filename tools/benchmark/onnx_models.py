@@ -171,7 +171,7 @@ def export(model: Model, opset: int) -> tuple[Any, dict[str, Any]]:
         bytes=proto.ByteSize(),
         nodes=len(proto.graph.node),
         nodes_in_functions={f"{f.name}:{f.overload}": len(f.node) for f in proto.functions},
-        scans=sum(hasattr(layer, "A_logs") or hasattr(layer, "A_log") for layer in layers),
+        scans=sum(hasattr(layer, "A_log") for layer in layers),
         scan_nodes=sum(node.op_type == "SelectiveScan" for node in proto.graph.node),
     )
     return proto, facts

@@ -341,17 +341,18 @@ class GroupedVSSS(nn.Module):
         self.dt_proj = grouped_linear(NUM_GROUPS * self.dt_rank, dim)
         # What training starts from is drawn by reset_scan_parameters, through init_parameters.
         self.dt_bias = nn.Parameter(torch.zeros(NUM_GROUPS, d))
-        self.A_logs = nn.Parameter(torch.arange(1, d_state + 1).log().repeat(NUM_GROUPS, d, 1))
-        self.Ds = nn.Parameter(torch.ones(NUM_GROUPS, d))
+        self.A_log = nn.Parameter(torch.arange(1, d_state + 1).log().repeat(NUM_GROUPS, d, 1))
+        self.D = nn.Parameter(torch.ones(NUM_GROUPS, d))
         self.norm = GroupedLayerNorm(NUM_GROUPS, d)
         self.out_proj = grouped_linear(dim, dim)
+        self._register_load_state_dict_pre_hook(_rename_scan_parameters)
 
     def reset_scan_parameters(self) -> None:
         """Step sizes log-uniform in [0.001, 0.1], ``A = -(1 .. d_state)``, ``D = 1`` (Mamba, section 3.6)."""
         init_step_size_bias(self.dt_bias)
         with torch.no_grad():
-            self.A_logs.copy_(torch.arange(1, self.d_state + 1).log())
-            self.Ds.fill_(1.0)
+            self.A_log.copy_(torch.arange(1, self.d_state + 1).log())
+            self.D.fill_(1.0)
         bound = self.dt_rank**-0.5
         nn.init.uniform_(self.dt_proj.weight, -bound, bound)
         nn.init.kaiming_uniform_(self.x_proj.weight, a=math.sqrt(5))
@@ -369,10 +370,10 @@ class GroupedVSSS(nn.Module):
         y = selective_scan(
             split_groups(x),
             split_groups(delta),
-            -torch.exp(self.A_logs),
+            -torch.exp(self.A_log),
             B,
             C,
-            self.Ds,
+            self.D,
             self.dt_bias,
             traversal=traversal,
         )
@@ -398,6 +399,13 @@ class GroupedLayerNorm(nn.LayerNorm):
     def normalize(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """The same with a weight and a bias ``(groups, channels)`` that are given."""
         return F.layer_norm(x, self.normalized_shape, eps=self.eps) * weight + bias
+
+
+def _rename_scan_parameters(state_dict: dict, prefix: str, *args) -> None:
+    """Accept the names that version 0.1 saved."""
+    for before, now in (("A_logs", "A_log"), ("Ds", "D")):
+        if prefix + before in state_dict:
+            state_dict[prefix + now] = state_dict.pop(prefix + before)
 
 
 def grouped_linear(in_features: int, out_features: int) -> nn.Conv2d:

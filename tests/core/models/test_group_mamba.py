@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
+from torch import nn
 
 from mmvssm.analysis.flops import count
 from mmvssm.models import GroupMamba, GroupMambaClassifier
@@ -220,7 +221,7 @@ def test_scan_layer_on_its_own_has_no_uninitialised_parameters():
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(parameter.isfinite().all() for parameter in layer.parameters())
-    torch.testing.assert_close(layer.A_logs[0, 0].exp(), torch.tensor([1.0, 2.0, 3.0]))
+    torch.testing.assert_close(layer.A_log[0, 0].exp(), torch.tensor([1.0, 2.0, 3.0]))
 
 
 def test_scan_layer_gradients_on_a_non_square_map():
@@ -253,10 +254,10 @@ def test_scan_layer_gradients_on_a_non_square_map():
         scanned = selective_scan_naive(
             walk[:, :, None],
             grouped(layer.dt_proj, dt)[:, :, None],
-            -layer.A_logs[g : g + 1].exp(),
+            -layer.A_log[g : g + 1].exp(),
             B[:, :, None],
             C[:, :, None],
-            layer.Ds[g : g + 1],
+            layer.D[g : g + 1],
             layer.dt_bias[g : g + 1],
         )[:, :, 0]
         if g >= 2:
@@ -492,11 +493,24 @@ def test_initial_scan_parameters_are_mambas():
         for parameter in scan.parameters():
             parameter.fill_(7.0)
     scan.reset_scan_parameters()
-    assert (scan.Ds == 1).all()
-    torch.testing.assert_close(scan.A_logs.exp(), torch.ones_like(scan.A_logs))
+    assert (scan.D == 1).all()
+    torch.testing.assert_close(scan.A_log.exp(), torch.ones_like(scan.A_log))
     steps = F.softplus(scan.dt_bias)
     assert 0.0009 < steps.min() < 0.01 and 0.02 < steps.max() < 0.11
     bound = scan.dt_rank**-0.5
     assert 0.5 * bound < scan.dt_proj.weight.abs().max() <= bound
     for proj in (scan.in_proj, scan.gate_proj, scan.out_proj):
         assert proj.weight.std().item() == pytest.approx(0.02, rel=0.2)
+
+
+def test_names_of_scan_parameters_that_version_0_1_saved():
+    """They load strictly, and the parameters keep the order by which optimizers save their states."""
+    layer, other = GroupedVSSS(64, d_state=3), GroupedVSSS(64, d_state=3)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    before = {"A_log": "A_logs", "D": "Ds"}
+    saved = {f"scan.{before.get(name, name)}": p for name, p in layer.state_dict().items()}
+    assert list(saved)[:3] == ["scan.dt_bias", "scan.A_logs", "scan.Ds"]
+    nn.ModuleDict(dict(scan=other)).load_state_dict(saved, strict=True)
+    for name, parameter in other.state_dict().items():
+        assert torch.equal(parameter, layer.state_dict()[name]), name

@@ -223,7 +223,7 @@ def test_segmenter_in_a_browser(segmenter, page, tmp_path):
 @pytest.mark.slow
 def test_one_node_a_scan(segmenter):
     model = onnx.load(segmenter.path)
-    layers = sum(hasattr(m, "A_logs") or hasattr(m, "A_log") for m in segmenter.model.modules())
+    layers = sum(hasattr(m, "A_log") for m in segmenter.model.modules())
     assert [node.op_type for node in model.graph.node].count("SelectiveScan") == layers > 0
     names = {(f.domain, f.name) for f in model.functions}
     assert names <= {("mmvssm", "SelectiveScan"), ("mmvssm", "SparseDepthwiseConv")}

@@ -109,7 +109,7 @@ def test_imagenet(name):
     assert all(map(math.isfinite, logged.values()))
     assert logged["loss"] == pytest.approx(math.log(1000), abs=2.0)
     # A scan of one token, the class block's, knows no decay; a norm undoes a scale; and a ReLU may be closed for both.
-    spared = ("neck.mixer.scan.A_logs", "neck.mixer.skip_scale", "affinity.0.bias")
+    spared = ("neck.mixer.scan.A_log", "neck.mixer.skip_scale", "affinity.0.bias")
     assert not [name for name in unmoved if not name.endswith(spared)]
 
 
