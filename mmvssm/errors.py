@@ -11,35 +11,23 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Callable
 
-from mmengine.dist import is_distributed
+from mmengine.dist import is_distributed, is_main_process
 
 TRACEBACK_VARIABLE = "MMVSSM_TRACEBACK"
 HINT = f"(--traceback, or {TRACEBACK_VARIABLE}=1, shows where in the code this surfaced)"
-
-# Where each launcher tells a process its number on its machine.
-_LOCAL_RANK = {
-    "pytorch": "LOCAL_RANK",
-    "slurm": "SLURM_LOCALID",
-    "mpi": "OMPI_COMM_WORLD_LOCAL_RANK",
-}
 
 # Some releases of mmengine prefix what a constructor raised with "class `X` in module.path: ".
 _BUILD_PREFIX = re.compile(r"^class `[^`]+` in [\w./-]+: ")
 
 
 class UserError(Exception):
-    """Something the user can put right; its message is one clear sentence for them."""
+    """A mistake that the user can correct; its message is one clear line that says how."""
 
     exit_code = 1
-    # Of several processes only the first of each machine speaks, for what all there meet alike.
-    every_rank = False
-    told_elsewhere = False
 
 
 class RunFailure(UserError):
-    """What the surroundings did to a run (memory, disk, network), perhaps to one process only."""
-
-    every_rank = True
+    """What the machine did to one process of a run (memory, disk, workers); that process reports it itself."""
 
 
 class Stopped(UserError):
@@ -64,21 +52,6 @@ def is_interruption(error: BaseException) -> bool:
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None
-
-
-class FirstProcessFailed(UserError):
-    """What the first of several processes did for all of them failed, and it says why.
-
-    Args:
-        message: One sentence.
-        exit_code: With which the first process ends.
-    """
-
-    told_elsewhere = True
-
-    def __init__(self, message: str, exit_code: int = 1) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
 
 
 def one_sentence(error: BaseException) -> str:
@@ -145,9 +118,8 @@ def add_traceback_option(parser: argparse.ArgumentParser) -> None:
 def run_tool(main: Callable[[], None]) -> None:
     """Run a command-line tool; a :class:`UserError` becomes one line on stderr and its exit code.
 
-    A second line says how to see more: the whole traceback appears with ``--traceback``, which sets
-    the environment variable ``MMVSSM_TRACEBACK`` to 1. Of several distributed processes only the first
-    of each machine speaks, because a file may be missing on one machine alone.
+    A second line names ``--traceback``, which shows the traceback by setting ``MMVSSM_TRACEBACK`` to 1. Of several
+    processes only rank 0 prints, except for a :class:`RunFailure`.
 
     Args:
         main: The tool's main function.
@@ -162,30 +134,17 @@ def run_tool(main: Callable[[], None]) -> None:
             raise
         if os.environ.get(TRACEBACK_VARIABLE) == "1":
             raise
-        if not (error.told_elsewhere or _is_told_by_another(error, "pytorch", is_distributed())):
+        if isinstance(error, RunFailure) or _is_first_process():
             text = "".join(c if c.isprintable() else " " for c in str(error))
             print(f"error: {text}\n{HINT}", file=sys.stderr)
         sys.exit(error.exit_code)
 
 
-@contextmanager
-def before_processes_meet(launcher: str) -> Iterator[None]:
-    """Let the first process of each machine speak for the others before they are joined to a group.
-
-    Args:
-        launcher: That of the command line; with ``"none"`` every process is on its own.
-    """
-    try:
-        yield
-    except UserError as error:
-        error.told_elsewhere |= _is_told_by_another(error, launcher, launcher != "none")
-        raise
-
-
-def _is_told_by_another(error: UserError, launcher: str, distributed: bool) -> bool:
-    if error.every_rank or not distributed:
-        return False
-    return os.environ.get(_LOCAL_RANK[launcher], "0") != "0"
+def _is_first_process() -> bool:
+    """Whether this process is rank 0, also before the processes that torchrun started are joined to a group."""
+    if is_distributed():
+        return is_main_process()
+    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 _NAMES_SHOWN = 3

@@ -17,7 +17,7 @@ from mmengine.dist import (
     is_main_process,
 )
 
-from .errors import FirstProcessFailed, UserError, one_sentence
+from .errors import UserError, one_sentence
 
 _PATIENCE = timedelta(days=7)
 _PR_SET_PDEATHSIG = 1
@@ -51,7 +51,7 @@ def on_first_process(function: Callable[..., Any], *args: Any) -> Any:
     The others wait for days, not for the few minutes after which other collectives fail.
 
     Raises:
-        FirstProcessFailed: In every other process, whatever was raised in the first.
+        UserError: In every other process, whatever was raised in the first.
     """
     if not is_distributed():
         return function(*args)
@@ -71,7 +71,10 @@ def on_first_process(function: Callable[..., Any], *args: Any) -> Any:
             raise error
     result, failure = outcome
     if failure is not None:
-        raise FirstProcessFailed(*failure)
+        reason, code = failure
+        error = UserError(reason)  # rank 0 reports it
+        error.exit_code = code
+        raise error
     return result
 
 

@@ -13,19 +13,17 @@ arithmetic, why the random numbers come from ``RandomState`` (whose streams nump
 compressor changes between versions.
 """
 
-import fcntl
 import json
 import os
 import shutil
 import struct
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Union
 
 import numpy as np
+from filelock import FileLock
 from numpy.random import RandomState
 
 from ..registry import TASK_UTILS
@@ -337,7 +335,7 @@ class ShapesGenerator:
         if self._is_up_to_date():
             return self.root
         self.root.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(self.root.with_name(f".{self.root.name}.lock")):
+        with FileLock(self.root.with_name(f".{self.root.name}.lock")):
             if not self._is_up_to_date():
                 self._refuse_foreign_files()
                 self._replace()
@@ -427,10 +425,3 @@ def _add_to_coco(coco: dict, file_name: str, scene: Scene) -> None:
 
 def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, separators=(",", ":")) + "\n")
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # released with the file, even when the process is killed
-        yield

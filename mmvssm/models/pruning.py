@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import UserError
+
 METRICS: dict[str, Callable[[Tensor], Tensor]] = {
     "clip": lambda y: y.clamp(min=0).mean(-1),
     "value": lambda y: y.mean(-1),
@@ -55,7 +57,7 @@ PRESETS: dict[str, dict] = {
 """Settings for PlainMamba's sizes that save 40 % of its FLOPs or more."""
 
 
-class PruningError(ValueError):
+class PruningError(UserError, ValueError):
     """Pruned tokens met a setting or a neck that does not go with them. The message says what to do."""
 
 

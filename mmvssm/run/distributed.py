@@ -1,7 +1,6 @@
 """Training on several processes, with or without GPUs."""
 
 import os
-import subprocess
 from typing import Any
 
 import torch
@@ -43,7 +42,13 @@ def init_processes(cfg: Config) -> None:
         with run_failures():
             init_dist(cfg.launcher, **env_cfg.get("dist_cfg", {}))
         return
-    _export_torch_variables(cfg.launcher)
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR") if name not in os.environ]
+    if cfg.launcher != "pytorch" or missing:
+        raise UserError(
+            f"--launcher {cfg.launcher} cannot start here: this machine has no GPU, and without one only "
+            "tools/dist_train.sh and tools/dist_test.sh, or torchrun with --launcher pytorch, start several processes"
+        )
+    os.environ.setdefault("MASTER_PORT", "29500")
     with run_failures():
         torch.distributed.init_process_group(backend="gloo")
     cfg.model_wrapper_cfg = ConfigDict(
@@ -87,29 +92,3 @@ def _replace_norms(node: Any) -> None:
     elif isinstance(node, (list, tuple)):
         for value in node:
             _replace_norms(value)
-
-
-def _export_torch_variables(launcher: str) -> None:
-    """Say to torch.distributed, in its own variables, what Slurm or MPI said in theirs."""
-    environ = os.environ
-    try:
-        if launcher == "slurm":
-            names = environ["SLURM_NODELIST"]
-            environ["RANK"] = environ["SLURM_PROCID"]
-            environ["WORLD_SIZE"] = environ["SLURM_NTASKS"]
-            environ.setdefault("LOCAL_RANK", environ.get("SLURM_LOCALID", "0"))
-            if "MASTER_ADDR" not in environ:
-                hosts = subprocess.check_output(["scontrol", "show", "hostname", names], text=True)
-                environ["MASTER_ADDR"] = hosts.split()[0]
-        elif launcher == "mpi":
-            environ["RANK"] = environ["OMPI_COMM_WORLD_RANK"]
-            environ["WORLD_SIZE"] = environ["OMPI_COMM_WORLD_SIZE"]
-            environ.setdefault("LOCAL_RANK", environ["OMPI_COMM_WORLD_LOCAL_RANK"])
-        environ.setdefault("MASTER_PORT", "29500")
-        for variable in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
-            environ[variable]
-    except (KeyError, OSError, subprocess.CalledProcessError) as error:
-        raise UserError(
-            f"--launcher {launcher} needs the environment that its launcher sets ({error} is "
-            "missing); start with tools/dist_train.sh, tools/slurm_train.sh or without --launcher"
-        ) from error

@@ -21,7 +21,7 @@ from torch import nn
 
 from ..datasets.check import check_data
 from ..datasets.root import SPLIT_OF_LOADER, apply_data_root
-from ..errors import UserError, before_processes_meet, one_sentence, user_mistakes
+from ..errors import UserError, one_sentence, user_mistakes
 from ..processes import on_first_process
 from ..registry import TASK_UTILS
 from ..safe_checkpoint import force_weights_only
@@ -57,13 +57,6 @@ def open_config(
     Raises:
         UserError: If the config cannot be read, lacks a part or has a setting that cannot work.
     """
-    with before_processes_meet(args.launcher):
-        return _open_config(args, needs, libraries)
-
-
-def _open_config(
-    args: argparse.Namespace, needs: Sequence[str], libraries: Sequence[str]
-) -> Config:
     if args.launcher in ("none", "pytorch"):  # the others have variables of their own
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     force_weights_only()

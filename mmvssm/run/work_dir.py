@@ -1,29 +1,25 @@
-"""One run to a work dir: neither over the results of an earlier one, nor beside one that goes on."""
+"""Allow one run per work dir: none over the results of an earlier one, none beside another."""
 
 import errno
-import fcntl
-import json
 import os
 import re
-import socket
-import time
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Optional
+from typing import Optional
 
-from ..errors import UserError
+from filelock import FileLock, Timeout
+
+from ..errors import UserError, shown
 from ..processes import on_first_process
 from .checkpoints import named_checkpoint
 
 LOCK = "training.lock"
-_SHOWN = 3
-_MOMENT = 1.0  # seconds that another may take to look at a lock, or to write its name
+_PATIENCE = 1.0  # seconds that another run may take to look at a lock
 # What file systems without locks say: NFS without its lock service, Lustre mounted without "flock".
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
-# Processes that are forked, such as data workers, must not go on to hold a lock.
-_held: set[IO[str]] = set()
-os.register_at_fork(after_in_child=lambda: [file.close() for file in _held])
+_held: dict[str, FileLock] = {}
 
 
 def check_unused(work_dir: str, resumed: Optional[str]) -> None:
@@ -47,15 +43,14 @@ def check_unused(work_dir: str, resumed: Optional[str]) -> None:
         found.append(str(named))
     if not found:
         return
-    listing = ", ".join(found[:_SHOWN]) + ", ..." * (len(found) > _SHOWN)
     if all(name.startswith("best_") for name in found):
         raise UserError(
-            f"{work_dir} holds the best checkpoints of an earlier run ({listing}) and none that --resume "
-            "could go on from; name another --work-dir (make: WORK_DIRS=...), perhaps with --cfg-options "
+            f"{work_dir} holds the best checkpoints of an earlier run ({shown(found)}) and none that --resume "
+            "could resume from; name another --work-dir (make: WORK_DIRS=...), perhaps with --cfg-options "
             f"load_from={folder / found[0]} to start from those weights"
         )
     raise UserError(
-        f"{work_dir} holds the checkpoints of an earlier run ({listing}); continue that with "
+        f"{work_dir} holds the checkpoints of an earlier run ({shown(found)}); continue that with "
         "--resume (make: ARGS=--resume), or name another --work-dir (make: WORK_DIRS=...)"
     )
 
@@ -68,11 +63,8 @@ def _is_of_a_run(name: str) -> bool:
 def lock_work_dir(work_dir: str) -> Iterator[None]:
     """Keep other runs out of a work dir, which is made, while this one writes there.
 
-    The lock is the kernel's (``flock``), on a file that says which process holds it; so it ends with
-    the process, however that ends, and neither host names nor process numbers matter. Over NFS it
-    is the server's, and keeps out other machines too; of a machine that crashed, the server frees it
-    after a while. On a file system without locks the run goes on with a warning. Of several
-    distributed processes the first locks for all.
+    The operating system holds the lock on the file ``training.lock`` and frees it when the process ends, even if it is
+    killed. Where a file system has no locks, the run continues with a warning. Rank 0 locks for all.
 
     Raises:
         UserError: If another run holds the lock, or the folder cannot be written to.
@@ -81,104 +73,44 @@ def lock_work_dir(work_dir: str) -> Iterator[None]:
     try:
         yield
     finally:
-        for file in [file for file in _held if file.name == _lock_of(work_dir)]:
-            _held.remove(file)
-            with file:
-                if _is_there(file):
-                    os.unlink(file.name)
+        lock = _held.pop(work_dir, None)
+        if lock is not None:
+            lock.release()
 
 
 def check_not_locked(work_dir: str) -> None:
     """Check that no other run is writing to a work dir.
 
     Raises:
-        UserError: If one is; the sentence says which.
+        UserError: If one is.
     """
-    # Where there is none, nor perhaps a folder to make it in, making it will tell.
-    with suppress(OSError), open(_lock_of(work_dir)) as file:
-        if not _try_lock(file, fcntl.LOCK_SH):
-            _refuse(work_dir, file)
+    if os.path.lexists(_lock_file(work_dir)):
+        _acquire(work_dir)
+        _held.pop(work_dir).release()
 
 
-def _lock_of(work_dir: str) -> str:
+def _lock_file(work_dir: str) -> str:
     return os.path.join(work_dir, LOCK)
 
 
 def _acquire(work_dir: str) -> None:
-    """Make the lock file, or take that of a process that has ended."""
-    path = _lock_of(work_dir)
+    path = _lock_file(work_dir)
+    if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
+        raise UserError(f"{path} is a link or no regular file, and a lock must be one; remove it")
+    lock = FileLock(path, timeout=_PATIENCE, thread_local=False)
     try:
         os.makedirs(work_dir, exist_ok=True)
-        file = _take(work_dir, path)
-        own = {"pid": os.getpid(), "host": socket.gethostname()}
-        file.truncate(0)
-        json.dump({**own, "since": time.strftime("%Y-%m-%d %H:%M:%S")}, file)
-        file.flush()
-    except OSError as error:
-        raise UserError(f"cannot write to the work dir {work_dir}: {error.strerror}") from error
-    _held.add(file)
-
-
-def _take(work_dir: str, path: str) -> IO[str]:
-    patience = time.monotonic() + _MOMENT
-    while True:
-        # Empties nothing, as long as it is another's; open until the lock is given back.
-        file = open(path, "a+")  # noqa: SIM115
-        if _try_lock(file, fcntl.LOCK_EX):
-            if _is_there(file):  # who had it may have removed it in the meantime
-                return file
-        elif time.monotonic() > patience:
-            with file:
-                _refuse(work_dir, file)
-        file.close()
-        time.sleep(0.05)
-
-
-def _try_lock(file: IO[str], kind: int) -> bool:
-    """Whether this process now has the lock; it has until the file is closed."""
-    try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-        if kind == fcntl.LOCK_EX:
-            print(
-                f"warning: the file system of {file.name} has no locks ({error.strerror}): nothing keeps "
-                "another run from the same --work-dir",
-                flush=True,
-            )
-    return True
-
-
-def _is_there(file: IO[str]) -> bool:
-    """Whether an open file is still the one of its name."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
-    except FileNotFoundError:
-        return False
-
-
-def _refuse(work_dir: str, file: IO[str]) -> None:
-    holder = _read(file)
-    if holder is None:
+        lock.acquire()
+    except Timeout:
         raise UserError(
-            f"another run is training into {work_dir}; wait for it, or name another --work-dir"
+            f"another run is training into {work_dir}; wait until it ends, or name another --work-dir"
+        ) from None
+    except (OSError, NotImplementedError) as error:  # filelock raises the latter for ENOSYS
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            raise UserError(f"cannot write to the work dir {work_dir}: {error.strerror}") from error
+        print(
+            f"warning: the file system of {path} has no locks ({error}): nothing keeps another run from the same "
+            "--work-dir",
+            flush=True,
         )
-    local = holder.get("host") == socket.gethostname()
-    remedy = "" if local else f", or, if that run has ended, remove {file.name}"
-    raise UserError(
-        f"process {holder.get('pid')} on {holder.get('host')} has been training into {work_dir} "
-        f"since {holder.get('since')}; wait for it, name another --work-dir{remedy}"
-    )
-
-
-def _read(file: IO[str]) -> Optional[dict[str, Any]]:
-    """What a lock file says of its holder, if it can be read."""
-    file.seek(0)
-    try:
-        holder = json.load(file)
-    except (OSError, ValueError):
-        return None
-    return holder if isinstance(holder, dict) else None
+    _held[work_dir] = lock

@@ -91,9 +91,9 @@ def test_absent_damaged_and_foreign_files(tmp_path):
         load_checkpoint_safely(tmp_path / "list.pth")
 
 
-def test_importing_mmvssm_is_enough(tmp_path):
-    """Inference code that only imports mmvssm reads training checkpoints too."""
+def test_importing_mmvssm_run_is_enough(tmp_path):
+    """Inference code that imports it reads training checkpoints too."""
     torch.save({"h": HistoryBuffer([1.0], [1])}, tmp_path / "a.pth")
-    code = "import mmvssm, torch, sys; torch.load(sys.argv[1], weights_only=True); " \
+    code = "import mmvssm.run, torch, sys; torch.load(sys.argv[1], weights_only=True); " \
            "assert not {'mmdet', 'mmseg'} & set(sys.modules)"  # fmt: skip
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.pth")], check=True)

@@ -16,7 +16,7 @@ from mmvssm.processes import on_first_process
 from mmvssm.registry import TASK_UTILS
 from mmvssm.run import distributed
 from mmvssm.run.distributed import init_processes
-from mmvssm.run.setup import open_config, prepare_data
+from mmvssm.run.setup import prepare_data
 from mmvssm.run.work_dir import lock_work_dir
 from support.two_processes import in_two_processes
 
@@ -45,7 +45,7 @@ def test_what_one_process_does_all_learn(tmp_path):
 def test_whatever_one_process_meets_ends_all(tmp_path, error, first, other):
     found = in_two_processes(lambda rank: on_first_process(fail, error), tmp_path)
     assert found[0] == first
-    assert found[1].startswith(f"FirstProcessFailed: {other}")
+    assert found[1].startswith(f"UserError: {other}")
 
 
 def test_the_others_wait_longer_than_a_collective(tmp_path):
@@ -68,7 +68,7 @@ def test_data_that_cannot_be_generated_ends_all(tmp_path):
     args = Namespace(no_data_check=False, data_root=None, classes=None, reduce_zero_label=None)
     found = in_two_processes(lambda rank: prepare_data(cfg, args, (), None), tmp_path)
     said = "cannot prepare the data set: no room"
-    assert found == [f"UserError: {said}", f"FirstProcessFailed: {said}"]
+    assert found == [f"UserError: {said}", f"UserError: {said}"]
 
 
 @pytest.mark.parametrize("config", [detector, segmenter])
@@ -86,18 +86,16 @@ def test_one_process_reads_the_classes(tmp_path, config):
 
 
 def test_lock_that_the_first_cannot_get_ends_all(tmp_path, monkeypatch):
-    monkeypatch.setattr("mmvssm.run.work_dir._MOMENT", 0.0)
+    monkeypatch.setattr("mmvssm.run.work_dir._PATIENCE", 0.0)
 
     def train(rank):
         with lock_work_dir(str(tmp_path / "run")):
-            return sorted(os.listdir(tmp_path / "run"))
+            return os.listdir(tmp_path / "run")
 
-    found = in_two_processes(train, tmp_path / "first")
-    assert found[0] == ["training.lock"] and os.listdir(tmp_path / "run") == []
+    assert in_two_processes(train, tmp_path / "first")[0] == ["training.lock"]
     with lock_work_dir(str(tmp_path / "run")):
         found = in_two_processes(train, tmp_path / "second")
-    assert found[0].startswith(f"UserError: process {os.getpid()} on ")
-    assert found[1].startswith(f"FirstProcessFailed: process {os.getpid()} on ")
+    assert all(text.startswith("UserError: another run is training into") for text in found)
 
 
 def said(function, capsys):
@@ -108,45 +106,35 @@ def said(function, capsys):
     return [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
 
 
-@pytest.fixture
-def no_launcher(monkeypatch):
-    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID", "MMVSSM_TRACEBACK"):
-        monkeypatch.delenv(name, raising=False)
-
-
 @pytest.mark.parametrize(
-    ("launcher", "variables", "speaks"),
+    ("variables", "speaks"),
     [
-        ("none", {"SLURM_PROCID": "2", "SLURM_LOCALID": "2"}, True),  # srun of independent runs
-        ("none", {"RANK": "1", "LOCAL_RANK": "1"}, True),
-        ("slurm", {"SLURM_PROCID": "2", "SLURM_LOCALID": "2"}, False),
-        ("slurm", {"SLURM_PROCID": "8", "SLURM_LOCALID": "0"}, True),  # first on its machine
-        ("pytorch", {"RANK": "1", "LOCAL_RANK": "1"}, False),
-        ("pytorch", {"RANK": "8", "LOCAL_RANK": "0"}, True),
-        ("pytorch", {"RANK": "1", "LOCAL_RANK": "1", "SLURM_LOCALID": "0"}, False),
+        ({}, True),
+        ({"SLURM_PROCID": "2"}, True),  # srun of independent runs
+        ({"RANK": "1"}, True),
+        ({"RANK": "1", "TORCHELASTIC_RUN_ID": "none"}, False),
+        ({"RANK": "0", "TORCHELASTIC_RUN_ID": "none"}, True),
     ],
 )
-def test_who_speaks_before_processes_meet(
-    tmp_path, monkeypatch, capsys, no_launcher, launcher, variables, speaks
-):
+def test_rank_0_reports_what_is_wrong_before_processes_meet(monkeypatch, capsys, variables, speaks):
+    for name in ("RANK", "SLURM_PROCID", "TORCHELASTIC_RUN_ID", "MMVSSM_TRACEBACK"):
+        monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")
-    args = Namespace(config=str(tmp_path / "absent.py"), launcher=launcher, local_rank=0)
-    monkeypatch.setenv("LOCAL_RANK", os.environ.get("LOCAL_RANK", "0"))
-    assert bool(said(lambda: open_config(args, ()), capsys)) is speaks
+    assert bool(said(lambda: fail(UserError("no such file")), capsys)) is speaks
+    assert said(lambda: fail(RunFailure("out of memory")), capsys)
 
 
-def test_who_speaks_in_a_group(tmp_path, capsys, no_launcher, monkeypatch):
+def test_rank_0_reports_in_a_group(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("MMVSSM_TRACEBACK", raising=False)
+
     def run(rank):
         alike = said(lambda: fail(UserError("met by all")), capsys)
-        one = said(lambda: on_first_process(fail, UserError("met by the first")), capsys)
+        first = said(lambda: on_first_process(fail, UserError("met by the first")), capsys)
         alone = said(lambda: fail(RunFailure("perhaps met by one")), capsys)
-        os.environ["LOCAL_RANK"] = "0"  # as on another machine
-        machine = said(lambda: fail(UserError("perhaps met by a machine")), capsys)
-        return [len(lines) for lines in (alike, one, alone, machine)]
+        return [len(lines) for lines in (alike, first, alone)]
 
-    assert in_two_processes(run, tmp_path) == [[1, 1, 1, 1], [0, 0, 1, 1]]
+    assert in_two_processes(run, tmp_path) == [[1, 1, 1], [0, 0, 1]]
 
 
 def test_a_process_without_a_gpu_says_so(monkeypatch, capsys):

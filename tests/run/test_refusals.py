@@ -5,19 +5,13 @@ called in this process; a refusal must leave every file as it was and make no wo
 """
 
 import argparse
-import errno
-import fcntl
 import json
-import multiprocessing
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
-import time
 from collections import OrderedDict
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +26,6 @@ from mmengine.registry import init_default_scope
 
 from mmvssm.errors import UserError
 from mmvssm.run import checkpoints
-from mmvssm.run import work_dir as work_dirs
 from mmvssm.run.settings import SettingsAction, check_types, check_values
 from mmvssm.run.setup import build_model
 from mmvssm.run.test import _plain
@@ -602,119 +595,6 @@ def test_nothing_left_to_resume(tiny, used, refused):
         (used / name).write_bytes(b"torn")
     sentence = refused("train.py", tiny(), "--work-dir", used, "--resume")
     assert "none of the 2 checkpoints in out can be resumed from" in sentence
-
-
-@contextmanager
-def lock(folder, text=None, **changes):
-    """What another run does; with ``text``, in a file that says something else."""
-    folder.mkdir(exist_ok=True)
-    holder = dict(pid=os.getpid(), host=socket.gethostname(), since="2024-05-01 12:00:00")
-    with open(folder / LOCK, "w") as file:
-        file.write(json.dumps({**holder, **changes}) if text is None else text)
-        file.flush()
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def test_locked_work_dir_says_by_whom(tiny, refused):
-    tiny()
-    with lock(Path("out")):
-        sentence = refused("train.py", "tiny.py", "--work-dir", "out")
-    who = f"process {os.getpid()} on {socket.gethostname()} has been training into out"
-    assert who in sentence
-    assert "since 2024-05-01 12:00:00" in sentence and "remove" not in sentence
-    with lock(Path("out"), host="elsewhere", pid=1):
-        sentence = refused("train.py", "tiny.py", "--work-dir", "out", "--resume")
-    assert "process 1 on elsewhere" in sentence and f"remove out/{LOCK}" in sentence
-    # Another container's numbers say nothing here; and a run has its lock before it has said so.
-    with lock(Path("out"), pid=2**22 + 1):
-        assert f"process {2**22 + 1} on" in refused("train.py", "tiny.py", "--work-dir", "out")
-    with lock(Path("out"), ""):
-        sentence = refused("train.py", "tiny.py", "--work-dir", "out")
-    assert "another run is training into out; wait for it" in sentence
-
-
-def test_second_run_beside_a_living_one(in_folder, monkeypatch):
-    """The lock is there while a run writes, also for a run that begins at the same moment."""
-    monkeypatch.setattr(work_dirs, "_MOMENT", 0.1)
-    with work_dirs.lock_work_dir("out"):
-        assert json.loads(Path("out", LOCK).read_text())["pid"] == os.getpid()
-        with pytest.raises(UserError, match=f"process {os.getpid()} on"):
-            work_dirs.check_not_locked("out")
-        with pytest.raises(UserError, match=f"process {os.getpid()} on"):
-            work_dirs.lock_work_dir("out").__enter__()
-        assert json.loads(Path("out", LOCK).read_text())["pid"] == os.getpid()
-    assert os.listdir("out") == []
-
-
-@pytest.mark.parametrize(
-    "text", ['{"pid": 1, "host": "elsewhere"}', '{"pid": "words"}', '{"pid', "3", ""]
-)
-def test_lock_of_a_process_that_ended_is_taken_over(in_folder, text):
-    Path("out").mkdir()
-    Path("out", LOCK).write_text(text)
-    work_dirs.check_not_locked("out")
-    with work_dirs.lock_work_dir("out"):
-        assert json.loads(Path("out", LOCK).read_text())["pid"] == os.getpid()
-    assert os.listdir("out") == []
-
-
-def test_lock_of_a_killed_process(in_folder):
-    """Also when a process that it forked, such as a data worker, outlives it."""
-    context = multiprocessing.get_context("fork")
-    reports = context.Queue()
-
-    def train():
-        with work_dirs.lock_work_dir("out"):
-            child = context.Process(target=time.sleep, args=(60,))
-            child.start()
-            reports.put(child.pid)
-            time.sleep(60)
-
-    process = context.Process(target=train)
-    process.start()
-    child = reports.get(timeout=30)
-    with pytest.raises(UserError, match=f"process {process.pid} on"):
-        work_dirs.check_not_locked("out")
-    process.kill()
-    process.join()
-    os.kill(child, 0)
-    try:
-        assert json.loads(Path("out", LOCK).read_text())["pid"] == process.pid
-        work_dirs.check_not_locked("out")
-        with work_dirs.lock_work_dir("out"):
-            pass
-    finally:
-        os.kill(child, 9)
-
-
-def test_lock_that_another_has_removed_in_the_meantime(in_folder, monkeypatch):
-    """The one on a file without a name would keep nobody out; nor is another's removed."""
-    flock, calls = fcntl.flock, []
-
-    def removed_before(file, kind):
-        if not calls:
-            os.unlink(file.name)
-        calls.append(kind)
-        flock(file, kind)
-
-    monkeypatch.setattr(fcntl, "flock", removed_before)
-    with work_dirs.lock_work_dir("out"):
-        assert len(calls) == 2 and Path("out", LOCK).exists()
-        Path("out", LOCK).unlink()
-        Path("out", LOCK).write_text("another's")
-    assert Path("out", LOCK).read_text() == "another's"
-
-
-def test_file_system_without_locks(in_folder, monkeypatch, capsys):
-    def flock(*_):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-    work_dirs.check_not_locked("out")
-    with work_dirs.lock_work_dir("out"):
-        assert f"the file system of out/{LOCK} has no locks" in capsys.readouterr().out
-    assert os.listdir("out") == []
 
 
 @pytest.mark.parametrize(

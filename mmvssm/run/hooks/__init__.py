@@ -3,7 +3,7 @@
 from .checkpoint_hook import AtomicCheckpointHook, AtomicLocalBackend
 from .cpu_amp import BFloat16OptimWrapper
 from .follow_schedule import FollowSchedule
-from .interruption_hook import InterruptionHook
+from .interruption_hook import InterruptionHook, UnfinishedValidationHook
 from .non_finite_guard import NonFiniteError, NonFiniteGuardHook
 from .reproducible import (
     ReproducibleResumeHook,
@@ -11,7 +11,6 @@ from .reproducible import (
     ResumableEpochLoop,
     SeededSampler,
 )
-from .unfinished_validation import UnfinishedValidationHook
 from .workers import init_worker
 
 __all__ = [

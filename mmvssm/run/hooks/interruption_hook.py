@@ -134,3 +134,8 @@ def _length(loader: Any) -> int:
         return len(loader)
     except TypeError:
         return 0
+
+
+@HOOKS.register_module()
+class UnfinishedValidationHook(Hook):
+    """A hook that does nothing. Configs that version 0.1 saved name it."""

@@ -29,37 +29,37 @@ STOPS = {
     "NaN in an activation": (
         exploding("forward", NAN, (7, 8, 9)),
         {},
-        ["the loss is not finite (loss, loss_fit, loss_penalty)", "is middle.1, in its output"],
+        ["the loss is not finite (loss, loss_fit, loss_penalty)"],
     ),
     "infinite activation, clipped gradients": (
         exploding("forward", INF, (7, 8, 9)),
         CLIP,
-        ["(loss, loss_fit, loss_penalty)", "is middle.1, in its output"],
+        ["(loss, loss_fit, loss_penalty)"],
     ),
     "NaN in a loss alone": (
         exploding("loss", NAN, (7, 8, 9)),
         {},
-        ["the loss is not finite (loss, loss_penalty)", "the loss loss_penalty is not"],
+        ["the loss is not finite (loss, loss_penalty)"],
     ),
     "infinite gradient": (
         exploding("backward", INF, (7, 8, 9)),
         {},
-        ["gradients are not finite", "first gradient that is not finite is that of stem.1.bias"],
+        ["gradients are not finite"],
     ),
     "NaN gradient, clipped": (
         exploding("backward", NAN, (7, 8, 9)),
         CLIP,
-        ["gradients are not finite", "first gradient that is not finite is that of stem.1.bias"],
+        ["gradients are not finite"],
     ),
     "NaN in the images": (
         {},
         {"train_dataloader.dataset": dict(type="ToyData", bad=list(range(24)))},
-        ["training stopped at iteration 3", "is stem, in its input"],
+        ["training stopped at iteration 3"],
     ),
     "bfloat16": (
         exploding("forward", NAN, (7, 8, 9)),
         {"optim_wrapper.type": "mmvssm.BFloat16OptimWrapper"},
-        ["is middle.1, in its output", "train in float32 (without --amp)"],
+        ["train in float32 (without --amp)"],
     ),
 }
 
@@ -73,6 +73,7 @@ def test_the_run_stops(tmp_path, case):
     expected = [
         *said,
         "3 times in a row",
+        "find_origin(model, batch)",
         "lower the learning rate (optim_wrapper.optimizer.lr, now ",
     ]
     if case != "NaN in the images":
@@ -117,7 +118,7 @@ def test_a_step_left_out_is_as_if_it_had_not_been(tmp_path, where, changes):
 def test_only_steps_in_a_row_count(tmp_path):
     train(tmp_path / "a", exploding("forward", NAN, (1, 2, 4, 5, 7, 8)))
     hook = [dict(type="mmvssm.NonFiniteGuardHook", patience=1)]
-    with pytest.raises(NonFiniteError, match=r"at iteration 2: .* 1 time in a row"):
+    with pytest.raises(NonFiniteError, match=r"at iteration 2: .* 1 times in a row"):
         train(tmp_path / "b", exploding("forward", NAN, (1,)), custom_hooks=hook)
     with pytest.raises(ValueError, match="patience must be at least 1; got 0"):
         NonFiniteGuardHook(patience=0)
@@ -186,33 +187,6 @@ def test_loss_scaling_that_leaves_out_every_step_ends(
     sentence = str(caught.value)
     last = 2 + patience * accumulative_counts
     assert f"at iteration {last}: loss scaling found no finite gradients, {patience} " in sentence
-    assert "first gradient that is not finite is that of stem.1.bias" in sentence
-
-
-def test_weights_that_are_not_finite_already(tmp_path):
-    runner = toy_runner(tmp_path)
-    runner.model.init_weights = lambda: torch.nn.init.constant_(runner.model.head.bias, NAN)
-    with pytest.raises(NonFiniteError, match=r"the parameter head\.bias is not finite itself"):
-        runner.train()
-
-
-def test_random_numbers_go_on_as_if_nothing_had_been_looked_for(tmp_path):
-    """The batch is run once more with the dropout that it had, and the state is put back."""
-    runner = toy_runner(tmp_path, **{"model.explode": exploding("forward", NAN, (0, 1, 2))})
-    seen = []
-    runner.model.stem[2].register_forward_hook(lambda *a: seen.append(a[2].detach().clone()))
-    with pytest.raises(NonFiniteError):
-        runner.train()
-    assert len(seen) == 4 and torch.equal(seen[2], seen[3]) and not torch.equal(seen[1], seen[2])
-
-
-def test_a_model_that_cannot_be_run_again(tmp_path):
-    runner = toy_runner(tmp_path, **{"model.explode": exploding("forward", NAN, (0, 1, 2))})
-    runner.model._run_forward, forward = None, runner.model._run_forward
-    calls = iter([forward] * 3)
-    runner.model._run_forward = lambda *a, **k: next(calls)(*a, **k)
-    with pytest.raises(NonFiniteError, match="where it began could not be found"):
-        runner.train()
 
 
 def test_one_process_speaks_for_itself():
