@@ -3,8 +3,9 @@
 They lie in ``mmvssm/.mim/configs``, where packages of OpenMMLab have theirs.
 """
 
-from mmengine.config import config as _mmengine
 from mmengine.utils import is_installed
+
+from .private_names import config_lookup, replace_config_lookup
 
 SCOPE = "mmvssm"
 
@@ -13,7 +14,7 @@ SCOPE = "mmvssm"
 # folder that its file is in.
 _MODULE = "mmvssm.version"
 
-_package_and_path = _mmengine._get_package_and_cfg_path
+_package_and_path = config_lookup()
 
 
 def _get_package_and_cfg_path(cfg_path: str) -> tuple[str, str]:
@@ -30,4 +31,4 @@ def _get_package_and_cfg_path(cfg_path: str) -> tuple[str, str]:
 
 def register_configs() -> None:
     """Let every config that is read from now on name those of this package. Idempotent."""
-    _mmengine._get_package_and_cfg_path = _get_package_and_cfg_path
+    replace_config_lookup(_get_package_and_cfg_path)

@@ -27,6 +27,8 @@ import torch
 from mmengine.logging import HistoryBuffer
 from mmengine.runner.checkpoint import CheckpointLoader
 
+from .private_names import checkpoint_loaders
+
 # Files and whatever pickles them name NumPy's internals by both the old and the new module path.
 _NUMPY_MODULES = ("numpy.core.multiarray", "numpy._core.multiarray")
 _NUMBER_KINDS = "biuf"
@@ -150,7 +152,7 @@ def guard_checkpoint_loader() -> None:
     and ``resume``, ``init_cfg``, ``init_detector``, ``init_model``, the inferencers. An inferencer
     that was given weights alone then finds no config, and needs one named. Idempotent.
     """
-    for prefix, loader in list(CheckpointLoader._schemes.items()):
+    for prefix, loader in list(checkpoint_loaders().items()):
         if not hasattr(loader, "loads_weights_only"):
             loader = _load_from_local if prefix == "" else _guarded(loader)
             CheckpointLoader.register_scheme(prefix, loader, force=True)

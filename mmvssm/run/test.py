@@ -14,6 +14,7 @@ from mmengine.dist import is_main_process
 
 from ..datasets.walk import leaf_datasets
 from ..errors import UserError
+from ..private_names import forget_train_loop
 from .checkpoints import Checkpoint
 from .exported import check_arguments, is_exported, load_exported, use_exported
 from .failures import run_failures
@@ -75,9 +76,7 @@ def test(args: argparse.Namespace) -> dict[str, Any]:
         _write_predictions(cfg, args.out)
     use_worker_init(cfg)
     runner = build_runner(cfg)
-    # mmseg's visualization hook asks for the training iteration. To answer, the runner would build the training data
-    # set, which need not exist here.
-    runner._train_loop = None
+    forget_train_loop(runner)
     with run_failures():
         metrics = runner.test()
     if is_main_process():

@@ -535,7 +535,7 @@ def test_best_checkpoint_alone_is_a_used_work_dir(tiny, used, refused):
     tiny()
     for arguments in ((), ("--resume",)):
         sentence = refused("train.py", "tiny.py", "--work-dir", used, *arguments)
-        assert "(best_mIoU_iter_2.pth) and none that --resume could go on from" in sentence
+        assert "(best_mIoU_iter_2.pth) and none that --resume could resume from" in sentence
         assert "load_from=out/best_mIoU_iter_2.pth to start from those weights" in sentence
 
 

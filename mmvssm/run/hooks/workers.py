@@ -9,6 +9,7 @@ from typing import Any
 
 from torch._utils import ExceptionWrapper
 
+from ...private_names import on_queue_feeder_error
 from ...processes import end_with_parent
 from ...registry import FUNCTIONS
 
@@ -34,7 +35,7 @@ def init_worker(worker_id: int) -> None:
     Args:
         worker_id: Number of the worker within its data loader.
     """
-    multiprocessing.queues.Queue._on_queue_feeder_error = _send_error
+    on_queue_feeder_error(_send_error)
     sys.excepthook = _report_unless_parent_left
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()

@@ -22,6 +22,7 @@ from PIL import Image
 
 from ...errors import UserError, user_mistakes
 from ...files import write_whole
+from ...private_names import place_class_names
 from .predictor import Item, Predictor
 
 RESULTS = "predictions.json"
@@ -254,9 +255,7 @@ def build_visualizer(cfg: Config, predictor: Predictor) -> Visualizer:
     with user_mistakes("cannot build the config's visualizer"):
         visualizer = VISUALIZERS.build(settings)
     visualizer.dataset_meta = {"classes": predictor.classes, "palette": predictor.palette}
-    if hasattr(visualizer, "_get_center_loc"):
-        # mmseg's own sorts all pixels of a class in Python, which takes longer than the prediction.
-        visualizer._get_center_loc = place_name
+    place_class_names(visualizer, place_name)
     return visualizer
 
 
