@@ -25,7 +25,7 @@ ONNXRUNTIME_WEB := $(WEB)/site/onnxruntime-web/version.txt
 # `env` with the variables that a run on this machine needs (none on most).
 RUN = env $$($(BIN)/python tools/install/environment.py --print-run-env) $(BIN)/python
 
-.PHONY: help setup setup-pretrain setup-web train train-seg train-pruned train-seg-pruned web test test-fast lint clean
+.PHONY: help setup setup-pretrain setup-web train train-seg train-pruned train-seg-pruned web test test-fast lint docs clean
 
 help: ## Show this list.
 	@echo "Targets (each sets up $(VENV) by itself when it is missing or out of date):"
@@ -153,6 +153,11 @@ test-fast: $(ENVIRONMENT) $(MMVSSM) ## Run the tests that take less than about 2
 lint: $(ENVIRONMENT) ## Check style and format.
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+
+docs: $(ENVIRONMENT) ## Build the pages of docs as a web site in build/docs; warnings are errors.
+	@$(BIN)/python -c "import mkdocs, material" 2>/dev/null || \
+		$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements/docs.txt
+	@$(BIN)/python -m mkdocs build --strict
 
 clean: ## Remove what builds and tests left behind (not the environment, data or work_dirs).
 	rm -rf build dist *.egg-info mmvssm/ops/_kernels.so .pytest_cache .ruff_cache .hypothesis $(MMVSSM)

@@ -28,7 +28,10 @@ def run_before(in_folder):
 
 
 def test_it_resumes_with_the_same_losses(run_before):
-    name = ("--cfg-options", "visualizer.name=saved_by_0.1")  # mmengine keeps one visualizer of each name
+    name = (
+        "--cfg-options",
+        "visualizer.name=saved_by_0.1",
+    )  # mmengine keeps one visualizer of each name
     call("train.py", run_before, "--work-dir", "run", "--resume", *name)
     (log,) = Path("run").glob("*/vis_data/scalars.json")
     training, validation = map(json.loads, log.read_text().splitlines())
