@@ -265,6 +265,7 @@ class TestModel:
 
 @pytest.mark.parametrize("name", SHAPES)
 class TestShapes:
+    @pytest.mark.slow
     def test_loss_falls(self, name, tmp_path, monkeypatch):
         """Eight steps on one batch, through the real pipeline and optimiser."""
         from mmengine.runner import Runner

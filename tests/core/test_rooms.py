@@ -73,6 +73,7 @@ assert "mmvssm.run" in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_importing_the_package_changes_nothing_for_others():
     pytest.importorskip("mmdet")
     done = subprocess.run(

@@ -91,6 +91,7 @@ def test_absent_damaged_and_foreign_files(tmp_path):
         load_checkpoint_safely(tmp_path / "list.pth")
 
 
+@pytest.mark.slow
 def test_importing_mmvssm_run_is_enough(tmp_path):
     """Inference code that imports it reads training checkpoints too."""
     torch.save({"h": HistoryBuffer([1.0], [1])}, tmp_path / "a.pth")

@@ -73,6 +73,7 @@ def test_a_part_that_no_time_is_left_for_is_a_failure(tmp_path, monkeypatch):
         assert result["message"] == "not run: no time was left"
 
 
+@pytest.mark.slow
 def test_results_are_written(tmp_path):
     done = run_tool(tmp_path / "new", "--device", "cpu", "--only", "versions", "mamba_ssm")
     assert done.returncode == 0, done.stderr
@@ -103,6 +104,7 @@ def test_every_part_at_small_sizes(tmp_path):
         assert row["backward_host_us"] > 0
 
 
+@pytest.mark.slow
 def test_a_missing_gpu_is_said(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     done = run_tool(tmp_path, "--only", "versions", "tests")
@@ -403,6 +405,7 @@ def test_primitives_are_tried_in_the_tiles_that_are_launched():
     assert others == {"sweep", "weights_by_step", "weights_by_token"}  # they scan nothing
 
 
+@pytest.mark.slow
 def test_primitives_agree_with_float64(tmp_path):
     """In Triton's interpreter, which has to be chosen before triton is imported."""
     options = ["--part", "primitives", "--out", tmp_path, "--device", "cpu"]
@@ -506,6 +509,7 @@ def test_cases_of_the_look_back_ask_for_all_of_it(case):
     assert not values["ALIGNED"]
 
 
+@pytest.mark.slow
 def test_cases_of_the_look_back_are_within_their_tolerance():
     """Long walks in half precision: by the CPU's kernels."""
     scan_cases.check(gpu_check.look_back_cases()[1], gpu_check._run_scan)
@@ -534,6 +538,7 @@ def test_whatever_is_launched_later_is_compiled_before():
     pickle.dumps(gpu_check.compile_jobs("cuda"))  # for other processes
 
 
+@pytest.mark.slow
 def test_jobs_run_in_processes_of_their_own(tmp_path):
     report = gpu_check.Report(tmp_path / "part.json")
     jobs = [
@@ -623,6 +628,7 @@ for part in ("bandwidth", "times", "tests", "backbones"):
 """
 
 
+@pytest.mark.slow
 def test_torch_alone_is_enough(tmp_path):
     command = [sys.executable, "-c", WITHOUT_OPENMMLAB, tmp_path]
     subprocess.run(command, check=True, cwd=TOOL.parent, env=gpu_check._environment())

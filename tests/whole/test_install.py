@@ -118,6 +118,7 @@ def test_without_a_working_compiler_the_build_succeeds_and_says_so_once(
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_torch_s_number_of_threads_holds_for_the_library(source):
     build_in_place(source, CXX="")
     code = (
@@ -210,6 +211,7 @@ def test_a_wheel_without_the_kernel_fits_any_platform(source):
 
 
 @pytest.mark.parametrize("options", [[], ["-e"]], ids=["wheel", "editable"])
+@pytest.mark.slow
 def test_configs_are_inherited_by_name_wherever_a_project_is(source, tmp_path, options):
     # An environment that has the packages of this one, but for mmvssm.
     environment = tmp_path / "environment"
@@ -557,6 +559,7 @@ def test_other_compilers_do_without_a_precompiled_header(header, capsys, compile
     assert not list(folder.iterdir())
 
 
+@pytest.mark.slow
 def test_versions_are_said_in_one_line(tools, capsys):
     import torch
 

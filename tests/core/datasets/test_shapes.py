@@ -242,12 +242,14 @@ class TestCommandLine:
         environment = {"PYTHONPATH": str(MAKE_SHAPES.parents[1])}
         return subprocess.run(command, capture_output=True, text=True, env=environment)
 
+    @pytest.mark.slow
     def test_writes_the_data_set(self, tmp_path, small):
         args = [f"--{k.replace('_', '-')}={v}" for k, v in SMALL.items()]
         result = self.run("--root", tmp_path / "shapes", *args)
         assert result.returncode == 0, result.stderr
         assert digest(tmp_path / "shapes") == digest(small)
 
+    @pytest.mark.slow
     def test_refuses_in_one_sentence(self, tmp_path):
         (tmp_path / "photo.jpg").touch()
         result = self.run("--root", tmp_path)

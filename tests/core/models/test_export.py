@@ -42,11 +42,13 @@ def check(program, model):
                 torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_groupmamba():
     model = GroupMamba(GROUPMAMBA, out_indices=(0, 3))
     check(export(model).module(), model)
 
 
+@pytest.mark.slow
 def test_plainmamba_saved_and_loaded(tmp_path):
     model = PlainMamba(PLAINMAMBA, img_size=48, out_indices=(0, 1))
     torch.export.save(export(model), tmp_path / "plainmamba.pt2")
@@ -62,6 +64,7 @@ def test_pruned_plainmamba_saved_and_loaded(tmp_path):
     check(torch.export.load(tmp_path / "pruned.pt2").module(), model)
 
 
+@pytest.mark.slow
 def test_pruned_tokens_are_a_programs_output(tmp_path):
     """Without the neck, at one size, which is quicker to export."""
     pruning = dict(layers=(0,), keep_ratio=0.6)

@@ -465,6 +465,7 @@ def test_autocast(dtype):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_compile_fullgraph():
     model = GroupMamba(MINI).eval()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 REPOSITORY = Path(__file__).parents[3]
 WITHOUT_OPENMMLAB = """
 import sys, warnings
@@ -29,6 +31,7 @@ except ImportError as error:
 """
 
 
+@pytest.mark.slow
 def test_operators_need_neither_mmengine_nor_mmcv():
     run = subprocess.run(
         [sys.executable, "-c", WITHOUT_OPENMMLAB], cwd=REPOSITORY, capture_output=True, text=True

@@ -501,6 +501,7 @@ def test_repeated_index():
 
 
 @needs_library
+@pytest.mark.slow
 def test_shares_the_thread_pool_of_torch():
     code = (
         "import torch, ctypes\n"

@@ -159,6 +159,7 @@ def test_compiled_backend(case, limit, instruction_set):
 
 
 @needs_triton
+@pytest.mark.slow
 def test_triton_kernels_in_the_interpreter():
     command = [
         sys.executable,
