@@ -13,6 +13,7 @@ JOBS ?= 2
 PORT ?= 8080
 CONFIG ?=
 CHECKPOINT ?=
+BASE ?= HEAD
 ARGS ?=
 
 BIN := $(VENV)/bin
@@ -25,7 +26,7 @@ ONNXRUNTIME_WEB := $(WEB)/site/onnxruntime-web/version.txt
 # `env` with the variables that a run on this machine needs (none on most).
 RUN = env $$($(BIN)/python tools/install/environment.py --print-run-env) $(BIN)/python
 
-.PHONY: help setup setup-pretrain setup-web train train-seg train-pruned train-seg-pruned web test test-fast lint docs clean
+.PHONY: help setup setup-pretrain setup-web train train-seg train-pruned train-seg-pruned web test test-fast test-changed lint docs clean
 
 help: ## Show this list.
 	@echo "Targets (each sets up $(VENV) by itself when it is missing or out of date):"
@@ -37,6 +38,7 @@ help: ## Show this list.
 	@echo "  OPENMMLAB=auto      openmmlab (upstream), onedl (the forks), or what is already installed"
 	@echo "  JOBS=2              tests that run at a time, each on a core of its own"
 	@echo "  ARGS='...'          further arguments of tools/train.py (--resume continues a run), or of pytest"
+	@echo "  BASE=HEAD           the commit that make test-changed compares the working tree with"
 	@echo "  WORK_DIRS=work_dirs where the trainings write; none writes over an earlier one"
 	@echo "  CONFIG=... CHECKPOINT=...  a model of yours for the web page, in place of the demo models"
 	@echo "  PORT=8080           where the web page is served"
@@ -139,16 +141,21 @@ web: $(ENVIRONMENT) $(MMVSSM) $(ONNXRUNTIME_WEB) ## Show the demo models, or CON
 
 # --- checks ------------------------------------------------------------------------------------------
 
-# As many tests at a time as JOBS says, each on one core; whoever is done takes tests from the others.
+# JOBS tests run at a time, each on one core; a process that is done takes tests from the others.
 PYTEST = env OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-test: $(ENVIRONMENT) $(MMVSSM) ## Run all tests (those for a GPU are skipped where there is none).
+test: $(ENVIRONMENT) $(MMVSSM) ## Run all tests; those for a GPU are skipped without one.
 	@$(BIN)/python tools/install/environment.py --print-versions
 	@$(PYTEST) $(ARGS)
 
-test-fast: $(ENVIRONMENT) $(MMVSSM) ## Run the tests that take less than about 20 seconds each.
+test-fast: $(ENVIRONMENT) $(MMVSSM) ## Run the quick tests of operators, models, pruning, data, configs and documentation.
 	@$(BIN)/python tools/install/environment.py --print-versions
-	@$(PYTEST) -m "not slow" $(ARGS)
+	@$(PYTEST) -m "not slow" tests/core $(ARGS)
+
+test-changed: $(ENVIRONMENT) $(MMVSSM) ## Run the test files that import or name what differs from the commit BASE.
+	@files=$$($(BIN)/python tools/analysis_tools/changed_tests.py $(BASE)) || exit; \
+	if [ -n "$$files" ]; then echo "$$files"; $(PYTEST) $$files $(ARGS); else \
+		echo "No test imports or names what differs from $(BASE)."; fi
 
 lint: $(ENVIRONMENT) ## Check style and format.
 	@$(BIN)/ruff check .

@@ -55,12 +55,13 @@ def imports_of(root: Path = REPOSITORY) -> Iterator[Import]:
         names = file.relative_to(root).with_suffix("").parts
         folder = list(names[:-1])
         source = room_of(".".join(names[:-1] if names[-1] == "__init__" else names))
-        for line, module in _named_modules(ast.parse(file.read_text()), folder):
+        for line, module in named_modules(ast.parse(file.read_text()), folder):
             if module.split(".")[0] == "mmvssm":
                 yield Import(file, line, source, room_of(module), module)
 
 
-def _named_modules(tree: ast.AST, folder: Sequence[str]) -> Iterator[tuple[int, str]]:
+def named_modules(tree: ast.AST, folder: Sequence[str]) -> Iterator[tuple[int, str]]:
+    """The line and the full name of each module that a source file names in imports."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for name in node.names:
@@ -113,7 +114,7 @@ def tools_that_import_upwards(root: Path = REPOSITORY) -> list[str]:
     found = []
     for file in sorted((root / "tools").rglob("*.py")):
         own = level.get(file.parent.name, 1)
-        for line, module in _named_modules(ast.parse(file.read_text()), []):
+        for line, module in named_modules(ast.parse(file.read_text()), []):
             name = module.split(".")[0]
             place = f"{file.relative_to(root)}:{line} imports {name}"
             if (name in tests and name != "run") or level.get(folder_of.get(name), own) > own:
