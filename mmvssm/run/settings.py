@@ -1,8 +1,7 @@
-"""Settings that nothing would read, said before anything is written.
+"""Check settings before a run starts: ``--cfg-options``, registered types, and values that cannot work.
 
-mmengine takes any key from ``--cfg-options``; one that is misspelt is saved with the config and has
-no effect. Here a new key has to be one that something takes: the runner, or the constructor of the
-class that the ``type`` beside it names.
+mmengine takes any key from ``--cfg-options``; a misspelt one is saved with the config and has no effect. We refuse a
+new key if the constructor that would get it lacks it, and report every other new key.
 """
 
 import argparse
@@ -10,7 +9,7 @@ import difflib
 import inspect
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -18,91 +17,67 @@ from typing import Any, Optional
 
 import mmengine.registry
 from mmengine.config import Config, DictAction
-from mmengine.optim import AmpOptimWrapper
 from mmengine.registry import DefaultScope, Registry, init_default_scope
-from mmengine.runner import Runner, set_random_seed
+from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
-from ..errors import UserError, user_mistakes
+from ..errors import UserError, shown, user_mistakes
 
 _CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-_DELETE = "_delete_"  # mmengine's word for: replace, do not merge
-_PLACES_SHOWN = 3
+_DELETE = "_delete_"  # mmengine's key to replace a dict in place of merging into it
+_SLIP = 0.85  # Names at least this similar are taken for a slip; difflib's default of 0.6 is for suggestions.
 
-# What mmengine and the tools read from the top of a config besides the runner's arguments.
-_TOP_LEVEL = {
+# Read from the top of a config, by mmengine or our tools, besides the arguments of Runner. All other names there are
+# variables, which the config file has used already.
+_READ = {
     *("runner_type", "model_wrapper_cfg", "sync_bn", "find_unused_parameters", "compile"),
-    *("activation_checkpointing", "efficient_conv_bn_eval", "custom_imports", "work_dir"),
-    *("prepare_data", "check_data", "tta_model", "tta_pipeline", "strategy"),
+    *("activation_checkpointing", "efficient_conv_bn_eval", "custom_imports"),
+    *("prepare_data", "check_data", "tta_model", "tta_pipeline"),
 }
-_DATALOADER = {"dataset", "num_batch_per_epoch"}
-# The classes of parts whose ``type`` may be left out.
-_IMPLIED = {
-    "train_cfg": ("EpochBasedTrainLoop", "IterBasedTrainLoop"),
-    "val_cfg": ("ValLoop",),
-    "test_cfg": ("TestLoop",),
-    "optim_wrapper": ("OptimWrapper",),
-}
-_PARAMWISE = "optim_wrapper.paramwise_cfg"
-_FIXED = {
-    "randomness": set(inspect.signature(set_random_seed).parameters)
-    | {"seed", "diff_rank_seed", "deterministic"},
-    "auto_scale_lr": {"enable", "base_batch_size"},
-    "env_cfg": {"cudnn_benchmark", "mp_cfg", "dist_cfg", "resource_limit"},
-    "env_cfg.mp_cfg": {"mp_start_method", "opencv_num_threads"},
-    _PARAMWISE: {
-        *("lr_mult", "decay_mult", "bias_lr_mult", "bias_decay_mult", "norm_decay_mult"),
-        *("flat_decay_mult", "dwconv_decay_mult", "dcn_offset_lr_mult", "bypass_duplicate"),
-        *("custom_keys", "num_layers", "decay_rate", "decay_type"),
-    },
-}
-_FREE = ("paramwise_cfg.custom_keys", "env_cfg.dist_cfg", "backend_args")
-# What mmengine takes out of a part's settings before it builds the class of its ``type``.
+# mmengine takes these out of a part of a config before it calls the part's constructor.
 _TAKEN_OUT = {
-    re.compile(r"(default|custom)_hooks\.\w+"): {"priority"},
-    re.compile(r"param_scheduler\.\d+"): {"convert_to_iter_based"},
+    *("type", "priority", "convert_to_iter_based", "constructor", "paramwise_cfg"),
+    *("num_batch_per_epoch",),
 }
-_OPTIM_WRAPPER = {"type", "constructor", "paramwise_cfg", "optimizer", "clip_grad"}
-# The parts of a config that a registry builds, whatever class reads them. What a ``type`` elsewhere
-# stands for, such as in a model's test_cfg or in clip_grad, only the class knows that is given it.
+# Parts of a config that a registry builds as they are. Of a ``type`` elsewhere, as in a model's test_cfg or clip_grad,
+# only the class that receives it knows what it stands for and which settings it takes out.
 _BUILT = re.compile(
     "|".join(
         (
             r"(tta_)?model(\.module)?(\.(backbone|neck|data_preprocessor))?",
-            r"(train|val|test)_dataloader\.(sampler|batch_sampler|collate_fn|worker_init_fn)",
+            r"(train|val|test)_dataloader(\.(sampler|batch_sampler|collate_fn|worker_init_fn))?",
             r"(train|val|test)_dataloader(\.dataset|\.datasets\.\d+)+(PIPELINE)?",
             r"tta_(PIPELINE)",
-            r"(train|val|test)_cfg|strategy|log_processor|prepare_data",
+            r"(train|val|test)_cfg|log_processor|prepare_data",
             r"(val|test)_evaluator(\.\d+)?(\.metrics\.\d+)?",
             r"optim_wrapper(\.optimizer)?|param_scheduler(\.\d+)?",
             r"(default|custom)_hooks\.\w+|visualizer(\.vis_backends\.\d+)?",
         )
     ).replace("PIPELINE", r"\.?pipeline\.\d+(\.transforms(\.\d+)*)*")
 )
-_LACKING = re.compile(r"(\S+) is not in the \S+ registry")  # mmengine's words
+_UNREGISTERED = re.compile(r"(\S+) is not in the \S+ registry")  # mmengine's words
 _AT_LEAST = {"batch_size": 1, "num_workers": 0, "max_epochs": 1, "max_iters": 1, "val_interval": 1}
-# Dicts, and lists with one in them, which mmengine would take apart at their commas; "{:05}.png" is none.
+# Dicts, and lists that hold one, which mmengine would split at their commas; "{:05}.png" is none.
 _DICT = re.compile(r"""[\[(](.*[\[(,])?(\{|dict\()|\{["'}]|dict\(""")
 
 
 class SettingsAction(DictAction):
-    """Reads ``--cfg-options``; what cannot be read is one sentence.
+    """Read ``--cfg-options`` as mmengine does, and refuse in one line what cannot be read.
 
-    Values are read as mmengine does, which drops spaces and makes lists of what has commas; but a path that exists
-    stays as it is.
+    mmengine drops spaces and makes lists of values with commas; a value that is an existing path stays as it is.
     """
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
         """Read the options.
 
         Raises:
-            UserError: If one has no ``=`` or brackets that do not match, or is a dict.
+            UserError: If an option has no ``=``, its brackets do not match, or its value is a dict.
         """
         found = dict(getattr(namespace, self.dest, None) or {})
         for text in values or []:
-            if "=" not in text or text.startswith("="):
+            key, equals, value = text.partition("=")
+            if not key or not equals:
                 raise UserError(f"--cfg-options {text}: options are KEY=VALUE, without spaces")
-            key, value = text.split("=", 1)
             if set(" ,") & set(value) and os.path.exists(value):
                 found[key] = value
                 continue
@@ -127,70 +102,66 @@ def check_config_file(path: str) -> None:
     """Check that a config file exists.
 
     Raises:
-        UserError: If not: the nearest name beside it or among the configs that come along.
+        UserError: If it does not; the message names the most similar config beside it or among ours.
     """
     if os.path.isfile(path):
         return
-    folder = Path(path).parent
     known: dict[str, str] = {}
-    for place in (_CONFIGS, Path("configs"), folder):
-        if place.is_dir():
-            known.update({file.stem: os.path.relpath(file) for file in place.glob("*.py")})
+    for folder in (_CONFIGS, Path("configs"), Path(path).parent):
+        known.update({file.stem: os.path.relpath(file) for file in folder.glob("*.py")})
     near = difflib.get_close_matches(Path(path).stem, known, n=1)
     raise UserError(
         f"there is no config file {path}" + (f"; {known[near[0]]} is one" if near else "")
     )
 
 
+# ---------------------------------------------------------------------------------- --cfg-options
+
+
 def check_options(cfg: Config, options: dict[str, Any], amp: bool = False) -> list[str]:
-    """Check that something reads every key of ``--cfg-options``.
+    """Check ``--cfg-options`` against a config and the constructors of its parts.
 
     Args:
-        cfg: The config before they are applied.
+        cfg: The config before the options are merged into it.
         options: Values by dotted key.
-        amp: Whether mixed precision is turned on later, whose settings are then read, too.
+        amp: Whether ``--amp`` makes the optimizer wrapper an ``AmpOptimWrapper`` later.
 
     Returns:
-        Keys that are taken although nothing says what reads them.
+        The new keys that no constructor confirms, each with the most similar name, if there is one.
 
     Raises:
-        UserError: On a key that nothing reads, with the nearest right one, or a value of the wrong kind.
+        UserError: If a closed constructor lacks a key, if a key is a variable of the config file, or if a value is of
+            the wrong kind.
     """
     init_default_scope(cfg.get("default_scope", "mmengine"))
-    unsure = []
-    of_amp = _arguments(AmpOptimWrapper)[0] if amp else ()
-    taken = {f"optim_wrapper.{name}" for name in of_amp}
+    unchecked = []
     for key, value in options.items():
         parts = key.split(".")
         node: Any = cfg._cfg_dict
         for depth, part in enumerate(parts):
             path = ".".join(parts[:depth])
-            if part == _DELETE:
+            if part == _DELETE or f"{path}.{_DELETE}" in options:
                 break
             if isinstance(node, (list, tuple)):
                 node = _item(node, part, path)
             elif not isinstance(node, dict):
-                if f"{path}.{_DELETE}" in options:
-                    break
                 raise UserError(
                     f"--cfg-options {key}: {path} is {node!r} in the config, which has no settings; to "
                     f"put some in its place add {path}.{_DELETE}=True"
                 )
             elif part in node:
-                if depth == 0:
-                    _check_read(part, cfg)
+                if not path:
+                    _check_is_read(part, cfg)
                 node = node[part]
-            elif (
-                f"{path}.{_DELETE}" in options or path.endswith(_FREE) or f"{path}.{part}" in taken
-            ):
-                break
             else:
-                if not _accepts(node, part, path, parts, cfg, options):
-                    unsure.append(key)
+                kind = options.get(f"{path}.type", node.get("type"))
+                if amp and path == "optim_wrapper":
+                    kind = "AmpOptimWrapper"
+                unchecked += _check_new(cfg, node, key, path, part, kind)
                 break
         else:
             _check_kind(key, node, value)
-    return unsure
+    return unchecked
 
 
 def _item(node: Sequence, part: str, path: str) -> Any:
@@ -209,141 +180,86 @@ def _item(node: Sequence, part: str, path: str) -> Any:
     return node[int(part)]
 
 
-def _check_read(name: str, cfg: Config) -> None:
-    """Refuse a variable of the config file, which has done its work when the file was read."""
+def _check_is_read(name: str, cfg: Config) -> None:
+    """Refuse a variable of the config file: setting it after the file was read has no effect."""
     if name in _top_level():
         return
-    places = list(_places(cfg._cfg_dict, name))[:_PLACES_SHOWN]
-    remedy = f"set {' or '.join(places)}" if places else "set what it was used for"
+    places = list(_places(cfg._cfg_dict, name))
+    remedy = f"set {shown(places)}" if places else "set what it was used for"
     raise UserError(
         f"--cfg-options {name} has no effect: it is a variable of the config file, used when that was "
         f"read; {remedy}"
     )
 
 
+def _check_new(cfg: Config, node: dict, key: str, path: str, part: str, kind: Any) -> list[str]:
+    """Check a key whose ``part`` is new in ``node``, which is at ``path`` in a config.
+
+    Returns:
+        What to report: nothing if the constructor takes the setting.
+
+    Raises:
+        UserError: If the constructor takes neither this setting nor any other name. Outside of ``_BUILT`` the class
+            around ``node`` may take the setting out, so there we refuse only a slip.
+    """
+    names, is_closed = _arguments(node, path, kind)
+    if part in names:
+        return []
+    is_exact = is_closed and bool(_BUILT.fullmatch(path))
+    known = sorted(names.union(node) if path else names)
+    near = difflib.get_close_matches(part, known, n=1, cutoff=0.6 if is_exact else _SLIP)
+    where = f"{path}." if path else ""
+    suggestions = [f"{where}{name}" for name in near]
+    if is_closed:
+        suggestions += _places(cfg._cfg_dict, part)
+        if is_exact or near or (suggestions and not path):
+            hint = (
+                f"the nearest is {suggestions[0]}" if suggestions else f"there are {shown(known)}"
+            )
+            raise UserError(
+                f"--cfg-options {where}{part}: nothing reads a setting of that name; {hint}"
+            )
+    return [f"{key} (did you mean {suggestions[0]}?)" if near else key]
+
+
+def _arguments(node: dict, path: str, kind: Any) -> tuple[set[str], bool]:
+    """The names that the constructor of a part of a config takes, and whether it takes no others."""
+    if not path:
+        return _top_level(), True
+    if kind is None and re.fullmatch(r"\w+_dataloader", path):
+        kind = DataLoader
+    elif kind is None and path == "optim_wrapper":
+        kind = "OptimWrapper"
+    found = find_type(kind)
+    if found is None:
+        return set(), False
+    names, functions = set(_TAKEN_OUT), [found]
+    if inspect.isclass(found):
+        functions = [vars(c)["__init__"] for c in found.__mro__[:-1] if "__init__" in vars(c)]
+    # What a constructor takes by **kwargs goes on to that of its base class.
+    for function in functions:
+        try:
+            parameters = inspect.signature(function).parameters.values()
+        except (TypeError, ValueError):  # built in
+            return names, False
+        names |= {p.name for p in parameters} - {"self"}
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            return names, True
+    return names, False
+
+
+def _top_level() -> set[str]:
+    return set(inspect.signature(Runner.__init__).parameters) - {"self", "cfg"} | _READ
+
+
 def _places(node: Any, name: str, path: str = "") -> Iterator[str]:
     """Where in the parts of a config that are read there is a setting called ``name``."""
-    if isinstance(node, dict):
-        for key, value in node.items():
-            if not path and key not in _top_level():
-                continue
+    for key, value in node.items() if isinstance(node, dict) else ():
+        if path or key in _top_level():
             where = f"{path}.{key}" if path else key
             if key == name and path:
                 yield where
             yield from _places(value, name, where)
-
-
-def _top_level() -> set[str]:
-    return set(inspect.signature(Runner.__init__).parameters) - {"self", "cfg"} | _TOP_LEVEL
-
-
-def _accepts(
-    node: dict, part: str, path: str, parts: Sequence[str], cfg: Config, options: dict[str, Any]
-) -> bool:
-    """Whether something is known to read a new setting ``part`` of ``path``.
-
-    Raises:
-        UserError: If it is known that nothing does.
-    """
-    known, open_ended = _known_settings(node, path, cfg, options)
-    if part in known:
-        return True
-    candidates = {*known, *node} - {"self", "runner", "dataloader"} if path else known
-    near = difflib.get_close_matches(part, sorted(candidates), n=1, cutoff=0.6)
-    if open_ended:
-        near = [name for name in sorted(candidates) if _is_slip(part, name)]
-        if not near:
-            return False
-    where = f"{path}." if path else ""
-    elsewhere = [place for place in _places(cfg._cfg_dict, part) if place.endswith(f".{part}")]
-    right = f"{where}{near[0]}" if near else ""
-    if not near and elsewhere:
-        right = ".".join([elsewhere[0], *parts[len(where.split(".")) :]])
-    hint = f"; the nearest is {right}" if right else f"; there are {_listed(candidates, where)}"
-    raise UserError(f"--cfg-options {where}{part}: nothing reads a setting of that name{hint}")
-
-
-def _is_slip(written: str, meant: str) -> bool:
-    """Whether two names differ by a slip of the finger: a letter left out, doubled, added or exchanged.
-
-    Names that belong side by side, such as stage1 and stage2 or img_path and img_path2, do not.
-    """
-    if len(written) == len(meant):
-        apart = [i for i, pair in enumerate(zip(written, meant)) if pair[0] != pair[1]]
-        exchanged = len(apart) == 2 and apart[1] == apart[0] + 1
-        return (
-            exchanged and written[apart[0]] + written[apart[1]] == meant[apart[1]] + meant[apart[0]]
-        )
-    short, long = sorted((written, meant), key=len)
-    return len(long) == len(short) + 1 and any(
-        long[:i] + long[i + 1 :] == short and not letter.isdigit() for i, letter in enumerate(long)
-    )
-
-
-def _listed(names: Iterable[str], where: str) -> str:
-    return ", ".join(f"{where}{name}" for name in sorted(names)[:8]) + ", ..." * (
-        len(set(names)) > 8
-    )
-
-
-def _known_settings(
-    node: dict, path: str, cfg: Config, options: dict[str, Any]
-) -> tuple[set[str], bool]:
-    """The settings that a part of a config takes, and whether it may take others as well."""
-    if not path:
-        return _top_level(), False
-    if path in _FIXED:
-        # A constructor of the user's or the library's own may read more of paramwise_cfg.
-        is_own = path == _PARAMWISE and "constructor" in (cfg.get("optim_wrapper") or {})
-        return _FIXED[path], is_own or "optim_wrapper.constructor" in options
-    if path.endswith("_dataloader") and "." not in path:
-        return set(inspect.signature(DataLoader.__init__).parameters) - {
-            "self"
-        } | _DATALOADER, False
-    known: set[str] = {"type"}
-    if path == "optim_wrapper":
-        known |= _OPTIM_WRAPPER
-    for place, names in _TAKEN_OUT.items():
-        if place.fullmatch(path):
-            known |= names
-    kind = options.get(f"{path}.type", node.get("type"))
-    kinds = [kind] if kind is not None else list(_IMPLIED.get(path, ()))
-    if path == "train_cfg" and kind is None:
-        known |= {"by_epoch"}
-    if not kinds:
-        return set(node), True
-    # Elsewhere the class around it may take out what is its own, as mmcv's norm_cfg.requires_grad.
-    open_ended = not _BUILT.fullmatch(path)
-    for kind in kinds:
-        cls = find_type(kind)
-        if cls is None:
-            return known, True
-        names, more = _arguments(cls)
-        known |= names
-        open_ended |= more
-    return known, open_ended
-
-
-def _arguments(cls: Any) -> tuple[set[str], bool]:
-    """The names a constructor or function takes, and whether it takes any name."""
-    if not inspect.isclass(cls):
-        parameters = _parameters(cls)
-        return {p.name for p in parameters}, any(p.kind is p.VAR_KEYWORD for p in parameters)
-    names: set[str] = set()
-    for base in cls.__mro__:
-        if base is not object and "__init__" in vars(base):
-            parameters = _parameters(base.__init__)
-            names |= {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
-            if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-                return names - {"self"}, False
-    return names - {"self"}, True
-
-
-def _parameters(function: Any) -> list[inspect.Parameter]:
-    try:
-        return list(inspect.signature(function).parameters.values())
-    except (TypeError, ValueError):  # built in
-        return [inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)]
 
 
 def _check_kind(key: str, old: Any, new: Any) -> None:
@@ -357,17 +273,20 @@ def _check_kind(key: str, old: Any, new: Any) -> None:
         raise UserError(f"--cfg-options {key}={new}: this is {old} in the config; give a number")
 
 
+# ------------------------------------------------------------------------------- values and types
+
+
 def check_values(cfg: Config) -> None:
-    """Check the numbers that would be found wrong only when training has been set up.
+    """Check numbers that would raise only after training is set up.
 
     Raises:
-        UserError: On the first that is not a whole number, or too small, and on schedulers that end before they begin.
+        UserError: On the first that is not a whole number or is too small, or if a scheduler ends before it begins.
     """
     for part in ("train_dataloader", "val_dataloader", "test_dataloader", "train_cfg"):
         node = cfg.get(part) or {}
         for name, least in _AT_LEAST.items():
             value = node.get(name, least)
-            # Of loops, mmengine takes whole numbers that are a quotient's, too.
+            # mmengine's loops also take a float that is whole, such as a quotient.
             is_whole = type(value) is int or (
                 part == "train_cfg" and isinstance(value, float) and value.is_integer()
             )
@@ -386,19 +305,19 @@ def check_values(cfg: Config) -> None:
 
 
 def check_types(cfg: Config) -> None:
-    """Check that the parts of a config that registries build are of a registered ``type``.
+    """Check that the parts of a config that registries build have a registered ``type``.
 
     Raises:
-        UserError: On the first that is not, with the nearest registered name.
+        UserError: On the first that has not, with the most similar registered name.
     """
     for path, kind in _types({name: cfg[name] for name in cfg if name in _top_level()}):
         if _BUILT.fullmatch(path) and find_type(kind) is None:
-            raise UserError(f"{path}.type={_unregistered(kind)}")
+            raise UserError(f"{path}.type={_explain_unregistered(kind)}")
 
 
 @contextmanager
-def naming_the_nearest() -> Iterator[None]:
-    """While something is built: a name that a registry lacks is told with the nearest that there is.
+def suggest_similar_name() -> Iterator[None]:
+    """Add the most similar registered name to mmengine's error for a ``type`` that is not registered.
 
     Raises:
         KeyError: In place of mmengine's.
@@ -406,56 +325,10 @@ def naming_the_nearest() -> Iterator[None]:
     try:
         yield
     except KeyError as error:
-        lacking = _LACKING.search(str(error.args[0] if error.args else ""))
-        if not lacking:
+        unregistered = _UNREGISTERED.search(str(error.args[0] if error.args else ""))
+        if not unregistered:
             raise
-        raise KeyError(f"type={_unregistered(lacking[1])}") from error
-
-
-def _unregistered(kind: str) -> str:
-    near = _nearest_type(kind)
-    hint = f"; the nearest is {near!r}" if near else ""
-    return (
-        f"{kind!r} is not registered{hint}; a class of your own has to be imported by "
-        "custom_imports in the config"
-    )
-
-
-def _nearest_type(kind: str) -> Optional[str]:
-    """The registered name most like ``kind``: of its scope, if it has one, or of any."""
-    names = _registered_names()
-    scope, _, name = kind.rpartition(".")
-    without_scope = {registered.rpartition(".")[2] for registered in names}
-    if scope:
-        near = difflib.get_close_matches(kind, [n for n in names if n.startswith(f"{scope}.")], n=1)
-        if near:
-            return near[0]
-    near = difflib.get_close_matches(name, without_scope, n=1)
-    return near[0] if near else None
-
-
-def _types(node: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Every ``type`` that is a name, with the part of the config that it is the type of."""
-    if isinstance(node, dict):
-        kind = node.get("type")
-        if isinstance(kind, str):
-            yield path, kind
-        for key, value in node.items():
-            # Albumentations' transforms, and what other classes call so, are none of mmcv's.
-            if key != "transforms" or _takes_transforms(kind):
-                yield from _types(value, f"{path}.{key}" if path else key)
-    elif isinstance(node, (list, tuple)):
-        for index, value in enumerate(node):
-            yield from _types(value, f"{path}.{index}")
-
-
-def _takes_transforms(kind: Any) -> bool:
-    """Whether the ``transforms`` of a class are registered ones, as those of mmcv's wrappers are."""
-    return str(getattr(find_type(kind), "__module__", "")).startswith("mmcv.transforms.")
-
-
-def _registries() -> list[Registry]:
-    return [value for value in vars(mmengine.registry).values() if isinstance(value, Registry)]
+        raise KeyError(f"type={_explain_unregistered(unregistered[1])}") from error
 
 
 def find_type(kind: Any) -> Optional[Any]:
@@ -465,9 +338,9 @@ def find_type(kind: Any) -> Optional[Any]:
     scope = DefaultScope.get_current_instance()
     if scope is not None:
         with user_mistakes(f"cannot use default_scope={scope.scope_name!r}"):
-            import_module(f"{scope.scope_name}.registry")  # which is how children come to be known
+            import_module(f"{scope.scope_name}.registry")  # registers the scope's registries
     for registry in _registries():
-        # As building does, which also says something for each registry that the scope lacks.
+        # As building does; mmengine would also log each registry that the scope lacks.
         scoped = registry.children.get(scope.scope_name) if scope else None
         found = (registry if scoped is None else scoped).get(kind)
         if found is not None:
@@ -475,8 +348,48 @@ def find_type(kind: Any) -> Optional[Any]:
     return None
 
 
+def _explain_unregistered(kind: str) -> str:
+    near = _nearest_type(kind)
+    hint = f"; the nearest is {near!r}" if near else ""
+    return (
+        f"{kind!r} is not registered{hint}; a class of your own has to be imported by "
+        "custom_imports in the config"
+    )
+
+
+def _nearest_type(kind: str) -> Optional[str]:
+    """The registered name most like ``kind``, with the scope that registers it or without."""
+    names = _registered_names()
+    names |= {name.rpartition(".")[2] for name in names}
+    near = difflib.get_close_matches(kind, sorted(names), n=1)
+    return near[0] if near else None
+
+
+def _types(node: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Every ``type`` that is a name, with the path of the part that it is the type of."""
+    if isinstance(node, dict):
+        kind = node.get("type")
+        if isinstance(kind, str):
+            yield path, kind
+        for key, value in node.items():
+            # Only the transforms of mmcv's wrappers are registered; those of Albumentations are not.
+            if key != "transforms" or _is_of_mmcv(kind):
+                yield from _types(value, f"{path}.{key}" if path else key)
+    elif isinstance(node, (list, tuple)):
+        for index, value in enumerate(node):
+            yield from _types(value, f"{path}.{index}")
+
+
+def _is_of_mmcv(kind: Any) -> bool:
+    return str(getattr(find_type(kind), "__module__", "")).startswith("mmcv.transforms.")
+
+
+def _registries() -> list[Registry]:
+    return [value for value in vars(mmengine.registry).values() if isinstance(value, Registry)]
+
+
 def _registered_names() -> set[str]:
-    """All registered names, those of other scopes than mmengine's with the scope before them."""
+    """All registered names; those of other scopes than mmengine's begin with the scope."""
     names: set[str] = set()
     pending = [(registry, "") for registry in _registries()]
     while pending:

@@ -34,7 +34,7 @@ from .settings import (
     check_types,
     check_values,
     find_type,
-    naming_the_nearest,
+    suggest_similar_name,
 )
 
 _DENSE = ("mmdet", "mmseg")
@@ -66,7 +66,7 @@ def open_config(
     with user_mistakes(f"cannot read the config {args.config}"), explain_missing_mmpretrain():
         cfg = Config.fromfile(args.config)
     options = args.cfg_options or {}
-    unsure = check_options(cfg, options, getattr(args, "amp", False))
+    unchecked = check_options(cfg, options, getattr(args, "amp", False))
     with user_mistakes("cannot apply --cfg-options"):
         cfg.merge_from_dict(options)
     cfg.launcher = args.launcher
@@ -89,8 +89,8 @@ def open_config(
     _check_runner(cfg)
     init_processes(cfg)
     adapt_to_machine(cfg)
-    if unsure:
-        say(f"New in this config, read if its model or data set knows it: {', '.join(unsure)}")
+    if unchecked:
+        say(f"Not in the config, passed on unchecked: {', '.join(unchecked)}")
     return cfg
 
 
@@ -187,7 +187,7 @@ def build_model(cfg: Config) -> nn.Module:
     model = deepcopy(cfg.model)
     if cfg.get("data_preprocessor"):  # as the runner does
         model.setdefault("data_preprocessor", deepcopy(cfg.data_preprocessor))
-    with user_mistakes("cannot build the model"), naming_the_nearest():
+    with user_mistakes("cannot build the model"), suggest_similar_name():
         return MODELS.build(model)
 
 
@@ -197,7 +197,7 @@ def build_runner(cfg: Config) -> Runner:
     Raises:
         UserError: If that is not possible.
     """
-    with user_mistakes("cannot set up the run"), naming_the_nearest():
+    with user_mistakes("cannot set up the run"), suggest_similar_name():
         return RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
 
 

@@ -16,7 +16,7 @@ from .plain import train_plain
 from .pretrained import check_pretrained
 from .resuming import choose_start
 from .schedule import change_length, check_can_follow, hint_at_options, shorten_warm_ups
-from .settings import find_type, naming_the_nearest
+from .settings import find_type, suggest_similar_name
 from .setup import (
     LIBRARIES,
     build_model,
@@ -90,7 +90,7 @@ def train(args: argparse.Namespace) -> None:
     for line in check_pretrained(model):
         say(line)
     if hasattr(model, "load_teacher"):
-        with user_mistakes("cannot set up the teacher"), naming_the_nearest():
+        with user_mistakes("cannot set up the teacher"), suggest_similar_name():
             model.load_teacher()
     del model
     prepare_training(cfg)
