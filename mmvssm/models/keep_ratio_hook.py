@@ -1,4 +1,4 @@
-"""Pruning that sets in gradually."""
+"""Increase the pruning of a backbone gradually while it trains."""
 
 from __future__ import annotations
 
@@ -14,21 +14,24 @@ from .pruning import PruningError, TokenPruning
 
 @HOOKS.register_module()
 class KeepRatioWarmup(Hook):
-    """Lower the keep ratio of pruned backbones from 1 to its target, linearly, while training.
+    """Lower the keep ratio of pruned backbones linearly from 1 to its target during training.
 
-    For fine-tuning from dense weights. Validation and testing always prune fully, so that their
-    metrics are those of the model that will be used. The ratio depends on the iteration alone: a
-    resumed run goes on with the right one. The log shows it as ``keep_ratio``.
+    For fine-tuning from dense weights. Validation and testing always prune fully, so that their metrics are those of
+    the final model. The ratio depends on the iteration alone, so a resumed run has the same one. The hook logs it as
+    ``keep_ratio``.
 
     Args:
-        num_iters: Over how many iterations.
-        begin: The iteration at which it starts; before, nothing is pruned.
+        num_iters: Length of the warm-up in iterations.
+        begin: First iteration of the warm-up; before it, the model prunes nothing.
 
     Raises:
         ValueError: If ``num_iters`` or ``begin`` is negative.
-        PruningError: When training begins, if the model prunes nothing, or its alignment is ``'none'``, which packs
-            only some numbers of tokens into a grid.
+        PruningError: When training begins, if the model prunes nothing, or if its alignment is ``'none'``, which cannot
+            pack every number of tokens into a grid.
     """
+
+    # Times in iterations, which --epochs and --iters change. Their sum, the end, is at most half of a run.
+    schedule_settings = ("num_iters", "begin")
 
     def __init__(self, num_iters: int, begin: int = 0) -> None:
         if num_iters < 0 or begin < 0:
@@ -39,14 +42,14 @@ class KeepRatioWarmup(Hook):
         self.begin = begin
 
     def progress(self, iteration: int) -> float:
-        """How much of the pruning takes place at an iteration, from 0 to 1."""
+        """The share of the pruning at an iteration, from 0 to 1."""
         passed = iteration - self.begin
         if passed < 0:
             return 0.0
         return min(passed / self.num_iters, 1.0) if self.num_iters else 1.0
 
     def before_train(self, runner: Runner) -> None:
-        """Find out whether there is anything to do."""
+        """Check that the model prunes, in a way that can change gradually."""
         prunings = _prunings(runner)
         if any(pruning.alignment == "none" for pruning in prunings) and self.progress(0) < 1:
             raise PruningError(
@@ -72,7 +75,7 @@ class KeepRatioWarmup(Hook):
         data_batch: Optional[dict] = None,
         outputs: Optional[dict] = None,
     ) -> None:
-        """Log the ratio, the smallest where layers differ."""
+        """Log the smallest ratio of all layers."""
         ratio = min(pruning.training_keep_ratio() for pruning in _prunings(runner))
         runner.message_hub.update_scalar("train/keep_ratio", ratio)
 

@@ -1,8 +1,8 @@
-"""Training for longer or shorter than a config says, with its whole schedule following.
+"""Train for more or fewer epochs or iterations than a config says, with its whole schedule.
 
-Points of the schedule (milestones, begins and ends, intervals, switches of hooks) keep their place relative to the
-run: what happened after two thirds of the old one happens after two thirds of the new one. Only a warm-up that is
-counted in iterations keeps its length, as it depends on the optimizer and not on the run.
+Points of the schedule (milestones, begins, ends, intervals, switches of hooks) keep their share of the run: what
+happened after two thirds of the old run happens after two thirds of the new one. Only a warm-up in iterations keeps
+its length, because it depends on the optimizer and not on the run.
 """
 
 from __future__ import annotations
@@ -19,35 +19,28 @@ from mmengine.optim.scheduler.param_scheduler import INF
 from mmengine.runner import Runner
 
 from ..errors import UserError
-from ..models import KeepRatioWarmup
 from .settings import find_type
 
 _WORDS = {"epochs": "epochs", "iters": "iterations"}
 # mmengine's loops validate this often where the config does not say.
 _VAL_INTERVAL = {"epochs": 1, "iters": 1000}
-# Below, mmengine's warm-ups never end: the last of their steps is the one with the full rate.
+# With fewer steps, mmengine's warm-ups never reach the full rate: only their last step has it.
 _SHORTEST_WARM_UP = 2
 _LONGEST_WARM_UP = Fraction(1, 2)  # of the run
 
-# By the class that a scheduler derives from, for rates and momentum alike: the settings, besides begin and end, that
-# have to do with time. They count from the scheduler's begin.
-_LENGTHS = {
-    "LinearParamScheduler": (),
-    "ConstantParamScheduler": (),
-    "PolyParamScheduler": (),
-    "QuadraticWarmupParamScheduler": (),
-    "ReduceOnPlateauParamScheduler": (),
-    "CosineAnnealingParamScheduler": ("T_max",),
-    "OneCycleParamScheduler": ("total_steps",),
-    "MultiStepParamScheduler": ("milestones",),
-    "StepParamScheduler": ("step_size",),
-    "CosineRestartParamScheduler": ("periods",),
-    "ExponentialParamScheduler": ("gamma",),
+# The schedulers of our configs and of mmdet's and mmseg's, by the base class that rates and momenta share: their
+# setting, besides begin and end, that is a time. It counts from the scheduler's begin.
+_TIMES = {
+    "LinearParamScheduler": None,
+    "ConstantParamScheduler": None,
+    "PolyParamScheduler": None,
+    "QuadraticWarmupParamScheduler": None,
+    "CosineAnnealingParamScheduler": "T_max",
+    "MultiStepParamScheduler": "milestones",
 }
 _WARM_UPS = ("LinearParamScheduler", "ConstantParamScheduler", "QuadraticWarmupParamScheduler")
-# Settings of hooks that are points of a schedule or lengths of time.
+# Settings of the libraries' hooks that are times. Our own hooks declare theirs as ``schedule_settings``.
 _HOOKS = {
-    "KeepRatioWarmup": ("num_iters", "begin"),
     "PipelineSwitchHook": ("switch_epoch",),
     "YOLOXModeSwitchHook": ("num_last_epochs",),
     "EMAHook": ("begin_iter", "begin_epoch"),
@@ -60,18 +53,17 @@ def change_length(cfg: Config, option: str, length: int, given: Collection[str] 
     """Make a training last for another number of epochs or iterations.
 
     Args:
-        cfg: Changed in place: ``train_cfg``, ``param_scheduler``, the interval of checkpoints and what hooks have of a
-            schedule.
+        cfg: Changed in place: ``train_cfg``, ``param_scheduler``, the interval of checkpoints, and times in hooks.
         option: ``"epochs"`` or ``"iters"``.
         length: How many.
         given: Dotted keys of settings that stay as they are, such as those of ``--cfg-options``.
 
     Returns:
-        A line that says what has changed.
+        A line that lists the changes.
 
     Raises:
-        UserError: If the config counts the other way, or has a scheduler that nothing is known of, or one that does
-            not go into so short a run.
+        UserError: If the config counts the other way, or has a scheduler that we cannot change, or one that is too
+            short in the new run.
     """
     loop, limit = cfg.get("train_cfg") or {}, f"max_{option}"
     _check_unit(loop, option, length)
@@ -80,6 +72,7 @@ def change_length(cfg: Config, option: str, length: int, given: Collection[str] 
             f"--{option} {length} and --cfg-options train_cfg.{limit} both say how long to train; give "
             f"one of them (--{option} changes the schedule as well)"
         )
+    _check_kinds(cfg, option)
     old, loop[limit] = loop[limit], length
     ratio, changes = Fraction(length, old), _Changes(given)
     changes.notes.append(f"{length} {_WORDS[option]} in place of {old}")
@@ -87,7 +80,7 @@ def change_length(cfg: Config, option: str, length: int, given: Collection[str] 
         return f"--{option} {length}: that is the config's own schedule"
     _follow_loop(cfg, option, ratio, changes)
     for path, schedulers in _scheduler_lists(cfg):
-        # Of epochs it is not known yet how many iterations they are.
+        # Only the data loader tells how many iterations an epoch has (see shorten_warm_ups).
         total = length if option == "iters" else None
         warm_up = _fitting_warm_up(schedulers, total, ratio, changes, path)
         follower = _Follower(ratio, option, old, warm_up, changes)
@@ -98,46 +91,41 @@ def change_length(cfg: Config, option: str, length: int, given: Collection[str] 
 
 
 def shorten_warm_ups(runner: Runner, old_epochs: int, given: Collection[str] = ()) -> Optional[str]:
-    """Shorten warm-ups in iterations that take most of a run by epochs, as only its data loader tells.
+    """Shorten warm-ups in iterations that would take most of a run by epochs.
 
-    That of the learning rate, and that of the keep ratio, after which a pruned model has to be trained some more. A
-    warm-up in epochs that steps with every iteration is left out where it has too few of them to be any.
+    Only the data loader tells how many iterations a run by epochs has. We shorten the warm-ups of learning rates, and
+    those of hooks such as ``KeepRatioWarmup``, after which a pruned model needs more training. A warm-up in epochs
+    that steps at every iteration is removed if it would have fewer than two steps.
 
     Args:
         runner: Before training, with its training loop built.
-        old_epochs: How long the config's own run is.
+        old_epochs: The length of the config's own run.
         given: As for :func:`change_length`.
 
     Returns:
-        A line that says what has changed, or None if it fits.
+        A line that lists the changes, or None if there are none.
     """
     total, ratio = runner.max_iters, Fraction(runner.max_epochs, old_epochs)
     changes = _Changes(given)
     for path, schedulers in _scheduler_lists(runner.cfg):
         if changes.allows(path):
-            _leave_out_shortest(schedulers, len(runner.train_dataloader), changes)
+            _remove_shortest(schedulers, len(runner.train_dataloader), changes)
         warm_up = _fitting_warm_up(schedulers, total, ratio, changes, path)
         if warm_up is not None and warm_up[0] != warm_up[1]:
             follower = _Follower(Fraction(1), "iters", total, warm_up, changes)
             for index, scheduler in enumerate(schedulers):
                 if not scheduler.get("by_epoch", True):
                     follower.follow(scheduler, f"{path}.{index}")
-    for index, config in enumerate(runner.cfg.get("custom_hooks") or []):
-        _shorten_keep_ratio_warm_up(config, total, changes, f"custom_hooks.{index}")
+    _shorten_hooks(runner, total, changes)
     if not changes.notes:
         return None
     runner.param_schedulers = deepcopy(runner.cfg.get("param_scheduler"))
-    ratios = [
-        c for c in runner.cfg.get("custom_hooks") or [] if _name(c) == KeepRatioWarmup.__name__
-    ]
-    for hook, config in zip((h for h in runner.hooks if isinstance(h, KeepRatioWarmup)), ratios):
-        hook.num_iters, hook.begin = config.num_iters, config.get("begin", 0)
     runner.dump_config()
     return f"Schedule of {total} iterations: " + "; ".join(changes.notes)
 
 
-def _leave_out_shortest(schedulers: list, epoch_length: int, changes: _Changes) -> None:
-    """Take out of ``schedulers`` warm-ups in parts of epochs that mmengine could not step through."""
+def _remove_shortest(schedulers: list, epoch_length: int, changes: _Changes) -> None:
+    """Remove warm-ups in parts of epochs that have too few iterations for mmengine's steps."""
     ends = {
         scheduler.end
         for scheduler in schedulers
@@ -150,11 +138,11 @@ def _leave_out_shortest(schedulers: list, epoch_length: int, changes: _Changes) 
         for scheduler in schedulers:
             if scheduler.get("begin") == end:
                 scheduler.begin = 0
-        changes.notes.append(f"the warm-up of {_shown(float(end))} epochs is left out")
+        changes.notes.append(f"the warm-up of {_shown(float(end))} epochs is removed")
 
 
 def hint_at_options(cfg: Config, given: Collection[str]) -> Optional[str]:
-    """What to say where ``--cfg-options`` changes a run's length and nothing else of its schedule."""
+    """A hint at ``--epochs`` or ``--iters`` if ``--cfg-options`` changes a run's length but not its schedule."""
     for option in _WORDS:
         key = f"train_cfg.max_{option}"
         if key in given and not any(name.startswith("param_scheduler") for name in given):
@@ -165,18 +153,13 @@ def hint_at_options(cfg: Config, given: Collection[str]) -> Optional[str]:
     return None
 
 
-def check_can_follow(cfg: Config, option: str) -> None:
-    """Check that it is known what the rates of a schedule would be in the middle of a run.
-
-    Raises:
-        UserError: If they depend on what was measured on the way.
-    """
-    for _, schedulers in _scheduler_lists(cfg):
-        for scheduler in schedulers:
-            if _base(scheduler) == "ReduceOnPlateauParamScheduler":
+def _check_kinds(cfg: Config, option: str) -> None:
+    for path, schedulers in _scheduler_lists(cfg):
+        for index, scheduler in enumerate(schedulers):
+            if _base(scheduler) is None:
                 raise UserError(
-                    f"--{option} with --resume: the rate of {scheduler.type} depends on the metrics of the "
-                    f"whole run, so nothing says what it would be in another one; leave out --{option}"
+                    f"--{option} cannot change {path}.{index} (type={scheduler.get('type')!r}); leave out "
+                    f"--{option}, and change that scheduler and train_cfg.max_{option} in the config"
                 )
 
 
@@ -195,7 +178,7 @@ def _check_unit(loop: dict, option: str, length: int) -> None:
 
 
 class _Changes:
-    """Changes settings, apart from those that were given, and notes what was changed."""
+    """Changes settings, except those that the user gave, and notes the changes."""
 
     def __init__(self, given: Collection[str]) -> None:
         self.given = given
@@ -205,20 +188,17 @@ class _Changes:
         return not any(path == key or path.startswith(f"{key}.") for key in self.given)
 
     def set(self, node: dict, path: str, values: dict[str, Any], name: str) -> None:
-        """Set what differs from before in ``node``, which is at ``path`` in the config; None takes a key out."""
-        told = []
+        """Set the values that differ in ``node``, which is at ``path`` in the config."""
+        notes = []
         for key, value in values.items():
             old = node.get(key)
             if value == old or not self.allows(f"{path}.{key}"):
                 continue
-            if value is None:
-                del node[key]
-            else:
-                node[key] = value
-                before = "" if old is None else f"{_shown(old)} -> "
-                told.append(f"{key} {before}{_shown(value)}")
-        if told:
-            self.notes.append(f"{name} {', '.join(told)}")
+            node[key] = value
+            before = "" if old is None else f"{_shown(old)} -> "
+            notes.append(f"{key} {before}{_shown(value)}")
+        if notes:
+            self.notes.append(f"{name} {', '.join(notes)}")
 
 
 def _shown(value: Any) -> str:
@@ -235,7 +215,7 @@ def _rounded(value: Fraction, least: int = 1) -> int:
 
 
 def _follow_loop(cfg: Config, option: str, ratio: Fraction, changes: _Changes) -> None:
-    """Validate and save as often in the run as before, and not just before its end: intervals are rounded up."""
+    """Validate and save as often as before; round intervals up, so that none ends just before the run."""
     loop, values = cfg.train_cfg, {}
     if cfg.get("val_dataloader"):
         interval = loop.get("val_interval", _VAL_INTERVAL[option])
@@ -255,30 +235,40 @@ def _follow_loop(cfg: Config, option: str, ratio: Fraction, changes: _Changes) -
         changes.set(checkpoint, "default_hooks.checkpoint", values, "checkpoint")
 
 
-def _shorten_keep_ratio_warm_up(hook: dict, total: int, changes: _Changes, path: str) -> None:
-    """Let the warm-up of the keep ratio end in the first half of ``total`` iterations."""
-    if _name(hook) != KeepRatioWarmup.__name__:
-        return
-    end = hook["num_iters"] + hook.get("begin", 0)
-    if end > total * _LONGEST_WARM_UP:
-        share = total * _LONGEST_WARM_UP / end
-        values = {key: int(hook[key] * share) for key in ("num_iters", "begin") if key in hook}
-        changes.set(hook, path, values, _name(hook))
-
-
-def _name(config: dict) -> str:
-    """The ``type`` of a config without its scope."""
-    return str(config.get("type")).rpartition(".")[2]
+def _hooks(cfg: Config) -> Iterator[tuple[str, dict, Any, tuple[str, ...]]]:
+    """The custom hooks of a config that have times: path, settings, class, and names of the settings."""
+    for index, hook in enumerate(cfg.get("custom_hooks") or []):
+        kind = find_type(hook.get("type")) if isinstance(hook, dict) else None
+        times = getattr(kind, "schedule_settings", _HOOKS.get(getattr(kind, "__name__", "")))
+        if times:
+            yield f"custom_hooks.{index}", hook, kind, times
 
 
 def _follow_hooks(cfg: Config, ratio: Fraction, changes: _Changes) -> None:
-    for index, hook in enumerate(cfg.get("custom_hooks") or []):
+    for path, hook, kind, times in _hooks(cfg):
         values = {
             key: _rounded(hook[key] * ratio)
-            for key in _HOOKS.get(_name(hook), ())
+            for key in times
             if isinstance(hook.get(key), int) and hook[key] > 0
         }
-        changes.set(hook, f"custom_hooks.{index}", values, _name(hook))
+        changes.set(hook, path, values, kind.__name__)
+
+
+def _shorten_hooks(runner: Runner, total: int, changes: _Changes) -> None:
+    """Let warm-ups by hooks of ours end in the first half of ``total`` iterations."""
+    built = list(runner.hooks)
+    for path, hook, kind, times in _hooks(runner.cfg):
+        if not hasattr(kind, "schedule_settings"):
+            continue
+        lengths = {key: hook[key] for key in times if key in hook}
+        share = total * _LONGEST_WARM_UP / max(1, sum(lengths.values()))
+        if share < 1:
+            values = {key: int(length * share) for key, length in lengths.items()}
+            changes.set(hook, path, values, kind.__name__)
+        mine = next(one for one in built if type(one) is kind)
+        built.remove(mine)
+        for key in lengths:
+            setattr(mine, key, hook[key])
 
 
 # --------------------------------------------------------------------------------------- schedulers
@@ -300,9 +290,9 @@ def _scheduler_lists(cfg: Config) -> Iterator[tuple[str, list]]:
 
 
 def _base(scheduler: dict) -> Optional[str]:
-    """The class that a scheduler derives from, if it is one that is known."""
+    """The base class of a scheduler, or None if we cannot change its kind."""
     bases = getattr(find_type(scheduler.get("type")), "__mro__", ())
-    return next((base.__name__ for base in bases if base.__name__ in _LENGTHS), None)
+    return next((base.__name__ for base in bases if base.__name__ in _TIMES), None)
 
 
 def _is_warm_up_in_iterations(scheduler: dict) -> bool:
@@ -325,10 +315,10 @@ def _is_warm_up(scheduler: dict) -> bool:
 def _fitting_warm_up(
     schedulers: list, total: Optional[int], ratio: Fraction, changes: _Changes, path: str
 ) -> Optional[tuple[int, int]]:
-    """How long the warm-up was and is to be; one too short to be any is taken out of ``schedulers``.
+    """The old and the new length of the warm-up in iterations; one that is too short is removed from ``schedulers``.
 
-    It stays as it is unless it would take more than half of the run. Then it keeps its share of the run, but not more
-    than half of that. It stays as well where ``total``, the run's iterations, is not known.
+    It keeps its length unless that is more than half of the run. Then it keeps its share of the run, up to half. It
+    also keeps its length if ``total``, the iterations of the run, is None.
     """
     ends = [scheduler.end for scheduler in schedulers if _is_warm_up_in_iterations(scheduler)]
     if not ends:
@@ -338,21 +328,21 @@ def _fitting_warm_up(
         new = int(total * min(_LONGEST_WARM_UP, old * ratio / total))
     if new < _SHORTEST_WARM_UP and changes.allows(path):
         schedulers[:] = [s for s in schedulers if not _is_warm_up_in_iterations(s)]
-        changes.notes.append(f"the warm-up of {old} iterations is left out")
+        changes.notes.append(f"the warm-up of {old} iterations is removed")
         return old, 0
     return old, new
 
 
 @dataclass(frozen=True)
 class _Follower:
-    """Moves the points of schedulers.
+    """Changes the times of schedulers.
 
     Attributes:
         ratio: The new run's length over the old one's.
-        option: What the run counts, ``"epochs"`` or ``"iters"``.
+        option: The run's unit, ``"epochs"`` or ``"iters"``.
         old: The old run's length.
         warm_up: Its length in iterations, old and new.
-        changes: Where to note what was changed.
+        changes: Where to note the changes.
     """
 
     ratio: Fraction
@@ -363,19 +353,13 @@ class _Follower:
 
     def follow(self, scheduler: dict, path: str) -> None:
         """Change a scheduler, which is at ``path`` in the config."""
-        kind = _base(scheduler)
-        if kind is None:
-            raise UserError(
-                f"--{self.option}: nothing is known of how {path} (type={scheduler.get('type')!r}) follows the "
-                f"length of a run; set its values and train_cfg.max_{self.option} with --cfg-options"
-            )
         name = str(scheduler.type)
         begin, end = scheduler.get("begin", 0), self._end(scheduler)
         new_begin = self._move(scheduler, begin)
         new_end = None if end is None else self._move(scheduler, end)
         if new_end is not None and new_end <= new_begin:
             raise UserError(
-                f"--{self.option}: {path} ({name}), from {begin} to {end}, does not go into so short a run; "
+                f"--{self.option}: {path} ({name}), from {begin} to {end}, is too long for so short a run; "
                 "train for longer, or change it with --cfg-options"
             )
         values = {}
@@ -383,20 +367,23 @@ class _Follower:
             values["begin"] = new_begin
         if scheduler.get("end", INF) < INF:
             values["end"] = new_end
-        for key in _LENGTHS[kind]:
-            if scheduler.get(key) is not None:
-                values.update(getattr(self, f"_new_{key}")(scheduler, begin, new_begin, end))
+        time = _TIMES[_base(scheduler)]
+        if time == "T_max" and scheduler.get(time) is not None:
+            length = self._move(scheduler, begin + scheduler[time]) - new_begin
+            values[time] = max(1, length)
+        elif time == "milestones":
+            values[time] = self._new_milestones(scheduler, begin, new_begin, end)
         self.changes.set(scheduler, path, values, name)
 
     def _end(self, scheduler: dict) -> Optional[int]:
-        """The end, which is the run's where none is given; None if that is counted in the other unit."""
+        """The scheduler's end or else the run's; None if the run counts in the other unit."""
         end = scheduler.get("end", INF)
         if end < INF:
             return end
         return self.old if scheduler.get("by_epoch", True) == (self.option == "epochs") else None
 
     def _move(self, scheduler: dict, point: Number, whole: bool = False) -> Number:
-        """Where a point of a scheduler comes to lie."""
+        """The new place of a point of a scheduler."""
         by_epoch = scheduler.get("by_epoch", True)
         if not by_epoch and self.warm_up is not None:
             old, new = self.warm_up
@@ -410,19 +397,10 @@ class _Follower:
             return _rounded(exact, _SHORTEST_WARM_UP)
         return _rounded(exact, 0)
 
-    def _new_length(self, scheduler: dict, length: Number, begin: Number, new_begin: Number) -> Any:
-        return self._move(scheduler, begin + length) - new_begin
-
-    def _new_T_max(self, scheduler: dict, begin: Number, new_begin: Number, end: Any) -> dict:
-        length = self._new_length(scheduler, scheduler["T_max"], begin, new_begin)
-        return {"T_max": max(1, length)}
-
-    def _new_total_steps(self, scheduler: dict, begin: Number, new_begin: Number, end: Any) -> dict:
-        length = self._new_length(scheduler, scheduler["total_steps"], begin, new_begin)
-        return {"total_steps": max(1, _rounded(Fraction(length)))}
-
-    def _new_milestones(self, scheduler: dict, begin: Number, new_begin: Number, end: Any) -> dict:
-        # At the new end a milestone would never be reached, and at the begin it would be there from the beginning on.
+    def _new_milestones(
+        self, scheduler: dict, begin: Number, new_begin: Number, end: Optional[Number]
+    ) -> list[int]:
+        # A milestone at the new end would never be reached; one at the begin would apply from the first step.
         last = None if end is None else self._move(scheduler, end, whole=True) - new_begin - 1
         milestones = []
         for old in scheduler["milestones"]:
@@ -431,32 +409,4 @@ class _Follower:
                 new = max(1, new if last is None else min(new, last))
             if last is None or new <= last or (end is not None and begin + old >= end):
                 milestones.append(int(new))
-        return {"milestones": milestones}
-
-    def _new_step_size(self, scheduler: dict, begin: Number, new_begin: Number, end: Any) -> dict:
-        exact = scheduler["step_size"] * self.ratio
-        unequal = str(scheduler["type"]).replace("Step", "MultiStep")
-        if exact.denominator == 1 or end is None or find_type(unequal) is None:
-            return {"step_size": _rounded(exact)}
-        # Steps of unequal length, each where it belongs.
-        steps = list(range(scheduler["step_size"], int(end - begin), scheduler["step_size"]))
-        as_milestones = dict(scheduler, milestones=steps)
-        milestones = self._new_milestones(as_milestones, begin, new_begin, end)
-        return {"type": unequal, "step_size": None, **milestones}
-
-    def _new_periods(self, scheduler: dict, begin: Number, new_begin: Number, end: Any) -> dict:
-        bounds, total = [new_begin], 0
-        for period in scheduler["periods"]:
-            total += period
-            bounds.append(self._move(scheduler, begin + total, whole=True))
-        periods = [int(after - before) for before, after in zip(bounds, bounds[1:])]
-        if min(periods) < 1:
-            raise UserError(
-                f"--{self.option}: the periods {list(scheduler['periods'])} of {scheduler['type']} do not go into "
-                "so short a run; train for longer, or change them with --cfg-options"
-            )
-        return {"periods": periods}
-
-    def _new_gamma(self, scheduler: dict, begin: Number, new_begin: Number, end: Any) -> dict:
-        # A factor for each step: as many more steps come to the same end.
-        return {"gamma": float(scheduler["gamma"]) ** float(1 / self.ratio)}
+        return milestones

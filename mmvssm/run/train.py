@@ -15,7 +15,7 @@ from .hooks.reproducible import make_reproducible
 from .plain import train_plain
 from .pretrained import check_pretrained
 from .resuming import choose_start
-from .schedule import change_length, check_can_follow, hint_at_options, shorten_warm_ups
+from .schedule import change_length, hint_at_options, shorten_warm_ups
 from .settings import find_type, suggest_similar_name
 from .setup import (
     LIBRARIES,
@@ -85,7 +85,6 @@ def train(args: argparse.Namespace) -> None:
     model = build_model(cfg)
     choose_start(cfg, model, args.resume, new_schedule=option is not None)
     if option and cfg.get("resume"):
-        check_can_follow(cfg, option)
         _add_hooks(cfg, "mmvssm.FollowSchedule")
     for line in check_pretrained(model):
         say(line)
