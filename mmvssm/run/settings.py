@@ -137,7 +137,7 @@ def check_options(cfg: Config, options: dict[str, Any], amp: bool = False) -> li
     unchecked = []
     for key, value in options.items():
         parts = key.split(".")
-        node: Any = cfg._cfg_dict
+        node: Any = dict(cfg.items())
         for depth, part in enumerate(parts):
             path = ".".join(parts[:depth])
             if part == _DELETE or f"{path}.{_DELETE}" in options:
@@ -184,7 +184,7 @@ def _check_is_read(name: str, cfg: Config) -> None:
     """Refuse a variable of the config file: setting it after the file was read has no effect."""
     if name in _top_level():
         return
-    places = list(_places(cfg._cfg_dict, name))
+    places = list(_places(dict(cfg.items()), name))
     remedy = f"set {shown(places)}" if places else "set what it was used for"
     raise UserError(
         f"--cfg-options {name} has no effect: it is a variable of the config file, used when that was "
@@ -211,7 +211,7 @@ def _check_new(cfg: Config, node: dict, key: str, path: str, part: str, kind: An
     where = f"{path}." if path else ""
     suggestions = [f"{where}{name}" for name in near]
     if is_closed:
-        suggestions += _places(cfg._cfg_dict, part)
+        suggestions += _places(dict(cfg.items()), part)
         if is_exact or near or (suggestions and not path):
             hint = (
                 f"the nearest is {suggestions[0]}" if suggestions else f"there are {shown(known)}"

@@ -1,4 +1,4 @@
-"""Resuming with another schedule than the one that was begun."""
+"""Resume a run with another schedule than its checkpoint has."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper, OptimWrapperDict, _ParamScheduler
 from mmengine.runner import Runner
 
+from ...private_names import build_schedulers, set_scheduler_values
 from ...registry import HOOKS
 
 _INITIAL = "initial_"
@@ -18,20 +19,20 @@ _INITIAL = "initial_"
 
 @HOOKS.register_module()
 class FollowSchedule(Hook):
-    """Let a resumed run go on with the rates that its own config has at that point.
+    """Give a resumed run the learning rates that its own config has at that point.
 
-    mmengine goes on with the schedulers as they are in the checkpoint, with the lengths that they had there, whatever
-    ``param_scheduler`` says now. With this hook, learning rates and momenta are those of a run that had this config
-    from its beginning. Where the config is the same, so are they.
+    mmengine loads schedulers from the checkpoint, with the lengths that they had there, whatever ``param_scheduler``
+    says now. With this hook, learning rates and momenta are those of a run that had this config from its beginning.
+    If the config is the same, so are they.
 
-    Schedulers that depend on metrics (``ReduceOnPlateauLR``) are not for it.
+    The hook cannot repeat schedulers that depend on metrics, such as ``ReduceOnPlateauLR``.
     """
 
     # Before hooks that log or change rates.
     priority = "VERY_HIGH"
 
     def before_train(self, runner: Runner) -> None:
-        """Repeat the schedule up to where the run goes on."""
+        """Repeat the schedule up to the iteration at which the run resumes."""
         if runner.iter == 0 or not runner.param_schedulers:
             return
         before = _rates(runner.optim_wrapper)
@@ -47,8 +48,7 @@ class FollowSchedule(Hook):
         after = _rates(runner.optim_wrapper)
         if before != after:
             runner.logger.info(
-                f"The schedule is another one than the checkpoint's: the learning rate goes on with {after:.4g}, "
-                f"after {before:.4g}"
+                f"The schedule differs from the checkpoint's: the learning rate is now {after:.4g}; it was {before:.4g}"
             )
 
 
@@ -67,17 +67,15 @@ def _rates(optim_wrapper: Any) -> float:
 
 
 def _repeat(runner: Runner, wrapper: OptimWrapper, configs: Any) -> list[_ParamScheduler]:
-    """Schedulers as they are after all iterations and epochs so far, and the optimizer with their values."""
+    """Step new schedulers, and with them the optimizer's values, through all iterations and epochs so far."""
     for group in wrapper.param_groups:
         for key in [key for key in group if key.startswith(_INITIAL)]:
             group[key.removeprefix(_INITIAL)] = group[key]
-        if "initial_momentum" in group and "betas" in group:  # which Adam has in its place
+        if "initial_momentum" in group and "betas" in group:  # Adam's momentum
             group["betas"] = (group["initial_momentum"], group["betas"][1])
     iters, epochs, epoch_length = runner.iter, runner.epoch, len(runner.train_dataloader)
     with _one_group_of_each_kind(wrapper):
-        schedulers = runner._build_param_scheduler(configs, wrapper)
-        # mmengine warns of schedulers that step before the optimizer does.
-        wrapper._global_step = 0
+        schedulers = build_schedulers(runner, configs, wrapper)
         by_iter = [s for s in schedulers if not s.by_epoch]
         by_epoch = [s for s in schedulers if s.by_epoch]
         epochs_done = 0
@@ -88,21 +86,21 @@ def _repeat(runner: Runner, wrapper: OptimWrapper, configs: Any) -> list[_ParamS
                 epochs_done += 1
                 for scheduler in by_epoch:
                     scheduler.step()
-        for _ in range(epochs - epochs_done):  # where epochs had fewer iterations
+        for _ in range(epochs - epochs_done):  # if epochs had fewer iterations before
             for scheduler in by_epoch:
                 scheduler.step()
     for scheduler in schedulers:
         name = scheduler.param_name
         scheduler.base_values = [group[f"{_INITIAL}{name}"] for group in wrapper.param_groups]
-        scheduler._last_value = [group[name] for group in wrapper.param_groups]
+        set_scheduler_values(scheduler, [group[name] for group in wrapper.param_groups])
     return schedulers
 
 
 @contextmanager
 def _one_group_of_each_kind(wrapper: OptimWrapper) -> Iterator[None]:
-    """Leave an optimizer only one of all the groups of parameters that have the same settings.
+    """Keep one parameter group of an optimizer for all that have the same settings.
 
-    There is one for each parameter, hundreds, and a schedule has a hundred thousand steps.
+    An optimizer may have a group for each of hundreds of parameters, and a schedule a hundred thousand steps.
     """
     groups = wrapper.optimizer.param_groups
     kinds = [repr({k: v for k, v in group.items() if k != "params"}) for group in groups]
