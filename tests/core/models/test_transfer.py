@@ -58,7 +58,7 @@ def test_no_key_is_missing_or_left_over(kind, method, library, tmp_path):
     cfg["init_cfg"] = dict(type="Pretrained", checkpoint=str(checkpoint), prefix="backbone.")
     with DefaultScope.overwrite_default_scope(library):
         backbone = MODELS.build(cfg)
-    lines = check_pretrained(backbone)
+    lines = list(check_pretrained(backbone))
     backbone.init_weights()
     here, there = backbone.state_dict(), trained.state_dict()
     there = {k.removeprefix("backbone."): v for k, v in there.items() if k.startswith("backbone.")}
