@@ -134,10 +134,10 @@ def check_options(cfg: Config, options: dict[str, Any], amp: bool = False) -> li
             the wrong kind.
     """
     init_default_scope(cfg.get("default_scope", "mmengine"))
-    unchecked = []
+    top, unchecked = dict(cfg.items()), []
     for key, value in options.items():
+        node: Any = top
         parts = key.split(".")
-        node: Any = dict(cfg.items())
         for depth, part in enumerate(parts):
             path = ".".join(parts[:depth])
             if part == _DELETE or f"{path}.{_DELETE}" in options:
@@ -151,13 +151,13 @@ def check_options(cfg: Config, options: dict[str, Any], amp: bool = False) -> li
                 )
             elif part in node:
                 if not path:
-                    _check_is_read(part, cfg)
+                    _check_is_read(part, top)
                 node = node[part]
             else:
                 kind = options.get(f"{path}.type", node.get("type"))
                 if amp and path == "optim_wrapper":
                     kind = "AmpOptimWrapper"
-                unchecked += _check_new(cfg, node, key, path, part, kind)
+                unchecked += _check_new(top, node, key, path, part, kind)
                 break
         else:
             _check_kind(key, node, value)
@@ -180,11 +180,11 @@ def _item(node: Sequence, part: str, path: str) -> Any:
     return node[int(part)]
 
 
-def _check_is_read(name: str, cfg: Config) -> None:
+def _check_is_read(name: str, top: dict) -> None:
     """Refuse a variable of the config file: setting it after the file was read has no effect."""
     if name in _top_level():
         return
-    places = list(_places(dict(cfg.items()), name))
+    places = list(_places(top, name))
     remedy = f"set {shown(places)}" if places else "set what it was used for"
     raise UserError(
         f"--cfg-options {name} has no effect: it is a variable of the config file, used when that was "
@@ -192,7 +192,7 @@ def _check_is_read(name: str, cfg: Config) -> None:
     )
 
 
-def _check_new(cfg: Config, node: dict, key: str, path: str, part: str, kind: Any) -> list[str]:
+def _check_new(top: dict, node: dict, key: str, path: str, part: str, kind: Any) -> list[str]:
     """Check a key whose ``part`` is new in ``node``, which is at ``path`` in a config.
 
     Returns:
@@ -202,7 +202,7 @@ def _check_new(cfg: Config, node: dict, key: str, path: str, part: str, kind: An
         UserError: If the constructor takes neither this setting nor any other name. Outside of ``_BUILT`` the class
             around ``node`` may take the setting out, so there we refuse only a slip.
     """
-    names, is_closed = _arguments(node, path, kind)
+    names, is_closed = _arguments(path, kind)
     if part in names:
         return []
     is_exact = is_closed and bool(_BUILT.fullmatch(path))
@@ -211,7 +211,7 @@ def _check_new(cfg: Config, node: dict, key: str, path: str, part: str, kind: An
     where = f"{path}." if path else ""
     suggestions = [f"{where}{name}" for name in near]
     if is_closed:
-        suggestions += _places(dict(cfg.items()), part)
+        suggestions += _places(top, part)
         if is_exact or near or (suggestions and not path):
             hint = (
                 f"the nearest is {suggestions[0]}" if suggestions else f"there are {shown(known)}"
@@ -222,7 +222,7 @@ def _check_new(cfg: Config, node: dict, key: str, path: str, part: str, kind: An
     return [f"{key} (did you mean {suggestions[0]}?)" if near else key]
 
 
-def _arguments(node: dict, path: str, kind: Any) -> tuple[set[str], bool]:
+def _arguments(path: str, kind: Any) -> tuple[set[str], bool]:
     """The names that the constructor of a part of a config takes, and whether it takes no others."""
     if not path:
         return _top_level(), True
@@ -236,13 +236,14 @@ def _arguments(node: dict, path: str, kind: Any) -> tuple[set[str], bool]:
     names, functions = set(_TAKEN_OUT), [found]
     if inspect.isclass(found):
         functions = [vars(c)["__init__"] for c in found.__mro__[:-1] if "__init__" in vars(c)]
-    # What a constructor takes by **kwargs goes on to that of its base class.
+    # A constructor with **kwargs passes them on to its base class.
     for function in functions:
         try:
             parameters = inspect.signature(function).parameters.values()
         except (TypeError, ValueError):  # built in
             return names, False
-        names |= {p.name for p in parameters} - {"self"}
+        variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        names |= {p.name for p in parameters if p.kind not in variable} - {"self"}
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             return names, True
     return names, False

@@ -140,6 +140,7 @@ UNCHECKED = [
     ("env_cfg.dist_cfg.timeout=60", None),
     ("default_hooks.chekpoint.interval=1", "default_hooks.checkpoint"),
     ("default_hooks.checkpoint.save_bst=mIoU", "default_hooks.checkpoint.save_best"),
+    ("default_hooks.checkpoint.kwargs=1", None),
     ("own_setting=1", None),
 ]  # fmt: skip
 
