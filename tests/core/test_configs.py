@@ -139,7 +139,8 @@ class TestText:
                 "model.backbone.init_cfg.prefix": "backbone.",
             }
         )
-        with pytest.raises(UnsafeCheckpointError, match=r"absent\.pth"):
+        # mmengine's error, or ours where mmvssm.run guards loading.
+        with pytest.raises((FileNotFoundError, UnsafeCheckpointError), match=r"absent\.pth"):
             build(cfg).backbone.init_weights()
 
     def test_can_be_inherited_by_name(self, name, tmp_path):
