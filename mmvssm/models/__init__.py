@@ -1,6 +1,6 @@
 """Models. This folder builds on the operators and knows nothing of data sets or tools."""
 
-from .backbones import GroupMamba, PlainMamba
+from .backbones import GroupMamba, PlainMamba, VMamba
 from .classifiers import ClassBlock, GroupMambaClassifier
 from .keep_ratio_hook import KeepRatioWarmup
 from .necks import TokenPooling, TokenRestoration
@@ -13,4 +13,5 @@ __all__ = [
     "PlainMamba",
     "TokenPooling",
     "TokenRestoration",
+    "VMamba",
 ]

@@ -2,5 +2,6 @@
 
 from .group_mamba import GroupMamba
 from .plain_mamba import PlainMamba
+from .vmamba import VMamba
 
-__all__ = ["GroupMamba", "PlainMamba"]
+__all__ = ["GroupMamba", "PlainMamba", "VMamba"]
