@@ -1,6 +1,6 @@
 """Models. This folder builds on the operators and knows nothing of data sets or tools."""
 
-from .backbones import GroupMamba, PlainMamba, VMamba
+from .backbones import GroupMamba, PlainMamba, PlainMambaAdapter, VMamba
 from .classifiers import ClassBlock, GroupMambaClassifier
 from .keep_ratio_hook import KeepRatioWarmup
 from .necks import TokenPooling, TokenRestoration
@@ -11,6 +11,7 @@ __all__ = [
     "GroupMambaClassifier",
     "KeepRatioWarmup",
     "PlainMamba",
+    "PlainMambaAdapter",
     "TokenPooling",
     "TokenRestoration",
     "VMamba",

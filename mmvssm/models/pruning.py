@@ -306,6 +306,24 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     return x.flatten(0, 1).index_select(0, (index + first).flatten()).unflatten(0, index.shape)
 
 
+def restore_map(tokens: Tensor, positions: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Scatter tokens to their places, with zeros elsewhere.
+
+    Args:
+        tokens: ``(B, K, C)``.
+        positions: Where they are on the grid, row by row, int64 ``(B, K)``.
+        grid: ``(h, w)``.
+
+    Returns:
+        ``(B, C, h, w)``.
+    """
+    batch, _, channels = tokens.shape
+    first = torch.arange(batch, device=positions.device)[:, None] * (grid[0] * grid[1])
+    maps = tokens.new_zeros((batch * grid[0] * grid[1], channels))
+    maps = maps.index_copy(0, (positions + first).flatten(), tokens.flatten(0, 1))
+    return maps.view(batch, *grid, channels).permute(0, 3, 1, 2)
+
+
 def packed_grid(num_tokens: int, grid: tuple[int, int]) -> tuple[int, int]:
     """The grid of exactly ``num_tokens`` positions whose shape is nearest to that of ``grid``.
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .backbones.group_mamba import NUM_GROUPS, GroupMamba
 from .backbones.plain_mamba import PlainMamba
+from .backbones.plain_mamba_adapter import PlainMambaAdapter
 from .backbones.vmamba import NUM_WALKS, VMamba
 from .classifiers import GroupMambaClassifier
 
@@ -142,9 +143,10 @@ def convert_plainmamba(published: Mapping[str, Tensor]) -> Conversion:
         published: Weights under the published names, perhaps with ``backbone.`` before them.
 
     Returns:
-        Weights of a :class:`~mmvssm.models.backbones.PlainMamba`, with ``backbone.`` before each name. Norms of
-        intermediate outputs are among them where the checkpoint has any, and the linear layer of a classification
-        model's head, which makes them those of ``configs/plainmamba*_imagenet.py``.
+        Weights of a :class:`~mmvssm.models.backbones.PlainMamba`, or of a
+        :class:`~mmvssm.models.backbones.PlainMambaAdapter` where the names are those of one, with ``backbone.`` before
+        each name. Norms of intermediate outputs are among them where the checkpoint has any, and the linear layer of a
+        classification model's head, which makes them those of ``configs/plainmamba*_imagenet.py``.
 
     Raises:
         ValueError: If the weights aren't those of a PlainMamba.
@@ -165,7 +167,10 @@ def convert_plainmamba(published: Mapping[str, Tensor]) -> Conversion:
     grid = math.isqrt(weights["pos_embed"].shape[1])
     patch_size = 2 * weights["patch_embed.projection.weight"].shape[-1]
     with torch.device("meta"):
-        model = PlainMamba(arch, img_size=grid * patch_size, out_indices=out_indices)
+        if any(name.startswith("interactions.") for name in weights):
+            model = _adapter_like(weights, arch, grid * patch_size)
+        else:
+            model = PlainMamba(arch, img_size=grid * patch_size, out_indices=out_indices)
     expected = {f"backbone.{name}": value for name, value in model.state_dict().items()} | head
     return _fit(state_dict, origin, expected, arch)
 
@@ -287,6 +292,7 @@ _PLAINMAMBA_RENAMES = (
     (r"^layers\.(\d+)\.dw\.0\.", r"layers.\1.dwconv."),
     (r"^layers\.(\d+)\.dw\.1\.", r"layers.\1.dwconv_norm."),
     (r"^norm_layer(\d+)\.", r"norms.\1."),
+    (r"\.ffn\.dwconv\.dwconv\.", ".ffn.conv."),
 )
 
 
@@ -307,6 +313,30 @@ def _plainmamba_parts(name: str, value: Tensor, last: int) -> dict[str, Tensor]:
     for pattern, ours in _PLAINMAMBA_RENAMES:
         name = re.sub(pattern, ours, name)
     return {name: value}
+
+
+def _adapter_like(weights: Mapping[str, Tensor], arch: object, img_size: int) -> PlainMambaAdapter:
+    """An adapter of the shapes of published weights. Which layers lie between interactions they do not say."""
+    matches = [re.match(r"interactions\.(\d+)\.", name) for name in weights]
+    count = 1 + max(int(m[1]) for m in matches if m)
+    layers = (PlainMamba.arch_settings[arch] if isinstance(arch, str) else arch)["num_layers"]
+    bounds = [layers * i // count for i in range(count + 1)]
+    extractor = "interactions.0.extractor"
+    dim = weights["level_embed"].shape[1]
+    ffn = weights.get(f"{extractor}.ffn.fc1.weight")
+    n_points = 4  # heads and points are known by their product alone
+    return PlainMambaAdapter(
+        arch,
+        img_size=img_size,
+        conv_inplane=weights["spm.fc1.weight"].shape[1],
+        n_points=n_points,
+        deform_num_heads=weights[f"{extractor}.attn.attention_weights.weight"].shape[0] // n_points,
+        interaction_indexes=[(a, b - 1) for a, b in zip(bounds, bounds[1:])],
+        with_cffn=ffn is not None,
+        cffn_ratio=0.25 if ffn is None else ffn.shape[0] / dim,
+        deform_ratio=weights[f"{extractor}.attn.value_proj.weight"].shape[0] / dim,
+        use_extra_extractor=any(".extra_extractors." in name for name in weights),
+    )
 
 
 def _plainmamba_arch(published: Mapping[str, Tensor]) -> object:

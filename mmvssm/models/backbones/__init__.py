@@ -2,6 +2,7 @@
 
 from .group_mamba import GroupMamba
 from .plain_mamba import PlainMamba
+from .plain_mamba_adapter import PlainMambaAdapter
 from .vmamba import VMamba
 
-__all__ = ["GroupMamba", "PlainMamba", "VMamba"]
+__all__ = ["GroupMamba", "PlainMamba", "PlainMambaAdapter", "VMamba"]

@@ -216,39 +216,57 @@ class PlainMamba(BaseModule):
 
     def walk_layers(self, x: Tensor) -> Iterator[LayerState]:
         """Yield what each layer left, before the output norm."""
+        stream = self.embed(x)
+        for i in range(len(self.layers)):
+            state, stream = self.run_layer(i, stream)
+            yield state
+
+    def embed(self, x: Tensor) -> TokenStream:
+        """The tokens that enter the first layer, of images ``(B, in_channels, H, W)``."""
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ValueError(
-                f"PlainMamba: expected images (B, {self.in_channels}, H, W); got {tuple(x.shape)}."
+                f"{type(self).__name__}: expected images (B, {self.in_channels}, H, W); got {tuple(x.shape)}."
             )
         padding = None if self.pruning is None else padding_tokens(x, self.patch_size)
         tokens, grid = self.patch_embed(x)
         tokens = tokens + self._pos_embed_for(grid)
-        layout, pruned, sizes = self._dense_layout(grid, x.device), None, None
-        for i, layer in enumerate(self.layers):
-            num_tokens = tokens.shape[1]
-            num_kept = num_tokens
-            if self.pruning is not None:
-                num_kept = self.pruning.num_kept(i, num_tokens, self.training)
-            tokens, y = layer(tokens, layout, self.with_cp)
-            if num_kept == num_tokens:
-                yield LayerState(tokens, grid, pruned)
-                continue
-            there = padding if pruned is None else padding.gather(1, pruned.positions)
-            merges = self.pruning.reduction == "merge"
-            if merges:
-                positions = None if pruned is None else pruned.positions
-                importance, target = similarity_to_neighbors(tokens, positions, grid, there)
-            else:
-                importance = self.pruning.importance(y, self.training)
-            yield LayerState(tokens, grid, pruned, importance)
-            kept, dropped = select(importance.masked_fill(there, -math.inf), num_kept)
-            if merges:
-                if sizes is None:
-                    sizes = importance.new_ones(importance.shape)
-                tokens, sizes = merge(tokens, sizes, dropped, target)
-                sizes = sizes.gather(1, kept)
-            pruned = leave(tokens, pruned, grid, kept, dropped)
-            tokens, layout = pruned.tokens, self._pruned_layout(pruned)
+        return TokenStream(tokens, grid, self._dense_layout(grid, x.device), padding)
+
+    def run_layer(self, i: int, stream: TokenStream) -> tuple[LayerState, TokenStream]:
+        """Run layer ``i`` and prune after it, where it prunes.
+
+        Args:
+            i: The layer, counted from 0.
+            stream: What enters it.
+
+        Returns:
+            What the layer left, and what enters the next layer.
+        """
+        grid, pruned = stream.grid, stream.pruned
+        num_tokens = num_kept = stream.tokens.shape[1]
+        if self.pruning is not None:
+            num_kept = self.pruning.num_kept(i, num_tokens, self.training)
+        tokens, y = self.layers[i](stream.tokens, stream.layout, self.with_cp)
+        if num_kept == num_tokens:
+            return LayerState(tokens, grid, pruned), stream._replace(tokens=tokens)
+        padding = stream.padding if pruned is None else stream.padding.gather(1, pruned.positions)
+        merges = self.pruning.reduction == "merge"
+        if merges:
+            positions = None if pruned is None else pruned.positions
+            importance, target = similarity_to_neighbors(tokens, positions, grid, padding)
+        else:
+            importance = self.pruning.importance(y, self.training)
+        state = LayerState(tokens, grid, pruned, importance)
+        kept, dropped = select(importance.masked_fill(padding, -math.inf), num_kept)
+        sizes = stream.sizes
+        if merges:
+            if sizes is None:
+                sizes = importance.new_ones(importance.shape)
+            tokens, sizes = merge(tokens, sizes, dropped, target)
+            sizes = sizes.gather(1, kept)
+        pruned = leave(tokens, pruned, grid, kept, dropped)
+        layout = self._pruned_layout(pruned)
+        return state, TokenStream(pruned.tokens, grid, layout, stream.padding, pruned, sizes)
 
     def train(self, mode: bool = True) -> PlainMamba:
         """Set the training mode of all but the frozen stages."""
@@ -380,6 +398,26 @@ class LayerState(NamedTuple):
     grid: tuple[int, int]
     pruned: Optional[PrunedTokens] = None
     importance: Optional[Tensor] = None
+
+
+class TokenStream(NamedTuple):
+    """What enters a layer.
+
+    Attributes:
+        tokens: ``(B, L, C)``.
+        grid: The full grid.
+        layout: Where the tokens are.
+        padding: Which positions of the full grid see nothing but padding, bool ``(B, h * w)``; None for a dense model.
+        pruned: Which tokens these are and what was dropped before; None if nothing was.
+        sizes: How many tokens each stands for ``(B, L)``, once tokens were merged.
+    """
+
+    tokens: Tensor
+    grid: tuple[int, int]
+    layout: Layout
+    padding: Optional[Tensor] = None
+    pruned: Optional[PrunedTokens] = None
+    sizes: Optional[Tensor] = None
 
 
 class ConvPatchEmbed(nn.Module):

@@ -10,7 +10,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from ...registry import MODELS
-from ..pruning import PrunedTokens
+from ..pruning import PrunedTokens, restore_map
 
 FILLS = ("last", "zero", "mask_token")
 
@@ -122,11 +122,7 @@ class TokenRestoration(BaseModule):
         if self.fill == "last":
             tokens = torch.cat([tokens, x.departed.to(tokens.dtype)], 1)
             positions = torch.cat([positions, x.departed_positions], 1)
-        batch, _, channels = tokens.shape
-        first = torch.arange(batch, device=positions.device)[:, None] * (x.grid[0] * x.grid[1])
-        maps = tokens.new_zeros((batch * x.grid[0] * x.grid[1], channels))
-        maps = maps.index_copy(0, (positions + first).flatten(), tokens.flatten(0, 1))
-        return maps.view(batch, *x.grid, channels).permute(0, 3, 1, 2)
+        return restore_map(tokens, positions, x.grid)
 
 
 def _absent(x: PrunedTokens) -> Tensor:
