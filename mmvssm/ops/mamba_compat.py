@@ -116,6 +116,8 @@ def _by_token(x: Tensor, u: Tensor, groups: int) -> Tensor:
         return x.expand(batch, length, *x.shape)
     if x.dim() == 3:
         x = x[:, None]
+    if x.shape[1] < groups:  # gradients of the copies are summed, which half precision would round
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
     return x.permute(0, 3, 1, 2).repeat_interleave(groups // x.shape[1], 2)
 
 
