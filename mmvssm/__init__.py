@@ -1,9 +1,10 @@
 """MMVSSM: state-space (Mamba) backbones for dense prediction on OpenMMLab.
 
 Importing this package registers its models and data generators under the scope ``mmvssm``, lets configs inherit ours as
-``mmvssm::name.py``, and changes nothing else. It needs torch, mmengine and mmcv; mmdet and mmseg only for the configs
-and tools that use them. Without mmengine or mmcv, ``import mmvssm.ops`` still works: operators need torch alone.
-``mmvssm.run``, what our tools do around mmengine, is imported by them, and by configs that name one of its hooks.
+``mmvssm::name.py`` and name published weights as ``mmvssm://name``, and changes nothing else. It needs torch, mmengine
+and mmcv; mmdet and mmseg only for the configs and tools that use them. Without mmengine or mmcv, ``import mmvssm.ops``
+still works: operators need torch alone. ``mmvssm.run``, what our tools do around mmengine, is imported by them, and by
+configs that name one of its hooks.
 """
 
 import warnings
@@ -37,6 +38,10 @@ if not _MISSING:
     for _name in _ROOMS:
         import_module(f".{_name}", __name__)
     import_module(".packaged_configs", __name__).register_configs()
+    _weights = import_module(".models.weights", __name__)
+    _weights.register_scheme()
+    list_models = _weights.list_models
+    __all__ += ["list_models"]
 elif find_spec("mmengine"):
     # Somebody's config may be about to ask for a model by name.
     warnings.warn(

@@ -1,5 +1,6 @@
 """Models. This folder builds on the operators and knows nothing of data sets or tools."""
 
+from . import published  # also teaches the backbones their published names
 from .backbones import GroupMamba, PlainMamba, PlainMambaAdapter, VMamba
 from .classifiers import ClassBlock, GroupMambaClassifier
 from .keep_ratio_hook import KeepRatioWarmup
@@ -15,4 +16,5 @@ __all__ = [
     "TokenPooling",
     "TokenRestoration",
     "VMamba",
+    "published",
 ]

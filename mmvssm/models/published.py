@@ -8,22 +8,18 @@ import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
+from .backbones.common import READERS, WRAPPINGS
 from .backbones.group_mamba import NUM_GROUPS, GroupMamba
 from .backbones.plain_mamba import PlainMamba
 from .backbones.plain_mamba_adapter import PlainMambaAdapter
 from .backbones.vmamba import NUM_WALKS, VMamba
 from .classifiers import GroupMambaClassifier
-
-WRAPPINGS = ("model_ema", "state_dict_ema", "model", "state_dict")
-"""Keys under which training scripts store a model's weights, in the order in which they are looked for.
-
-Averaged weights come first: the published accuracies are theirs.
-"""
 
 
 class _PlainDict:
@@ -483,3 +479,74 @@ CONVERTERS = {
     "vmamba": convert_vmamba,
 }
 """Converters by the name of the published model."""
+
+_SIGNS = {
+    "groupmamba": r"patch_embed1\.conv\.0\.weight|block1\.0\.attn\.mamba_g1\..*",
+    "plainmamba": r"layers\.0\.mamba\..*",
+    "vmamba": r"layers\.0\.blocks\.0\.(op|self_attention)\..*",
+}
+
+
+def recognise(weights: Mapping[str, Tensor]) -> Optional[str]:
+    """The published model that weights are of, by their names.
+
+    Args:
+        weights: Weights by name, perhaps with ``backbone.`` before the names.
+
+    Returns:
+        One of the names of :data:`CONVERTERS`; None if they have the names of no published model.
+    """
+    names = [name.removeprefix("backbone.") for name in weights]
+    return next(
+        (model for model, sign in _SIGNS.items() if any(re.fullmatch(sign, n) for n in names)), None
+    )
+
+
+def read_published(model: str, weights: Mapping[str, Tensor]) -> Optional[dict[str, Tensor]]:
+    """A backbone's weights under our names, where they are of a published model.
+
+    Args:
+        model: One of the names of :data:`CONVERTERS`.
+        weights: Weights by name.
+
+    Returns:
+        Our names, without ``backbone.``, and what has no place in the backbone under its own name; None if the weights
+        are of something else.
+    """
+    if recognise(weights) != model:
+        return None
+    conversion = CONVERTERS[model](weights)
+    ours = {
+        name.removeprefix("backbone."): value
+        for name, value in conversion.state_dict.items()
+        if name.startswith("backbone.")
+    }
+    return {**ours, **{name: weights[name] for name in conversion.unused}}
+
+
+def convert_whole(weights: Mapping[str, Tensor]) -> Optional[Conversion]:
+    """Convert a whole published model, with its heads; None if the weights are of no published model.
+
+    Args:
+        weights: Weights by name. Names that are not the backbone's, of a detector's or segmenter's other parts, are
+            those of mmdet 2 and mmseg 0, which mmdet 3 and mmseg 1 kept.
+    """
+    model = recognise(weights)
+    if model is None:
+        return None
+    conversion = CONVERTERS[model](weights)
+    if not any(name.startswith("backbone.") for name in weights):
+        return conversion
+    others = {name: v for name, v in weights.items() if not name.startswith("backbone.")}
+    return conversion._replace(
+        state_dict={**conversion.state_dict, **others},
+        unused=[name for name in conversion.unused if name not in others],
+    )
+
+
+for _backbone, _model in (
+    ("GroupMamba", "groupmamba"),
+    ("PlainMamba", "plainmamba"),
+    ("VMamba", "vmamba"),
+):
+    READERS[_backbone] = partial(read_published, _model)

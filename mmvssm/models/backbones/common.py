@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Union
 
 import torch
@@ -101,3 +101,57 @@ def init_step_size_bias(bias: Tensor) -> None:
 def convolve(conv: nn.Module, x: Tensor) -> Tensor:
     """Apply a convolution to a channels-last map ``(B, H, W, C)`` without moving memory."""
     return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+WRAPPINGS = ("model_ema", "state_dict_ema", "model", "state_dict")
+"""Keys under which training scripts store a model's weights, in the order in which they are looked for.
+
+Averaged weights come first: the published accuracies are theirs.
+"""
+
+READERS: dict[str, Callable[[Mapping], Union[Mapping, None]]] = {}
+"""For each class of backbone, what turns published names into ours; filled by ``models/published.py``."""
+
+
+def accept_published_names(backbone: nn.Module) -> None:
+    """Let a backbone load weights under their published names, whoever loads them.
+
+    Weights are also found under a key of :data:`WRAPPINGS`, and with ``module.`` or ``backbone.`` before their names.
+    What is no weight of the backbone stays in the state dict, and is reported by whoever loads.
+
+    Args:
+        backbone: Its ``load_state_dict`` raises ``ValueError`` where none of the names is known.
+    """
+    backbone._register_load_state_dict_pre_hook(_rename_published, with_module=True)
+
+
+def _rename_published(backbone: nn.Module, state_dict: dict, prefix: str, *args) -> None:
+    found = {name: value for name, value in state_dict.items() if name.startswith(prefix)}
+    named = (*backbone.named_parameters(), *backbone.named_buffers())
+    own = {prefix + name for name, _ in named}
+    if not found:
+        return
+    weights: Mapping = {name.removeprefix(prefix): value for name, value in found.items()}
+    key = next((k for k in WRAPPINGS if isinstance(weights.get(k), Mapping)), None)
+    weights = weights if key is None else weights[key]
+    weights = {str(name).removeprefix("module."): value for name, value in weights.items()}
+    if any(name.startswith("backbone.") for name in weights):
+        weights = {
+            name.removeprefix("backbone."): value
+            for name, value in weights.items()
+            if name.startswith("backbone.")
+        }
+    kinds = [kind.__name__ for kind in type(backbone).__mro__ if kind.__name__ in READERS]
+    read = READERS[kinds[0]](weights) if kinds else None
+    if read is None and own & set(found):
+        return
+    ours = {prefix + name: value for name, value in (read or weights).items()}
+    if not own & set(ours):
+        raise ValueError(
+            f"None of the checkpoint's {len(weights)} entries is a weight of {type(backbone).__name__}, under its "
+            f"published names or ours. They are called {', '.join(list(map(str, weights))[:3])} ..., ours "
+            f"{', '.join([name for name, _ in named][:3])} ...; name a checkpoint of this backbone."
+        )
+    for name in found:
+        del state_dict[name]
+    state_dict.update(ours)

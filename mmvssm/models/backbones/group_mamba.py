@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from ...ops import Traversal, cross_traversal, selective_scan
 from ...registry import MODELS
 from .common import (
+    accept_published_names,
     check_rates,
     convolve,
     drop_path_schedule,
@@ -137,6 +138,7 @@ class GroupMamba(BaseModule):
             rates = drop_path_rates[first : first + depths[i]]
             self.stages.append(Stage(embed, dim, self.mlp_ratios[i], rates))
         self.apply(init_parameters)
+        accept_published_names(self)
         self._freeze_stages()
 
     def forward(self, x: Tensor) -> tuple[Union[Tensor, UnnormedTokens], ...]:

@@ -41,6 +41,7 @@ from ..pruning import (
     take,
 )
 from .common import (
+    accept_published_names,
     check_rates,
     convolve,
     drop_path_schedule,
@@ -185,6 +186,7 @@ class PlainMamba(BaseModule):
         )
         self.apply(init_parameters)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        accept_published_names(self)  # before the position embedding is resized
         self.register_state_dict_post_hook(_note_embed_grid)
         self._register_load_state_dict_pre_hook(self._resize_loaded_pos_embed)
         self._freeze_stages()

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from ...ops import Traversal, cross_traversal, selective_scan
 from ...registry import MODELS
 from .common import (
+    accept_published_names,
     check_rates,
     convolve,
     drop_path_schedule,
@@ -95,6 +96,7 @@ class VMamba(BaseModule):
             {str(i): nn.LayerNorm(self.embed_dims[i]) for i in self.out_indices}
         )
         self.apply(_init_parameters)
+        accept_published_names(self)
         self._freeze_stages()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
