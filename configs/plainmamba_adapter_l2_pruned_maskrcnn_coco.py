@@ -1,0 +1,6 @@
+"""The recipe of plainmamba_adapter_l2_maskrcnn_coco.py with PlainMamba-Adapter-L2, pruned by its preset."""
+
+_base_ = "./plainmamba_adapter_l2_maskrcnn_coco.py"
+
+model = dict(backbone=dict(pruning="L2"))
+custom_hooks = [dict(type="mmvssm.KeepRatioWarmup", num_iters=10000)]

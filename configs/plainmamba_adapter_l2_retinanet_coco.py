@@ -1,0 +1,8 @@
+"""The recipe of plainmamba_adapter_retinanet_coco.py with PlainMamba-Adapter-L2; published: 43.9 box AP."""
+
+_base_ = "./plainmamba_adapter_retinanet_coco.py"
+
+model = dict(
+    backbone=dict(arch="L2", drop_path_rate=0.2),
+    neck=dict(in_channels=[384] * 4),
+)

@@ -1,0 +1,42 @@
+"""Mask R-CNN with a PlainMamba-Adapter-L1 backbone on COCO: 12 epochs ("1x"), 1333x800, 16 images a step.
+
+The published detector: 44.1 box AP and 39.1 mask AP. On GPUs every BatchNorm is a SyncBN, as published, in the backbone by
+sync_bn. Images without objects are kept. The batch of 16 is 8 GPUs with 2 images each; with another number of GPUs, pass
+--auto-scale-lr.
+"""
+
+_base_ = "./groupmamba_maskrcnn_coco.py"
+
+norm_cfg = dict(type="SyncBN", requires_grad=True)
+sync_bn = "torch"
+model = dict(
+    backbone=dict(_delete_=True, type="mmvssm.PlainMambaAdapter", arch="L1", drop_path_rate=0.1),
+    neck=dict(in_channels=[192] * 4, norm_cfg=norm_cfg),
+    roi_head=dict(
+        bbox_head=dict(
+            type="Shared4Conv1FCBBoxHead",
+            conv_out_channels=256,
+            norm_cfg=norm_cfg,
+            loss_bbox=dict(type="L1Loss", loss_weight=1.0),
+        )
+    ),
+)
+train_dataloader = dict(dataset=dict(filter_cfg=dict(filter_empty_gt=False)))
+optim_wrapper = dict(
+    paramwise_cfg=dict(
+        _delete_=True,
+        custom_keys={
+            "level_embed": dict(decay_mult=0.0),
+            "pos_embed": dict(decay_mult=0.0),
+            "norm": dict(decay_mult=0.0),
+            "bias": dict(decay_mult=0.0),
+            "A_log": dict(decay_mult=0.0),
+            "mixer.D": dict(decay_mult=0.0),
+            "direction_Bs": dict(decay_mult=0.0),
+        },
+    ),
+)
+param_scheduler = [
+    dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=500),
+    dict(type="MultiStepLR", by_epoch=True, begin=0, end=12, milestones=[8, 11], gamma=0.1),
+]
