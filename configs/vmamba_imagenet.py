@@ -16,6 +16,6 @@ model = dict(
 # The inherited schedule spares norms and biases, as the published recipe does.
 optim_wrapper = dict(
     paramwise_cfg=dict(
-        custom_keys={"D": dict(decay_mult=0.0), "A_log": dict(decay_mult=1.0)},
+        custom_keys={"A_log": dict(decay_mult=1.0)},
     ),
 )
