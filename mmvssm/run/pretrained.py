@@ -81,7 +81,10 @@ def _load(module: nn.Module, weights: dict[str, Any]) -> set[str]:
     while True:
         try:
             return left_out.union(module.load_state_dict(dict(fitting), strict=False).missing_keys)
-        except RuntimeError as error:  # of shapes that differ, which strict does not cover
+        except (
+            RuntimeError,
+            ValueError,
+        ) as error:  # shapes that differ; a backbone that knows none of the names
             wrong = {k for k in fitting if f"size mismatch for {k}:" in str(error)}
         if not wrong:
             return set(module.state_dict())

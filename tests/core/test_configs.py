@@ -20,10 +20,17 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = [path.stem for path in DENSE]
 SHAPES = [
     f"{backbone}_{method}_shapes"
-    for backbone in ("groupmamba", "plainmamba", "plainmamba_pruned")
+    for backbone in ("groupmamba", "plainmamba", "plainmamba_pruned", "vmamba")
     for method in ("maskrcnn", "upernet")
 ]
-LIBRARIES = {"maskrcnn": "mmdet", "upernet": "mmseg"}
+SHAPES += [f"plainmamba_adapter{pruned}_maskrcnn_shapes" for pruned in ("", "_pruned")]
+LIBRARIES = {"maskrcnn": "mmdet", "retinanet": "mmdet", "upernet": "mmseg"}
+BACKBONES = {  # by how a name begins, the longest first
+    "plainmamba_adapter": "PlainMamba-Adapter",
+    "plainmamba": "PlainMamba",
+    "groupmamba": "GroupMamba",
+    "vmamba": "VMamba",
+}
 
 
 SPARED = ("A_log", "scan.D", "mixer.D", "pos_embed")
@@ -87,6 +94,15 @@ def test_the_promised_configs_are_there():
         for pruned in ("", "_pruned")
         for recipe in recipes
     }
+    sizes = ("", "_small", "_base")
+    promised |= {f"vmamba{size}_{recipe}" for size in sizes for recipe in recipes}
+    promised |= {f"vmamba{size}_maskrcnn_3x_coco" for size in sizes[:2]}
+    for size in ("", "_l2", "_l3"):
+        promised |= {f"plainmamba{size}_upernet_published_ade20k"}
+        promised |= {
+            f"plainmamba_adapter{size}_{method}_coco"
+            for method in ("maskrcnn", "retinanet", "pruned_maskrcnn")
+        }
     assert set(NAMES) == promised | set(SHAPES)
 
 
@@ -100,7 +116,12 @@ class TestText:
         if isinstance(arch, str):
             arch = mmvssm.registry.MODELS.get(model.backbone.type).arch_settings[arch]
         widths = arch["embed_dims"]
-        if isinstance(widths, int):  # a plain backbone, whose maps a neck makes into a pyramid
+        if model.backbone.type == "mmvssm.PlainMambaAdapter":
+            widths, necks = [widths] * 4, [model.neck]
+        elif "_published_" in name:  # four maps of the same stride enter the head
+            widths, necks = [widths] * len(model.backbone.out_indices), []
+            assert model.neck is None and len(widths) == 4
+        elif isinstance(widths, int):  # a plain backbone, whose maps a neck makes into a pyramid
             restoration, pyramid, *necks = model.neck
             assert restoration.type == "mmvssm.TokenRestoration"
             assert (pyramid.type, pyramid.embed_dim) == ("mmseg.Feature2Pyramid", widths)
@@ -114,7 +135,8 @@ class TestText:
         if necks:
             (fpn,) = necks
             assert list(fpn.in_channels) == widths
-            assert fpn.out_channels == model.rpn_head.in_channels
+            head = model.bbox_head if "retinanet" in name else model.rpn_head
+            assert fpn.out_channels == head.in_channels
         else:
             assert list(model.decode_head.in_channels) == widths
             assert model.auxiliary_head.in_channels == widths[model.auxiliary_head.in_index]
@@ -158,7 +180,7 @@ class TestText:
 
     def test_says_what_it_is(self, name):
         text = ast.get_docstring(ast.parse((CONFIGS / f"{name}.py").read_text()))
-        backbone = "GroupMamba" if name.startswith("groupmamba") else "PlainMamba"
+        backbone = next(title for start, title in BACKBONES.items() if name.startswith(start))
         if is_large(name):
             arch = load(name).model.backbone.arch
             assert f"{backbone}-{dict(tiny='T', small='S', base='B').get(arch, arch)}" in text
@@ -252,10 +274,22 @@ class TestModel:
         }
         assert len(decay) == len(list(model.parameters()))
 
+        if (
+            name.startswith("plainmamba_adapter") or "_published_" in name
+        ):  # by names alone, as published
+            names = ["norm", "pos_embed", "A_log", "mixer.D", "direction_Bs"]
+            names += ["bias", "level_embed"] if "adapter" in name else []
+            for parameter_name, parameter in model.named_parameters():
+                spares = any(part in parameter_name for part in names)
+                assert (decay[id(parameter)] == 0) == spares, parameter_name
+            return
         norms = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
         spared = {id(p) for m in model.modules() if isinstance(m, norms) for p in m.parameters()}
         scans = {id(p) for n, p in model.named_parameters() if n.endswith(SPARED)}
-        assert scans
+        if name.startswith("vmamba"):  # whose published recipe spares norms alone
+            scans = set()
+        else:
+            assert scans
         assert {id(p) for n, p in model.named_parameters() if "norm" in n} <= spared
         for parameter, value in decay.items():
             expected = (
