@@ -1,129 +1,305 @@
-"""The README and the pages of docs: their code runs, and what they name is there."""
+"""Run or check all that the README and the pages of docs show: code, commands, options, files, names and links."""
 
+import argparse
+import ast
+import pydoc
 import re
+import runpy
 import shlex
+import sys
+import textwrap
+from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from mmengine.config import Config
 
+import mmvssm.registry
+from mmvssm.run.arguments import train_parser
+
 REPO = Path(__file__).parents[2]
-PAGES = {
-    str(path.relative_to(REPO)): path.read_text()
-    for path in (
-        REPO / "README.md",
-        REPO / "CONTRIBUTING.md",
-        *sorted((REPO / "docs").glob("*.md")),
-    )
-}
-# Parts of larger programs or configs, which cannot run by themselves.
-NEEDS_MORE = {
-    "register_custom_ops_library": "tests/core/ops/test_onnxruntime.py",
-    "mmvssm.DistilledClassifier": "tests/whole/pretraining/test_distillation.py",
-}
+README, DOCS = REPO / "README.md", REPO / "docs"
+PAGES = [README, REPO / "CONTRIBUTING.md", REPO / "configs/README.md", *sorted(DOCS.glob("*.md"))]
+TEXTS = {page: page.read_text() for page in PAGES}
+
+NAMES_TO_BE_WRITTEN = {"mmvssm.DummyMamba"}  # by the reader
+# Options that every parser knows.
+OPTIONS_OF_ALL = {"--help"}
 
 
 def blocks(language):
+    """``(page, text)`` of every fenced block."""
     return [
-        pytest.param(
-            re.sub(r"(?m)^    ", "", code) if code.startswith("    ") else code, id=f"{page}-{i}"
-        )
-        for page, text in PAGES.items()
-        for i, code in enumerate(re.findall(rf"```{language}\n(.*?)\n *```", text, re.S))
+        (page, textwrap.dedent(block))
+        for page, text in TEXTS.items()
+        for block in re.findall(rf"```{language}\n(.*?)```", text, re.S)
     ]
 
 
-def test_the_readme_is_short():
-    assert len(PAGES["README.md"].splitlines()) <= 150
+def prose(page):
+    return re.sub(r"```.*?```", "", TEXTS[page], flags=re.S)
 
 
-@pytest.mark.parametrize("code", blocks("python"))
-def test_python(code, capsys, monkeypatch):
-    """Programs run and print what they say; configs build in mmdet."""
-    known = [test for words, test in NEEDS_MORE.items() if words in code]
-    if known:
-        assert (REPO / known[0]).exists()
-        compile(code, "snippet", "exec")
-    elif "_base_" in code:
-        cfg = Config.fromstring(code, file_format=".py")
-        assert cfg.model.backbone.type == "mmvssm.GroupMamba"
-    elif "custom_imports" in code:
-        pytest.importorskip("mmdet")
-        pytest.importorskip("mmseg")
-        from mmdet.registry import MODELS
-
-        base = "_base_ = ['mmdet::_base_/models/mask-rcnn_r50_fpn.py']\ndefault_scope = 'mmdet'\n"
-        cfg = Config.fromstring(base + code, file_format=".py")
-        assert type(MODELS.build(cfg.model).backbone).__name__ in cfg.model.backbone.type
-    else:
-        import mmvssm.registry
-
-        monkeypatch.setattr(
-            mmvssm.registry.MODELS, "_module_dict", {**mmvssm.registry.MODELS._module_dict}
-        )
-        promised = [line[2:] for line in code.splitlines() if line.startswith("# (")]
-        names = {"__name__": "snippet"}
-        exec(code, names)
-        assert capsys.readouterr().out.split() == " ".join(promised).split()
-        if "DummyMamba" in names:
-            import torch
-
-            assert names["DummyMamba"]()(torch.zeros(1, 3, 8, 8))[0].shape == (1, 8, 2, 2)
+def inline_code(page):
+    return re.findall(r"`([^`\n]+)`", prose(page))
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_files_and_targets_that_are_named_are_there(page):
-    text = PAGES[page]
-    named = set(re.findall(r"(?<![\w/.-])(?:tools|configs|mmvssm|tests|docs|web)/[\w./-]*\w", text))
-    named = {name for name in named if "path/to" not in name}
-    assert not sorted(name for name in named if not (REPO / name).exists())
-    makefile = (REPO / "Makefile").read_text()
-    bash = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.S)) + "\n".join(
-        re.findall(r"`(make [^`]*)`", text)
-    )
-    for targets in re.findall(r"\bmake ((?:[a-z-]+ ?)+)", bash):
-        for target in targets.split():
-            assert re.search(rf"^{target}:", makefile, re.M), target
+def named(found):
+    """Parameters for pytest: each with its page and number."""
+    return [
+        pytest.param(block, id=f"{page.stem}-{number}")
+        for number, (page, block) in enumerate(found)
+    ]
 
 
-def options_of(tool):
-    """The text that defines a tool's options; asking for --help would import its libraries."""
-    return "".join((REPO / name).read_text() for name in (tool, "mmvssm/run/arguments.py"))
+def is_config(snippet):
+    return "_base_ =" in snippet or snippet.startswith(("custom_imports", "model"))
 
 
-TOOLS = {
-    (tool, flag)
-    for text in PAGES.values()
-    for line in re.sub(
-        r"\\\n", " ", "\n".join(re.findall(r"```bash\n(.*?)```", text, re.S))
-    ).splitlines()
-    if (found := re.match(r"(?:python )?(tools/[\w/]+\.(?:py|sh))", line.strip()))
-    for flag in re.findall(r" (--[a-z-]+)", " ".join(shlex.split(line, comments=True)))
-    for tool in [found[1].replace("dist_train.sh", "train.py").replace("dist_test.sh", "test.py")]
+PYTHON = blocks("python")
+CONFIGS = [(page, block) for page, block in PYTHON if is_config(block)]
+DISTILLED = [(page, block) for page, block in CONFIGS if "DistilledClassifier" in block]
+PROGRAMS = [(page, block) for page, block in PYTHON if not is_config(block)]
+
+
+def test_readme_is_short_and_pages_are_found():
+    assert len(TEXTS[README].splitlines()) <= 150
+    assert len(PAGES) >= 15
+    assert len(PROGRAMS) >= 5 and len(CONFIGS) >= 6 and len(DISTILLED) == 1
+    nav = (REPO / "mkdocs.yml").read_text()
+    assert all(page.name in nav for page in PAGES if page.parent == DOCS)
+
+
+# --- Python -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("snippet", named(PROGRAMS))
+def test_program_prints_what_it_says(snippet, capsys, monkeypatch, tmp_path):
+    registry = mmvssm.registry.MODELS
+    monkeypatch.setattr(registry, "_module_dict", dict(registry.module_dict))
+    if "onnxruntime" in snippet:
+        if not (REPO / "mmvssm/ops/_kernels.so").exists():
+            pytest.skip("the CPU kernels were not compiled")
+        write_onnx_model(tmp_path / "model.onnx")
+        monkeypatch.chdir(tmp_path)
+    promised = re.findall(r"^# (\(.*)$", snippet, re.M)
+    names = {"__name__": "snippet"}
+    exec(snippet, names)
+    assert capsys.readouterr().out.split() == " ".join(promised).split()
+    if "DummyMamba" in names:
+        assert names["DummyMamba"]()(torch.zeros(1, 3, 8, 8))[0].shape == (1, 8, 2, 2)
+
+
+def write_onnx_model(path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    helper = onnx.helper
+    x, y = (helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy")
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "graph", [x], [y])
+    opset = [helper.make_opsetid("", 18)]
+    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=10), path)
+
+
+@pytest.mark.parametrize("snippet", named([c for c in CONFIGS if c not in DISTILLED]))
+def test_config_builds_in_mmdet(snippet):
+    pytest.importorskip("mmdet")
+    pytest.importorskip("mmseg")
+    from mmdet.registry import MODELS
+    from mmdet.utils import register_all_modules
+
+    register_all_modules(init_default_scope=False)
+    if "_base_" not in snippet:
+        snippet = "_base_ = ['mmdet::_base_/models/mask-rcnn_r50_fpn.py']\n" + snippet
+    cfg = Config.fromstring(snippet, file_format=".py")
+    with torch.device("meta"):
+        model = MODELS.build(dict(cfg.model, _scope_="mmdet"))
+    assert f"mmvssm.{type(model.backbone).__name__}" == cfg.model.backbone.type
+
+
+@pytest.mark.parametrize("snippet", named(DISTILLED))
+def test_classifier_config_has_settings_that_exist(snippet):
+    """It needs mmpretrain, so compare its settings with the constructors' arguments as they are written."""
+    classes = {
+        node.name: node
+        for node in ast.parse((REPO / "mmvssm/pretraining/distillation.py").read_text()).body
+        if isinstance(node, ast.ClassDef)
+    }
+    checked = set()
+    for call in ast.walk(ast.parse(snippet)):
+        settings = {word.arg: word.value for word in getattr(call, "keywords", [])}
+        kind = getattr(settings.pop("type", None), "value", "").removeprefix("mmvssm.")
+        if kind in classes:
+            (init,) = [n for n in classes[kind].body if getattr(n, "name", "") == "__init__"]
+            taken = {arg.arg for arg in (*init.args.args, *init.args.kwonlyargs)}
+            assert set(settings) - {"_delete_", "head"} <= taken
+            checked.add(kind)
+    assert checked == {"DistilledClassifier", "DistillationHead"}
+
+
+# --- commands -----------------------------------------------------------------------------------------
+
+
+def commands():
+    """``(page, words)`` of every command in bash blocks."""
+    found = []
+    for page, block in blocks("bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words:
+                found.append((page, words))
+    return found
+
+
+SCRIPTS = {
+    "tools/dist_train.sh": "tools/train.py",
+    "tools/slurm_train.sh": "tools/train.py",
+    "tools/dist_test.sh": "tools/test.py",
+    "tools/slurm_test.sh": "tools/test.py",
 }
 
 
-@pytest.mark.parametrize("tool", sorted({tool for tool, _ in TOOLS}))
-def test_flags_in_commands_are_known(tool):
-    unknown = [
-        flag for name, flag in sorted(TOOLS) if name == tool and f'"{flag}"' not in options_of(tool)
-    ]
-    assert not unknown
+class Parsed(BaseException):
+    """Raised in place of parsing the command line, so that the tool ends there."""
 
 
-def anchors(text):
-    """The anchors of a page's headings, as GitHub makes them."""
-    titles = re.findall(r"^#+ (.*)$", text, re.M)
-    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+@cache
+def options_of(tool):
+    """The options that a tool's parser knows; the tool is run until it parses its command line."""
+    path = (REPO / tool).resolve()
+    if "parse_args" not in path.read_text():
+        return frozenset()
+
+    def stop(parser, *_, **__):
+        raise Parsed(parser)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [tool])
+        patch.setattr(sys, "path", [str(path.parent), *sys.path])
+        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        with pytest.raises(Parsed) as found:
+            runpy.run_path(str(path), run_name="__main__")
+    return frozenset(options_in(found.value.args[0]))
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_links_lead_somewhere(page):
-    for link in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
-        if "://" in link:
+def options_in(parser):
+    for action in parser._actions:
+        yield from action.option_strings
+        if isinstance(action, argparse._SubParsersAction):
+            for part in action.choices.values():
+                yield from options_in(part)
+
+
+def tool_of(words):
+    """The tool of ours that a command runs, and its arguments; None if it runs another program."""
+    if words[0] == "python" and words[1].endswith(".py"):
+        return words[1], words[2:]
+    return (words[0], words[1:]) if words[0].startswith("tools/") else None
+
+
+def test_commands_run_tools_that_exist_with_options_that_they_know():
+    tools = [(page, *tool_of(words)) for page, words in commands() if tool_of(words)]
+    assert len(tools) > 20
+    for page, tool, arguments in tools:
+        known = options_of(SCRIPTS.get(tool, tool))
+        given = {word.split("=")[0] for word in arguments if word.startswith("--")}
+        assert given <= known | OPTIONS_OF_ALL, f"{page.name}: {tool}"
+
+
+def test_other_commands_are_of_known_programs():
+    others = {words[0] for _, words in commands() if not tool_of(words)}
+    assert others <= {"make", "pip", "source", "git", "mv", "python"}
+
+
+def test_make_targets_exist():
+    code = [block for _, block in blocks("bash")] + [c for page in PAGES for c in inline_code(page)]
+    targets = {
+        target
+        for text in code
+        for line in text.splitlines()
+        for words in re.findall(r"^make ((?:[a-z-]+(?: |$))+)", line.split("#")[0].strip())
+        for target in words.split()
+    }
+    makefile = (REPO / "Makefile").read_text()
+    assert {"train", "test", "web", "docs"} <= targets
+    missing = [name for name in targets if not re.search(rf"^{name}:", makefile, re.M)]
+    assert not missing
+
+
+def test_options_named_in_the_text_are_those_of_a_tool():
+    tools = {tool for text in TEXTS.values() for tool in re.findall(r"tools/[\w/]+\.py", text)}
+    known = frozenset().union(*map(options_of, tools))
+    for page in PAGES:
+        for code in inline_code(page):
+            for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", code):
+                assert option in known, f"{page.name}: {option}"
+
+
+def test_larger_images_are_set_where_they_are_resized():
+    """The command of the page about data gives every pipeline's Resize a size that it takes."""
+    pytest.importorskip("mmdet")
+    from mmdet.registry import TRANSFORMS
+    from mmdet.utils import register_all_modules
+
+    register_all_modules(init_default_scope=False)
+    ((_, words),) = [(p, w) for p, w in commands() if any("pipeline" in word for word in w)]
+    args = train_parser().parse_args(words[2:])
+    cfg = Config.fromfile(REPO / args.config)
+    cfg.merge_from_dict(args.cfg_options)
+    for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
+        (resize,) = [p for p in cfg[name].dataset.pipeline if p.type == "Resize"]
+        image = np.zeros((20, 40, 3), np.uint8)
+        assert TRANSFORMS.build(resize)(dict(img=image))["img"].shape == (160, 320, 3)
+
+
+# --- names and links ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_files_and_names_exist(page):
+    text = TEXTS[page]
+    files = re.findall(
+        r"(?<![\w/])(?:tools|configs|mmvssm|tests|docs|web)/[\w./-]*\w(?![\w<*])", text
+    )
+    missing = {file for file in files if not (REPO / file).exists()}
+    missing -= {file for file in missing if any(REPO.glob(f"{file}*"))}  # triton_kernels*.py
+    missing |= {
+        code
+        for code in inline_code(page)
+        if re.fullmatch(r"(groupmamba|plainmamba)\w*\.py", code)
+        and not (REPO / "configs" / code).exists()
+    }
+    registries = [value for value in vars(mmvssm.registry).values() if hasattr(value, "children")]
+    for code in inline_code(page):
+        for name in re.findall(r"^mmvssm\.[\w.]+", code):
+            is_type = any(name.split(".")[1] in registry for registry in registries)
+            if not (is_type or pydoc.locate(name) or name in NAMES_TO_BE_WRITTEN):
+                missing.add(name)
+    assert not missing
+
+
+def anchors(page):
+    headings = re.findall(
+        r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.S), re.M
+    )
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_resolve(page):
+    links = re.findall(r"\]\(([^)\s]+)\)", prose(page))
+    for link in links:
+        if link.startswith("https://"):
             continue
-        path, _, anchor = link.partition("#")
-        target = (REPO / page).parent / path if path else REPO / page
+        file, _, anchor = link.partition("#")
+        target = (page.parent / file).resolve() if file else page
         assert target.exists(), link
-        if anchor:
-            assert anchor in anchors(target.read_text()), link
+        assert target.is_relative_to(REPO)
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_newcomers_find_every_page():
+    linked = set(re.findall(r"\]\(docs/([\w.]+\.md)", TEXTS[README]))
+    assert linked == {page.name for page in PAGES if page.parent == DOCS} - {"index.md"}
+    assert {"CONTRIBUTING.md", "CHANGELOG.md"} <= set(re.findall(r"\]\((\w+\.md)", TEXTS[README]))
