@@ -28,8 +28,8 @@ _VAL_INTERVAL = {"epochs": 1, "iters": 1000}
 _SHORTEST_WARM_UP = 2
 _LONGEST_WARM_UP = Fraction(1, 2)  # of the run
 
-# The schedulers of our configs and of mmdet's and mmseg's, by the base class that rates and momenta share: their
-# setting, besides begin and end, that is a time. It counts from the scheduler's begin.
+# The schedulers of our configs and of mmdet's, mmseg's and mmpretrain's, by the base class that rates and momenta
+# share: their setting, besides begin and end, that is a time. It counts from the scheduler's begin.
 _TIMES = {
     "LinearParamScheduler": None,
     "ConstantParamScheduler": None,
@@ -37,6 +37,7 @@ _TIMES = {
     "QuadraticWarmupParamScheduler": None,
     "CosineAnnealingParamScheduler": "T_max",
     "MultiStepParamScheduler": "milestones",
+    "StepParamScheduler": "step_size",
 }
 _WARM_UPS = ("LinearParamScheduler", "ConstantParamScheduler", "QuadraticWarmupParamScheduler")
 # Settings of the libraries' hooks that are times. Our own hooks declare theirs as ``schedule_settings``.
@@ -188,11 +189,14 @@ class _Changes:
         return not any(path == key or path.startswith(f"{key}.") for key in self.given)
 
     def set(self, node: dict, path: str, values: dict[str, Any], name: str) -> None:
-        """Set the values that differ in ``node``, which is at ``path`` in the config."""
+        """Set the values that differ in ``node``, which is at ``path`` in the config; None removes a key."""
         notes = []
         for key, value in values.items():
             old = node.get(key)
             if value == old or not self.allows(f"{path}.{key}"):
+                continue
+            if value is None:
+                del node[key]
                 continue
             node[key] = value
             before = "" if old is None else f"{_shown(old)} -> "
@@ -372,7 +376,9 @@ class _Follower:
             length = self._move(scheduler, begin + scheduler[time]) - new_begin
             values[time] = max(1, length)
         elif time == "milestones":
-            values[time] = self._new_milestones(scheduler, begin, new_begin, end)
+            values[time] = self._new_milestones(scheduler[time], scheduler, begin, new_begin, end)
+        elif time == "step_size":
+            values.update(self._new_steps(scheduler, begin, new_begin, end))
         self.changes.set(scheduler, path, values, name)
 
     def _end(self, scheduler: dict) -> Optional[int]:
@@ -398,15 +404,33 @@ class _Follower:
         return _rounded(exact, 0)
 
     def _new_milestones(
-        self, scheduler: dict, begin: Number, new_begin: Number, end: Optional[Number]
+        self,
+        milestones: list,
+        scheduler: dict,
+        begin: Number,
+        new_begin: Number,
+        end: Optional[Number],
     ) -> list[int]:
         # A milestone at the new end would never be reached; one at the begin would apply from the first step.
         last = None if end is None else self._move(scheduler, end, whole=True) - new_begin - 1
-        milestones = []
-        for old in scheduler["milestones"]:
+        found = []
+        for old in milestones:
             new = self._move(scheduler, begin + old, whole=True) - new_begin
             if old > 0 and (end is None or begin + old < end):
                 new = max(1, new if last is None else min(new, last))
             if last is None or new <= last or (end is not None and begin + old >= end):
-                milestones.append(int(new))
-        return milestones
+                found.append(int(new))
+        return found
+
+    def _new_steps(
+        self, scheduler: dict, begin: Number, new_begin: Number, end: Optional[Number]
+    ) -> dict[str, Any]:
+        """The new ``step_size``, or milestones if the new steps are not all of the same length."""
+        old = scheduler["step_size"]
+        exact = old * self.ratio
+        unequal = str(scheduler["type"]).replace("Step", "MultiStep")
+        if exact.denominator == 1 or end is None or find_type(unequal) is None:
+            return {"step_size": _rounded(exact)}
+        steps = list(range(old, int(end - begin), old))
+        milestones = self._new_milestones(steps, scheduler, begin, new_begin, end)
+        return {"type": unequal, "step_size": None, "milestones": milestones}

@@ -126,6 +126,7 @@ class TestSchedulers:
         dict(type="LinearLR", start_factor=1.0, end_factor=0.01, end=12),
         dict(type="MultiStepLR", milestones=[8, 10], gamma=0.1),
         dict(type="MultiStepLR", milestones=[2, 4], begin=6, end=12, gamma=0.1),
+        dict(type="StepLR", step_size=3, gamma=0.5),
         dict(type="ConstantLR", factor=0.5, begin=6, end=12),
     ]
 
@@ -136,7 +137,7 @@ class TestSchedulers:
             main["convert_to_iter_based"] = True
         if by_epoch:
             return main
-        lengths = {"begin", "end", "T_max"} & set(main)
+        lengths = {"begin", "end", "T_max", "step_size"} & set(main)
         main.update({key: main[key] * epoch_length for key in lengths})
         if "milestones" in main:
             main["milestones"] = [value * epoch_length for value in main["milestones"]]
@@ -173,6 +174,18 @@ class TestSchedulers:
         assert cfg.param_scheduler[0].milestones == milestones
         values = rates(set_up(cfg))
         assert values[-1] == pytest.approx(0.1 ** len(milestones))
+
+    @pytest.mark.parametrize(
+        ("new", "milestones"), [(30, [8, 15, 23]), (3, [1, 2, 2]), (2, [1, 1, 1]), (1, [])]
+    )
+    def test_unequal_steps_become_milestones(self, new, milestones, tmp_path):
+        cfg = config(tmp_path, [dict(type="StepLR", step_size=3, gamma=0.5)], 12)
+        change_length(cfg, "epochs", new)
+        (scheduler,) = cfg.param_scheduler
+        assert (scheduler.type, scheduler.milestones) == ("MultiStepLR", milestones)
+        assert "step_size" not in scheduler
+        factors = [0.5 ** sum(epoch >= m for m in milestones) for epoch in range(new)]
+        assert rates(set_up(cfg))[::20] == pytest.approx(factors)
 
     def test_momentum_follows_too(self, tmp_path):
         momentum = dict(type="CosineAnnealingMomentum", eta_min=0.1, T_max=12, end=12)
@@ -228,7 +241,6 @@ class TestSchedulers:
             dict(type="OneCycleLR", eta_max=1.0, total_steps=12),
             dict(type="CosineRestartLR", periods=[4, 8], restart_weights=[1, 0.5], eta_min=1e-3),
             dict(type="ExponentialLR", gamma=0.7),
-            dict(type="StepLR", step_size=3, gamma=0.5),
             dict(type="ReduceOnPlateauLR"),
             dict(type="AbsentLR"),
         ],
