@@ -377,8 +377,8 @@ class _Follower:
             values[time] = max(1, length)
         elif time == "milestones":
             values[time] = self._new_milestones(scheduler[time], scheduler, begin, new_begin, end)
-        elif time == "step_size":
-            values.update(self._new_steps(scheduler, begin, new_begin, end))
+        elif time == "step_size" and self.changes.allows(f"{path}.{time}"):
+            values.update(self._new_steps(scheduler, path, begin, new_begin, end))
         self.changes.set(scheduler, path, values, name)
 
     def _end(self, scheduler: dict) -> Optional[int]:
@@ -423,13 +423,14 @@ class _Follower:
         return found
 
     def _new_steps(
-        self, scheduler: dict, begin: Number, new_begin: Number, end: Optional[Number]
+        self, scheduler: dict, path: str, begin: Number, new_begin: Number, end: Optional[Number]
     ) -> dict[str, Any]:
         """The new ``step_size``, or milestones if the new steps are not all of the same length."""
         old = scheduler["step_size"]
         exact = old * self.ratio
         unequal = str(scheduler["type"]).replace("Step", "MultiStep")
-        if exact.denominator == 1 or end is None or find_type(unequal) is None:
+        may_change = self.changes.allows(f"{path}.type") and find_type(unequal) is not None
+        if exact.denominator == 1 or end is None or not may_change:
             return {"step_size": _rounded(exact)}
         steps = list(range(old, int(end - begin), old))
         milestones = self._new_milestones(steps, scheduler, begin, new_begin, end)

@@ -187,6 +187,16 @@ class TestSchedulers:
         factors = [0.5 ** sum(epoch >= m for m in milestones) for epoch in range(new)]
         assert rates(set_up(cfg))[::20] == pytest.approx(factors)
 
+    @pytest.mark.parametrize(
+        ("given", "step_size"), [("step_size", 3), ("type", 8)], ids=["step_size", "type"]
+    )
+    def test_steps_that_the_command_line_sets_stay_steps(self, given, step_size, tmp_path):
+        cfg = config(tmp_path, [dict(type="StepLR", step_size=3, gamma=0.5)], 12)
+        change_length(cfg, "epochs", 30, [f"param_scheduler.0.{given}"])
+        (scheduler,) = cfg.param_scheduler
+        assert (scheduler.type, scheduler.step_size) == ("StepLR", step_size)
+        assert rates(set_up(cfg))[-1] == pytest.approx(0.5 ** (29 // step_size))
+
     def test_momentum_follows_too(self, tmp_path):
         momentum = dict(type="CosineAnnealingMomentum", eta_min=0.1, T_max=12, end=12)
         cfg = config(tmp_path, [STEPS, momentum], 12)
