@@ -31,7 +31,7 @@ from mmvssm.analysis.dataset_view import (
     table_of_pixels,
     table_of_sizes,
 )
-from mmvssm.datasets.walk import leaf_datasets
+from mmvssm.datasets.walk import leaf_datasets, parts_of
 from mmvssm.errors import UserError, add_traceback_option, run_tool, user_mistakes
 from mmvssm.files import write_whole
 from mmvssm.run.arguments import add_data_options
@@ -131,7 +131,7 @@ class Samples:
         _unpack(config)
         with user_mistakes(f"cannot set up the data set of {loader}"):
             self.dataset = DATASETS.build(config)
-            self.leaves = list(_leaves_of(self.dataset))
+            self.leaves = list(leaf_datasets(self.dataset))
         for leaf in self.leaves:
             names = [type(step).__name__ for step in leaf.pipeline.transforms]
             if not any(name.startswith("Load") and "Annotation" in name for name in names):
@@ -214,24 +214,12 @@ def _unpack(config: ConfigDict) -> None:
     if config.get("pipeline"):
         steps = [step for step in config.pipeline if not _kind(step).startswith("Pack")]
         config.pipeline = sorted(steps, key=lambda step: not _kind(step).startswith("Load"))
-    inner = config.get("dataset")
-    for part in [inner] if isinstance(inner, dict) else config.get("datasets", []):
+    for part in parts_of(config):
         _unpack(part)
 
 
 def _kind(step: dict) -> str:
     return str(step.get("type")).rpartition(".")[2]
-
-
-def _leaves_of(dataset: Any) -> Iterator[Any]:
-    """Yield the data sets inside any nesting of wrappers."""
-    if hasattr(dataset, "datasets"):
-        for part in dataset.datasets:
-            yield from _leaves_of(part)
-    elif hasattr(dataset, "dataset"):
-        yield from _leaves_of(dataset.dataset)
-    else:
-        yield dataset
 
 
 # --------------------------------------------------------------------------------------- statistics

@@ -36,7 +36,7 @@ from .annotations import category_names
 from .label_maps import labels_in
 from .memory import Memory
 from .pictures import IMAGE_SUFFIXES
-from .walk import leaf_datasets
+from .walk import leaf_datasets, parts_of
 
 SPLIT_OF_LOADER = {"train_dataloader": "train", "val_dataloader": "val", "test_dataloader": "val"}
 # The parts of a model that have a number of classes which is not that of the data set.
@@ -458,12 +458,11 @@ def _leaves(cfg: Config, loaders: Sequence[str]) -> Iterator[tuple[str, ConfigDi
 
 
 def _keep_first(dataset: ConfigDict) -> None:
-    """Concatenated data sets would all become the same one; keep one of them."""
-    if isinstance(dataset.get("dataset"), dict):
-        _keep_first(dataset.dataset)
-    elif "datasets" in dataset:
-        dataset.datasets = dataset.datasets[:1]
-        _keep_first(dataset.datasets[0])
+    """Keep one of concatenated data sets, which would all become the same one."""
+    while parts_of(dataset):
+        if "datasets" in dataset:
+            dataset.datasets = dataset.datasets[:1]
+        dataset = parts_of(dataset)[0]
 
 
 def _listing(classes: Sequence[str], shown: int = 5) -> str:

@@ -1,19 +1,37 @@
-"""Walk from the wrappers of a data set's config to the data sets inside."""
+"""Walk from the wrappers around a data set (RepeatDataset, ConcatDataset ...) to what is inside."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from mmengine.config import Config, ConfigDict
 
 from ..errors import UserError
 
 
+def parts_of(dataset: Any) -> list:
+    """Return the data sets directly inside a wrapper, built or a config; none of a data set proper."""
+    inner = getattr(dataset, "dataset", None)
+    if inner is not None and not isinstance(inner, str):
+        return [inner]
+    return list(getattr(dataset, "datasets", ()))
+
+
+def leaf_datasets(dataset: Any) -> Iterator[Any]:
+    """Yield the data sets proper inside any nesting of wrappers, built or configs."""
+    parts = parts_of(dataset)
+    if not parts:
+        yield dataset
+    for part in parts:
+        yield from leaf_datasets(part)
+
+
 def inference_pipeline(cfg: Config) -> list[ConfigDict]:
-    """The steps by which testing prepares an image, less those that load annotations.
+    """Return the steps by which testing prepares an image, without those that load annotations.
 
     Args:
-        cfg: A detection or segmentation config; it stays as it is.
+        cfg: A detection or segmentation config; it is not changed.
 
     Raises:
         UserError: If it has no ``test_dataloader``.
@@ -21,19 +39,8 @@ def inference_pipeline(cfg: Config) -> list[ConfigDict]:
     if not cfg.get("test_dataloader"):
         raise UserError("the config has no test_dataloader, whose pipeline would prepare the image")
     dataset = cfg.test_dataloader.dataset
-    while "pipeline" not in dataset:  # RepeatDataset, ConcatDataset and the like
-        dataset = dataset.dataset if "dataset" in dataset else dataset.datasets[0]
+    while "pipeline" not in dataset:
+        dataset = parts_of(dataset)[0]
     return [
         ConfigDict(step) for step in dataset.pipeline if not step["type"].endswith("Annotations")
     ]
-
-
-def leaf_datasets(dataset: ConfigDict) -> Iterator[ConfigDict]:
-    """The data sets proper inside any nesting of wrappers (RepeatDataset, ConcatDataset ...)."""
-    if isinstance(dataset.get("dataset"), dict):
-        yield from leaf_datasets(dataset.dataset)
-    elif "datasets" in dataset:
-        for part in dataset.datasets:
-            yield from leaf_datasets(part)
-    else:
-        yield dataset
