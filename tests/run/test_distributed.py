@@ -6,8 +6,8 @@ from argparse import Namespace
 from datetime import timedelta
 
 import pytest
+from core.datasets.test_data_root import detector, segmenter, write_coco
 from mmengine.config import Config
-from run.test_data_root import detector, segmenter, write_coco
 
 from mmvssm.datasets.annotations import read_coco
 from mmvssm.datasets.root import SPLIT_OF_LOADER, apply_data_root

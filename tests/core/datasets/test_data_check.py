@@ -16,17 +16,16 @@ from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 from mmengine.registry import init_default_scope
 from PIL import Image
+from pycocotools import mask as coco_masks
 
 from mmvssm.datasets import check, pictures
 from mmvssm.datasets import memory as memory_module
-from mmvssm.datasets.annotations import check_annotations, read_coco
+from mmvssm.datasets.annotations import _pixels_of, check_annotations, read_coco
 from mmvssm.datasets.check import check_data
 from mmvssm.datasets.memory import Memory
 from mmvssm.datasets.pictures import read_images
 from mmvssm.datasets.root import apply_data_root
 from mmvssm.errors import UserError
-from mmvssm.run.arguments import train_parser
-from mmvssm.run.setup import prepare_data
 
 TRAIN = ("train_dataloader", "val_dataloader")
 TEST = ("test_dataloader",)
@@ -840,6 +839,7 @@ def test_orientation_matters_as_the_pipeline_reads(tmp_path, settings):
     assert "EXIF" in refusal(checked, detector(), data.root)
 
 
+@pytest.mark.slow
 def test_the_good_instances_are_those_that_mmdet_reads(tmp_path):
     """And its samples have whole boxes and masks."""
     from mmdet.datasets import CocoDataset
@@ -1371,31 +1371,6 @@ def test_a_process_that_dies_is_told_of(tmp_path, monkeypatch):
     assert "--no-data-check" in sentence
 
 
-def arguments(*extra):
-    return train_parser().parse_args(["config.py", *map(str, extra)])
-
-
-def test_reading_can_be_switched_off(tmp_path, monkeypatch, capsys):
-    reads = Reads(monkeypatch)
-    data = instances(tmp_path, image(b""))
-    args = arguments("--data-root", data.root)
-    init_default_scope("mmdet")
-    assert "0.png is empty" in refusal(prepare_data, detector(), args, TRAIN, None)
-    assert reads.take()
-    args = arguments("--data-root", data.root, "--no-data-check")
-    capsys.readouterr()
-    prepare_data(detector(), args, TRAIN, None)
-    (line,) = capsys.readouterr().out.splitlines()[1:]
-    assert line.startswith("warning: images and label maps are not opened") and reads.take() == []
-    cfg = detector()
-    cfg.check_data = False
-    assert checked(cfg, data.root) and reads.take() == []
-    # Annotations, which mmdet reads whole in any case, are checked all the same.
-    bad = instances(tmp_path / "bad", ann(area=None))
-    args = arguments("--data-root", bad.root, "--no-data-check")
-    assert "has no area" in refusal(prepare_data, detector(), args, TRAIN, None)
-
-
 def test_without_reading_what_zero_means_is_asked_for(tmp_path, monkeypatch):
     reads = Reads(monkeypatch)
     data = maps(tmp_path, lambda data: None)
@@ -1407,20 +1382,7 @@ def test_without_reading_what_zero_means_is_asked_for(tmp_path, monkeypatch):
     assert "not opened" in warning and reads.take() == []
 
 
-def test_warnings_are_lines_of_the_first_process(tmp_path, capsys):
-    data = instances(tmp_path, ann(bbox=[2, 3, 0, 6]))
-    init_default_scope("mmdet")
-    prepare_data(detector(), arguments("--data-root", data.root), TRAIN, None)
-    found, warning = capsys.readouterr().out.splitlines()
-    assert "2 classes (cat, dog)" in found
-    assert warning.startswith("warning: 1 of 4 annotations in ")
-
-
 def test_run_length_codes_add_up_as_pycocotools_writes_them():
-    from pycocotools import mask as coco_masks
-
-    from mmvssm.datasets.annotations import _pixels_of
-
     rng = np.random.RandomState(1)
     for side in (1, 7, 300):
         for share in (0.0, 0.02, 0.5, 1.0):
