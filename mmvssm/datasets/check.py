@@ -13,7 +13,7 @@ from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS, TRANSFORMS, Registry
 from mmengine.utils import is_list_of
 
-from ..errors import UserError, shown, user_mistakes
+from ..errors import UserError, brief, shown, user_mistakes
 from .annotations import Use, category_names, check_annotations, read_coco
 from .images import check_images
 from .label_maps import check_label_maps
@@ -22,7 +22,6 @@ from .pictures import Loading
 from .root import ADE20K, COCO, COCO_MAPS, IMAGENET_LAYOUT, class_folders
 from .walk import leaf_datasets
 
-_NAMES_SHOWN = 3
 _ANNOTATIONS_PER_IMAGE = 16  # that are checked while one image's header is read
 _OWN_DATA = "point --data-root at a data set of your own in"
 
@@ -259,10 +258,9 @@ def _check_named_images(ann_file: str, names: Sequence[str], folder: str) -> Non
         and (os.sep not in name or not os.path.isfile(os.path.join(folder, name)))
     ]
     if absent:
-        shown = ", ".join(absent[:_NAMES_SHOWN]) + ", ..." * (len(absent) > _NAMES_SHOWN)
         raise UserError(
             f"{ann_file} names {len(absent)} images (of {len(names)}) that are not in {folder} "
-            f"({shown}); put them there or take them out of the annotation file"
+            f"({shown(absent)}); put them there or take them out of the annotation file"
         )
 
 
@@ -279,15 +277,16 @@ def _check_categories(ann_file: str, classes: Sequence[str]) -> None:
     if absent:
         raise UserError(
             f"{ann_file} has no category {absent[0]!r}, which is one of the {len(classes)} classes "
-            f"expected; it has {', '.join(names[:8])}{', ...' * (len(names) > 8)}, and --data-root "
-            "takes the classes from the annotation files of your own data"
+            f"expected; it has {shown(names)}, and --data-root takes the classes from the "
+            "annotation files of your own data"
         )
     order = [name for name in names if name in set(classes)]
     if order != list(classes):
+        found, expected = next(pair for pair in zip(order, classes) if pair[0] != pair[1])
         raise UserError(
-            f"{ann_file} lists its categories in another order than the classes expected "
-            f"({', '.join(order[:5])} against {', '.join(list(classes)[:5])}), and mmdet would "
-            "confuse them; write the same list of categories into every annotation file"
+            f"{ann_file} lists its categories in another order than the classes expected (it has "
+            f"{brief(found)} where we expect {brief(expected)}), and mmdet would confuse them; "
+            "write the same list of categories into every annotation file"
         )
 
 
@@ -337,12 +336,12 @@ def _check_label_maps(cfg: Config, leaf: ConfigDict, loader: str, memory: Memory
 
 
 def _check_maps_are_there(records: Sequence[dict], images: str, maps: str) -> None:
-    absent = [r["seg_map_path"] for r in records if not os.path.isfile(r["seg_map_path"])]
+    paths = [record["seg_map_path"] for record in records]
+    absent = [os.path.relpath(path, maps) for path in paths if not os.path.isfile(path)]
     if absent:
-        shown = ", ".join(os.path.relpath(path, maps) for path in absent[:_NAMES_SHOWN])
         raise UserError(
             f"{len(absent)} of {len(records)} images in {images} have no label map in {maps} "
-            f"({shown}{', ...' * (len(absent) > _NAMES_SHOWN)}); add them or remove the images"
+            f"({shown(absent)}); add them or remove the images"
         )
 
 
@@ -350,10 +349,8 @@ def _check_maps_are_there(records: Sequence[dict], images: str, maps: str) -> No
 
 
 def _check_class_folders(cfg: Config, leaf: ConfigDict, memory: Memory) -> list[str]:
-    from mmpretrain.datasets import (
-        CustomDataset,
-        ImageNet,
-    )  # here, as the others need no mmpretrain
+    # Here, as the others need no mmpretrain.
+    from mmpretrain.datasets import CustomDataset, ImageNet
 
     if _class_of(cfg, leaf) not in (CustomDataset, ImageNet) or leaf.get("split") == "test":
         _check_unknown_format(leaf, _class_of(cfg, leaf), IMAGENET_LAYOUT)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Optional
 
-from ..errors import UserError
+from ..errors import UserError, shown
 from .images import Size, refuse_unreadable
 from .memory import Memory
 from .pictures import LABEL_MODES, Picture, read_label_maps
 
 IGNORED_LABEL = 255
-_NAMES_SHOWN = 5
 
 
 def labels_in(paths: Sequence[str], memory: Memory) -> set[int]:
@@ -165,10 +164,9 @@ def _judge_what_is_left(
     if not dataset.label_map:
         absent = [name for i, name in enumerate(classes) if i + first not in labels]
         if absent:
-            shown = ", ".join(absent[:_NAMES_SHOWN]) + ", ..." * (len(absent) > _NAMES_SHOWN)
             warnings.append(
                 f"{len(absent)} of {len(classes)} classes occur in none of the {len(paths)} label "
-                f"maps to train on ({shown}; first map: {paths[0]})"
+                f"maps to train on ({shown(absent)}; first map: {paths[0]})"
             )
     return warnings
 

@@ -30,7 +30,7 @@ from typing import Any, Optional
 
 from mmengine.config import Config, ConfigDict
 
-from ..errors import UserError
+from ..errors import UserError, shown
 from ..processes import on_first_process
 from .annotations import category_names
 from .label_maps import labels_in
@@ -465,6 +465,5 @@ def _keep_first(dataset: ConfigDict) -> None:
         dataset = parts_of(dataset)[0]
 
 
-def _listing(classes: Sequence[str], shown: int = 5) -> str:
-    names = ", ".join(list(classes)[:shown]) + ", ..." * (len(classes) > shown)
-    return f"{len(classes)} class{'es' * (len(classes) > 1)} ({names})"
+def _listing(classes: Sequence[str]) -> str:
+    return f"{len(classes)} {'class' if len(classes) == 1 else 'classes'} ({shown(classes)})"
