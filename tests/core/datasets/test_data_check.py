@@ -241,10 +241,22 @@ REFUSED_INSTANCES = {
     # categories
     "no categories": (content(categories=[]), "has no categories"),
     "a category null": (content(categories=[None]), "number 0 of its categories"),
-    "category without a name": (record("categories", drop="name"), "a category of no name"),
-    "category named by a number": (record("categories", name=7), "called 7, which is no text"),
-    "category without an id": (record("categories", drop="id"), "'cat' in"),
-    "category id a list": (record("categories", id=[1]), "has the id [1], and needs a number"),
+    "category without a name": (
+        record("categories", drop="name"),
+        "has no name, which mmdet needs (first: category 1)",
+    ),
+    "category named by a number": (
+        record("categories", name=7),
+        "a name that is empty or no text (first: category 1: 7)",
+    ),
+    "category without an id": (
+        record("categories", drop="id"),
+        "has no id, which mmdet needs (first: category number 0",
+    ),
+    "category id a list": (
+        record("categories", id=[1]),
+        "an id that is no number (first: category [1])",
+    ),
     "category ids twice": (record("categories", id=2), "two categories with the id 2"),
     "category names twice": (record("categories", name="dog"), "two categories called 'dog'"),
     "category ids of two kinds": (record("categories", id="one"), "text and numbers; use one kind"),
@@ -267,11 +279,14 @@ REFUSED_INSTANCES = {
     "image width null": (record("images", width=None), "has no width"),
     "image width text": (
         record("images", width="16"),
-        'no number of pixels (first: image 1: width "16"',
+        'a width that is no number of pixels (first: image 1: "16")',
     ),
     "image width zero": (record("images", width=0), "no number of pixels"),
     "image width negative": (record("images", width=-16), "no number of pixels"),
-    "image width NaN": (record("images", width=NAN), "image 1: width NaN"),
+    "image width NaN": (
+        record("images", width=NAN),
+        "a width that is no number of pixels (first: image 1: NaN)",
+    ),
     "image width a fraction": (record("images", width=16.5), "no number of pixels"),
     "image id a list": (record("images", id=[1]), "an id that is no number (first:"),
     "image id true": (record("images", id=True), "an id that is no number (first: image true)"),
@@ -279,7 +294,7 @@ REFUSED_INSTANCES = {
     "image ids of two kinds": (image_ids_as_text, "which pycocotools cannot sort"),
     "image file name a number": (
         record("images", file_name=5),
-        "a file_name that is no name (first: image 1: 5)",
+        "a file_name that is empty or no text (first: image 1: 5)",
     ),
     "image file names twice": (record("images", file_name="1.png"), "1.png, as image 1)"),
     "image file missing": (
@@ -317,7 +332,7 @@ REFUSED_INSTANCES = {
         'an id that is no number (first: annotation "a")',
     ),
     "annotation without an image": (ann(drop="image_id"), "has no image_id"),
-    "image_id another type": (ann(image_id="1"), "an image_id of another type than images'"),
+    "image_id another type": (ann(image_id="1"), "an image_id of another type than the images'"),
     "annotation without a category": (ann(drop="category_id"), "has no category_id"),
     "category_id another type": (ann(category_id="1"), "a category_id of another type"),
     "category_id a list": (ann(category_id=[1]), "a category_id of another type"),
@@ -511,7 +526,7 @@ WARNED_INSTANCES = {
     "box empty": (ann(bbox=[2, 3, 0, 6]), "a box of no width or height"),
     "box negative": (
         ann(bbox=[10, 9, -8, -6]),
-        "mmdet leaves them out of training (first: annotation 1",
+        "mmdet skips them in training (first: annotation 1",
     ),
     "box outside": (ann(bbox=[20, 3, 8, 6]), "a box outside its image"),
     "box outside for validation": (ann("val", bbox=[20, 3, 8, 6]), "counts them as missed"),
@@ -533,11 +548,11 @@ WARNED_INSTANCES = {
     ),
     "polygon of a point beside a good one": (
         ann(segmentation=[[2, 3, 10, 3, 10, 9, 2, 9], [2, 3]]),
-        "of fewer than three points, which is left out",
+        "of fewer than three points, which mmdet skips",
     ),
     "polygon of a point beside a good one, for validation": (
         ann("val", segmentation=[[2, 3, 10, 3, 10, 9, 2, 9], [2, 3]]),
-        "of fewer than three points, which is left out",
+        "of fewer than three points, which mmdet skips",
     ),
     "annotation twice": (
         lambda data: data.train["annotations"].append(dict(data.train["annotations"][0], id=9)),
