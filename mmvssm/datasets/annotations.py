@@ -392,8 +392,7 @@ class _AnnotationCheck:
             self.found.warn(what, where, f"{_as_json(annotation['bbox'])} in {size} pixels")
 
         self.num_boxes += 1
-        left, right = -min(0, x), x + width - image_width
-        above, below = -min(0, y), y + height - image_height
+        right, below = x + width - image_width, y + height - image_height
         # Would these numbers fit only as two corners?
         if (
             max(right, below) > 1
@@ -408,9 +407,8 @@ class _AnnotationCheck:
         if x >= image_width or y >= image_height or x + width <= 0 or y + height <= 0:
             warn(f"a box outside its image; {self.fate}")
             return False
-        if max(left, right, above, below) > max(
-            1.0, _MAX_PROTRUSION * max(image_width, image_height)
-        ):
+        allowed = max(1, _MAX_PROTRUSION * max(image_width, image_height))
+        if max(-x, -y, right, below) > allowed:
             cut = "mmdet cuts them off there" if self.use.trains else "nothing predicted does"
             warn(f"a box that reaches beyond its image; {cut}")
         if width < 1 or height < 1:
@@ -428,35 +426,16 @@ class _AnnotationCheck:
     def _takes_mask(self, annotation: dict, image: dict, where: _Place) -> bool:
         """Whether mmdet keeps an annotation by its mask."""
         mask = annotation.get("segmentation")
-        if not mask:
-            self.found.refuse(
-                "no segmentation, which this config's masks need; train a box detector on them",
-                where,
-            )
+        problem = _problem_of_mask(mask, image)
+        if problem:
+            self.found.refuse(problem, where)
             return False
         if isinstance(mask, dict):
-            problem = _problem_of_rle(mask, image)
-            if problem:
-                self.found.refuse(problem, where)
-            return not problem
-        if not isinstance(mask, list) or not all(isinstance(polygon, list) for polygon in mask):
-            self.found.refuse("a segmentation that is neither a list of polygons nor RLE", where)
-            return False
-        # pycocotools hangs on polygons that are not finite, and runs out of memory on those that are
-        # far outside.
-        if not all(map(_are_numbers, mask)):
-            self.found.refuse("polygons with other values than finite numbers", where)
-            return False
-        limit = _MAX_DISTANCE * max(image["width"], image["height"])
-        if any(polygon and max(max(polygon), -min(polygon)) > limit for polygon in mask):
-            self.found.refuse("polygons far outside their image", where)
-            return False
+            return True
         good = [polygon for polygon in mask if len(polygon) >= 6 and len(polygon) % 2 == 0]
         if len(good) < len(mask):
             odd = any(len(polygon) % 2 for polygon in mask)
-            what = "a polygon of " + (
-                "an odd number of values" if odd else "fewer than three points"
-            )
+            what = f"a polygon of {'an odd number of values' if odd else 'fewer than three points'}"
             # pycocotools judges a list of polygons by its first.
             if self.use.compares_masks and mask[0] not in good:
                 self.found.refuse(f"{what}, which pycocotools fails on or takes for another", where)
@@ -566,8 +545,24 @@ class _AnnotationCheck:
 # ------------------------------------------------------------------------------------------ masks
 
 
+def _problem_of_mask(mask: Any, image: dict) -> str:
+    """Return why a mask cannot be read; an empty text if it can."""
+    if not mask:
+        return "no segmentation, which this config's masks need; train a box detector on them"
+    if isinstance(mask, dict):
+        return _problem_of_rle(mask, image)
+    if not isinstance(mask, list) or not all(isinstance(polygon, list) for polygon in mask):
+        return "a segmentation that is neither a list of polygons nor RLE"
+    # pycocotools hangs on polygons that are not finite, and runs out of memory on those far outside.
+    if not all(map(_are_numbers, mask)):
+        return "polygons with other values than finite numbers"
+    limit = _MAX_DISTANCE * max(image["width"], image["height"])
+    if any(polygon and max(max(polygon), -min(polygon)) > limit for polygon in mask):
+        return "polygons far outside their image"
+    return ""
+
+
 def _problem_of_rle(mask: dict, image: dict) -> str:
-    """Return what is wrong with a run-length code; an empty text if it is right."""
     size, counts = mask.get("size"), mask.get("counts")
     expected = [image["height"], image["width"]]
     if size != expected:
