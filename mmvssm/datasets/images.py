@@ -23,8 +23,8 @@ def check_images(
     Args:
         loading: How the data set's pipeline decodes them.
         paths: The images.
-        annotated: ``(width, height)`` of each, as the annotations have it; None if they do not say.
-        memory: Of what earlier runs read.
+        annotated: ``(width, height)`` of each in the annotations; None if they give none.
+        memory: What earlier runs read.
 
     Returns:
         ``(width, height)`` of each image as the pipeline will load it, and warnings.
@@ -37,26 +37,32 @@ def check_images(
     sizes = [_loaded_size(picture, loading) for picture in pictures]
     if annotated:
         _compare_sizes(paths, pictures, sizes, annotated)
-    found = [
-        (what, [path for path, picture in zip(paths, pictures) if is_so(path, picture)])
-        for is_so, what in (
-            (_is_misnamed, "are of another format than their name says, and read as what they are"),
-            (_is_deep, "have 16 bits a channel, of which the upper 8 are read"),
-        )
-    ]
+    doubts = {
+        "are of another format than their name says, and read as what they are": _is_misnamed,
+        "have 16 bits a channel, of which the upper 8 are read": _is_deep,
+    }
     if loading.applies_orientation:
-        what = (
-            "are turned or mirrored when they are read, as their EXIF orientation says, and nothing "
-            "tells whether the annotations are for what is seen or for what is stored"
-        )
-        undecided = [p for p, picture in zip(paths, pictures) if _is_undecided(picture)]
-        found.append((what, undecided))
-    warnings = [
-        f"{len(named)} of {len(paths)} images {what} (first: {named[0]})"
-        for what, named in found
-        if named
-    ]
+        doubts[
+            "are turned or mirrored when they are read, as their EXIF orientation says, and we "
+            "cannot know whether the annotations are for what is seen or for what is stored"
+        ] = _is_undecided
+    warnings = []
+    for what, is_so in doubts.items():
+        named = [path for path, picture in zip(paths, pictures) if is_so(path, picture)]
+        if named:
+            warnings.append(f"{len(named)} of {len(paths)} images {what} (first: {named[0]})")
     return sizes, warnings
+
+
+def and_more(faulty: Sequence, total: int, kind: str) -> str:
+    """How many have the fault of the first one too, to follow what a message says of that one.
+
+    Args:
+        faulty: All that have the fault.
+        total: How many were looked at.
+        kind: What they are called, in the plural.
+    """
+    return f" (and {len(faulty) - 1} more of {total} {kind})" if len(faulty) > 1 else ""
 
 
 def refuse_unreadable(paths: Sequence[str], pictures: Sequence[Picture], kind: str) -> None:
@@ -70,10 +76,9 @@ def refuse_unreadable(paths: Sequence[str], pictures: Sequence[Picture], kind: s
     bad = [(path, picture.problem) for path, picture in zip(paths, pictures) if picture.problem]
     if bad:
         path, problem = bad[0]
-        others = f", and {len(bad) - 1} more of {len(paths)} {kind} cannot be read" * (len(bad) > 1)
         raise UserError(
-            f"{path} {problem}{others}; restore or remove what is broken (--no-data-check goes on "
-            f"without opening {kind})"
+            f"{path} {problem}{and_more(bad, len(paths), kind)}; restore or remove what is broken, "
+            "or skip this check with --no-data-check"
         )
 
 
@@ -92,22 +97,20 @@ def _compare_sizes(
     wrong = [i for i, size in enumerate(sizes) if size != tuple(annotated[i])]
     if not wrong:
         return
-    path, picture, size, said = (part[wrong[0]] for part in (paths, pictures, sizes, annotated))
-    stored = (picture.width, picture.height)
-    if size != stored and tuple(said) == stored:
+    picture, size, (width, height) = (part[wrong[0]] for part in (pictures, sizes, annotated))
+    if size != (picture.width, picture.height) == (width, height):
         why = (
             f"is turned by its EXIF orientation ({picture.orientation}) when it is read, and its "
-            f"annotations ({said[0]}x{said[1]}) are for the picture as stored; turn the pixels or "
+            f"annotations ({width}x{height}) are for the picture as stored; turn the pixels or "
             "remove the EXIF tag (mogrify -strip)"
         )
     else:
+        swapped = ", width and height swapped" if size == (height, width) else ""
         why = (
-            f"has {size[0]}x{size[1]} pixels, but {said[0]}x{said[1]} in the annotation file"
-            + ", width and height swapped" * (size == tuple(said)[::-1])
-            + "; its boxes would be elsewhere"
+            f"has {size[0]}x{size[1]} pixels, but {width}x{height} in the annotation file{swapped}; "
+            "its boxes would be elsewhere"
         )
-    others = f" ({len(wrong)} of {len(paths)} images are such)" * (len(wrong) > 1)
-    raise UserError(f"{path} {why}{others}")
+    raise UserError(f"{paths[wrong[0]]} {why}{and_more(wrong, len(paths), 'images')}")
 
 
 def _is_misnamed(path: str, picture: Picture) -> bool:
@@ -121,7 +124,7 @@ def _is_deep(path: str, picture: Picture) -> bool:
     return picture.mode.startswith("I;16")
 
 
-def _is_undecided(picture: Picture) -> bool:
+def _is_undecided(path: str, picture: Picture) -> bool:
     """Whether a picture is turned or mirrored in a way that its size does not show."""
     turns_shape = picture.orientation >= 5 and picture.width != picture.height
     return picture.orientation != 1 and not turns_shape

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Optional
 
 from ..errors import UserError, shown
-from .images import Size, refuse_unreadable
+from .images import Size, and_more, refuse_unreadable
 from .memory import Memory
 from .pictures import LABEL_MODES, Picture, read_label_maps
 
@@ -14,10 +14,10 @@ IGNORED_LABEL = 255
 
 
 def labels_in(paths: Sequence[str], memory: Memory) -> set[int]:
-    """All labels that occur in some maps, without the one for pixels to ignore.
+    """Return all labels that occur in some maps, without the one for pixels to ignore.
 
     Raises:
-        UserError: If one of them is no map of labels.
+        UserError: If a file is no label map.
     """
     found = set()
     for picture in _read(paths, memory):
@@ -36,19 +36,19 @@ def check_label_maps(
     """Read all label maps of a data set.
 
     Args:
-        backend: mmcv's decoder that its pipeline names; None if it names none.
-        dataset: mmseg's ``BaseSegDataset`` built from it.
+        backend: mmcv's decoder that the pipeline names; None if it names none.
+        dataset: The data set, a ``BaseSegDataset`` of mmseg.
         records: Its ``load_data_list()``.
         sizes: ``(width, height)`` of each image; None if they are not known.
-        trains: Whether a model is trained on it. Of one to predict on, the maps may well be blank.
-        memory: Of what earlier runs read.
+        trains: Whether a model is trained on it. Maps of images to predict on may be blank.
+        memory: What earlier runs read.
 
     Returns:
         Warnings.
 
     Raises:
-        UserError: If a map is none, or not of its image's size, or has a label that is no class's,
-            or if no map has anything to learn from that should.
+        UserError: If a file is no label map, or has another size than its image or a label without
+            a class, or if the maps of a training have no label to learn.
     """
     paths = [record["seg_map_path"] for record in records]
     pictures = _read(paths, memory)
@@ -61,23 +61,23 @@ def check_label_maps(
     ignored = {IGNORED_LABEL, dataset.ignore_index} | ({0} if first else set())
     if classes:
         _refuse_unknown_labels(paths, pictures, last, ignored, len(classes))
-    if not trains:
-        return _warn_of_blank_maps(paths, pictures, ignored)
-    return _judge_what_is_left(paths, pictures, ignored, classes, first, dataset)
+    warnings = _warn_of_blank_maps(paths, pictures, ignored)
+    if trains:
+        warnings += _check_what_remains(paths, pictures, ignored, classes, first, dataset)
+    return warnings
 
 
 def _read(paths: Sequence[str], memory: Memory) -> list[Picture]:
     pictures = read_label_maps(paths, memory)
     refuse_unreadable(paths, pictures, "label maps")
-    for path, picture in zip(paths, pictures):
-        if picture.mode not in LABEL_MODES:
-            others = sum(other.mode not in LABEL_MODES for other in pictures) - 1
-            raise UserError(
-                f"{path} is a {picture.mode} picture, not a map of labels: one channel of 8 bits is "
-                "needed, each pixel holding its class's number"
-                + f" ({others} more of {len(paths)} are of such kinds)"
-                * (others > 0)
-            )
+    bad = [pair for pair in zip(paths, pictures) if pair[1].mode not in LABEL_MODES]
+    if bad:
+        path, picture = bad[0]
+        raise UserError(
+            f"{path} is a {picture.mode} picture, not a map of labels"
+            f"{and_more(bad, len(paths), 'label maps')}; save one channel of 8 bits, in which each "
+            "pixel holds its class's number"
+        )
     return pictures
 
 
@@ -96,19 +96,18 @@ def _refuse_other_sizes(
 ) -> None:
     wrong = [i for i, p in enumerate(pictures) if (p.width, p.height) != tuple(sizes[i])]
     if wrong:
-        picture, size = pictures[wrong[0]], sizes[wrong[0]]
-        others = f" ({len(wrong)} of {len(paths)} are such)" * (len(wrong) > 1)
-        turned = (picture.height, picture.width) == tuple(size)
+        picture, size = pictures[wrong[0]], tuple(sizes[wrong[0]])
+        turned = ", EXIF orientation applied" if (picture.height, picture.width) == size else ""
         raise UserError(
             f"{paths[wrong[0]]} has {picture.width}x{picture.height} pixels and its image "
-            f"{size[0]}x{size[1]} as it is read{', EXIF orientation applied' * turned}; a label map "
-            f"has to have its image's size{others}"
+            f"{size[0]}x{size[1]} as it is read{turned}{and_more(wrong, len(paths), 'label maps')}; "
+            "give each label map its image's size"
         )
 
 
 def _range_of_labels(dataset: Any, num_classes: int) -> tuple[int, int]:
-    """The first and the last label that mean a class, as stored in the maps."""
-    # A data set that keeps some of its own classes renumbers its labels, after reading them.
+    """Return the first and the last label that mean a class, as stored in the maps."""
+    # A data set that keeps some of its own classes renumbers its labels after it reads them.
     count = len(dataset.label_map) if dataset.label_map else num_classes
     first = 1 if dataset.reduce_zero_label else 0
     return first, first + count - 1
@@ -121,23 +120,22 @@ def _refuse_unknown_labels(
     ignored: set[int],
     num_classes: int,
 ) -> None:
-    strange = [
-        (path, label)
+    strange = {
+        path: label
         for path, picture in zip(paths, pictures)
         for label in picture.labels
         if label > last and label not in ignored
-    ]
+    }
     if strange:
-        path, label = strange[0]
-        others = len({path for path, _ in strange}) - 1
+        path, label = next(iter(strange.items()))
         raise UserError(
             f"{path} holds label {label}, but {num_classes} classes end at {last}"
-            + f" ({others} more of {len(paths)} label maps go beyond it)" * (others > 0)
-            + "; name every label with --classes, or mark pixels to ignore with 255"
+            f"{and_more(list(strange), len(paths), 'label maps')}; name every label with --classes, "
+            "or mark pixels to ignore with 255"
         )
 
 
-def _judge_what_is_left(
+def _check_what_remains(
     paths: Sequence[str],
     pictures: Sequence[Picture],
     ignored: set[int],
@@ -145,30 +143,27 @@ def _judge_what_is_left(
     first: int,
     dataset: Any,
 ) -> list[str]:
-    """What there is to learn from."""
+    """Refuse maps without a label to learn; warn of classes without a label."""
     labels = set().union(*(picture.labels for picture in pictures))
     if not labels - ignored:
         values = " and ".join(map(str, sorted(labels)))
+        reason = " (0 does because of reduce_zero_label)" if first else ""
         raise UserError(
             f"nothing is left to train on: all {len(paths)} label maps beside {paths[0]} hold "
-            f"nothing but {values}, which means pixels to ignore"
-            + " (0 does because of reduce_zero_label)"
-            * (first > 0)
+            f"nothing but {values}, which means pixels to ignore{reason}"
         )
     if labels == {0, IGNORED_LABEL} and len(classes) > 1 and not first:
         raise UserError(
             f"all {len(paths)} label maps beside {paths[0]} hold nothing but 0 and 255, and 255 "
             f"means pixels to ignore, not {classes[1]!r}; write 1 in its place"
         )
-    warnings = _warn_of_blank_maps(paths, pictures, ignored)
-    if not dataset.label_map:
-        absent = [name for i, name in enumerate(classes) if i + first not in labels]
-        if absent:
-            warnings.append(
-                f"{len(absent)} of {len(classes)} classes occur in none of the {len(paths)} label "
-                f"maps to train on ({shown(absent)}; first map: {paths[0]})"
-            )
-    return warnings
+    absent = [name for i, name in enumerate(classes) if i + first not in labels]
+    if dataset.label_map or not absent:
+        return []
+    return [
+        f"{len(absent)} of {len(classes)} classes occur in none of the {len(paths)} label maps to "
+        f"train on ({shown(absent)}; first map: {paths[0]})"
+    ]
 
 
 def _warn_of_blank_maps(

@@ -315,7 +315,7 @@ REFUSED_INSTANCES = {
     ),
     "image size said of several": (
         lambda data: [i.update(width=20) for i in data.train["images"]],
-        "(4 of 4 images are such)",
+        "(and 3 more of 4 images)",
     ),
     # annotations: fields
     "annotation without an id": (
@@ -495,7 +495,7 @@ REFUSED_INSTANCES = {
     "image broken for validation": (image(b"", "val2017/2.png"), "val2017/2.png is empty"),
     "several images broken": (
         both(*(image(b"", f"train2017/{i}.png") for i in range(3))),
-        "and 2 more of 4 images cannot be read",
+        "(and 2 more of 4 images)",
     ),
     "image turned by EXIF": (
         both(renamed(encoded(WIDE, "JPEG", 6), "a.jpg"), record("images", width=32)),
@@ -586,7 +586,7 @@ WARNED_INSTANCES = {
     ),
     "square image turned by EXIF": (
         renamed(encoded(kind="JPEG", orientation=6), "a.jpg"),
-        "nothing tells whether the annotations are for what is seen",
+        "we cannot know whether the annotations are for what is seen",
     ),
     "image upside down by EXIF": (
         both(renamed(encoded(WIDE, "JPEG", 3), "a.jpg"), record("images", width=32)),
@@ -943,7 +943,7 @@ REFUSED_MAPS = {
         label_map(encoded(labels(0, 1, 2, size=(8, 8)))),
         "0.png has 8x8 pixels and its image 16x16",
     ),
-    "several of another size": (every_map(encoded(TALL)), "(4 of 4 are such)"),
+    "several of another size": (every_map(encoded(TALL)), "(and 3 more of 4 label maps)"),
     "label beyond the classes": (
         label_map(encoded(labels(0, 3))),
         "0.png holds label 3, but 3 classes end at 2",
@@ -955,7 +955,7 @@ REFUSED_MAPS = {
     "label 254": (label_map(encoded(labels(0, 254))), "holds label 254"),
     "labels beyond the classes in several": (
         every_map(encoded(labels(0, 1, 2, 9))),
-        "(3 more of 4",
+        "(and 3 more of 4 label maps)",
     ),
     "nothing but ignored": (every_map(encoded(labels(255))), "nothing is left to train on"),
     "binary maps of 0 and 255": (
@@ -970,12 +970,12 @@ REFUSED_MAPS = {
         label_map(encoded(np.zeros((SIDE, SIDE, 4), np.uint8))),
         "0.png is a RGBA picture",
     ),
-    "map of 16 bits": (label_map(encoded(DEEP)), "one channel of 8 bits is needed"),
+    "map of 16 bits": (label_map(encoded(DEEP)), "save one channel of 8 bits"),
     "map of 32 bits": (label_map(encoded(DEEP.astype(np.int32), "TIFF")), "0.png is a I picture"),
     "map of floats": (label_map(encoded(DEEP.astype(np.float32), "TIFF")), "0.png is a F picture"),
     "all maps in colour": (
         every_map(encoded(np.zeros((SIDE, SIDE, 3), np.uint8))),
-        "(3 more of 4 are of such kinds)",
+        "(and 3 more of 4 label maps)",
     ),
     "map empty": (label_map(b""), "annotations/training/0.png is empty"),
     "map of text": (label_map(b"<svg/>"), "is no picture, or damaged"),
@@ -988,7 +988,7 @@ REFUSED_MAPS = {
         as_jpeg(
             encoded(WIDE, "JPEG", 6), **{"training/0.png": encoded(labels(0, 1, 2, size=(16, 32)))}
         ),
-        "EXIF orientation applied; a label map has to have its image's size",
+        "EXIF orientation applied; give each label map its image's size",
     ),
     "images of two suffixes": (picture(encoded(), "training/0.jpg"), "end in .jpg and .png"),
 }
