@@ -1,4 +1,4 @@
-"""Is the data that a config names there, and is it what the libraries take it for? Asked before anything is written."""
+"""Check the data that a config names before a run writes anything: that it exists and means what we read in it."""
 
 from __future__ import annotations
 
@@ -29,22 +29,21 @@ _OWN_DATA = "point --data-root at a data set of your own in"
 def check_data(cfg: Config, loaders: Sequence[str]) -> list[str]:
     """Check that every file the given data loaders need exists, can be read and is consistent.
 
-    Annotation files, headers of all images and all label maps are read, and what was found is
-    remembered beside the work dir if that took some time. Images and maps stay closed if the config
-    says ``check_data=False``, or if its pipeline loads them by other means than mmcv's
-    ``LoadImageFromFile`` and mmseg's ``LoadAnnotations``. Files that are not on a local disk are not
-    looked for, nor what is in them if a class reads them in a way of its own.
+    We read annotation files, headers of all images and all label maps, and save the findings beside
+    the work dir if that took some time. We do not open images and maps if the config says
+    ``check_data=False``, or if its pipeline loads them otherwise than by mmcv's
+    ``LoadImageFromFile`` and mmseg's ``LoadAnnotations``. We skip files that are not on a local disk,
+    and the content of those that a class reads in its own way.
 
     Args:
         cfg: A detection, segmentation or classification config.
         loaders: Names of data loaders in it, such as ``"train_dataloader"``.
 
     Returns:
-        Warnings, one sentence each: what is odd, and what the library makes of it.
+        Warnings, one line each: what is odd, and how the libraries treat it.
 
     Raises:
-        UserError: On the first thing that training would fail on or take wrongly: where it is,
-            and what to do.
+        UserError: If the run would fail on the data or misread it; with the first place and a remedy.
     """
     memory = Memory.beside(cfg.get("work_dir"))
     warnings: list[str] = []
@@ -55,15 +54,17 @@ def check_data(cfg: Config, loaders: Sequence[str]) -> list[str]:
                     if all(map(_is_local, [leaf, *(leaf.get("pipeline") or [])])):
                         warnings += _check_leaf(cfg, leaf, loader, memory)
     finally:
-        # COCO's takes gigabytes, which a run should not carry along.
+        # COCO's takes gigabytes, which the run needs for other things.
         read_coco.cache_clear()
         is_saved = memory.save()
     if not is_saved:
-        warnings.append(f"what was read cannot be remembered in {memory.path}, which is read-only")
+        warnings.append(
+            f"we cannot save what we read of the data in {memory.path}, which is read-only"
+        )
     if not _opens_files(cfg):
         warnings.append(
-            "images and label maps are not opened beforehand (--no-data-check, or check_data=False "
-            "in the config); broken ones will stop the run, or be trained on, when their turn comes"
+            "images and label maps are not checked (--no-data-check, or check_data=False in the "
+            "config); broken ones will stop the run, or be trained on, when they are read"
         )
     for name, evaluator in _evaluators(cfg, loaders):
         ann_file = evaluator.get("ann_file")
@@ -73,7 +74,7 @@ def check_data(cfg: Config, loaders: Sequence[str]) -> list[str]:
 
 
 def _evaluators(cfg: Config, loaders: Sequence[str]) -> Iterator[tuple[str, ConfigDict]]:
-    """Those that judge what is predicted for the given loaders' data, each with its name."""
+    """Yield the evaluators of the given loaders' data, each with its name."""
     for loader in loaders:
         name = loader.replace("dataloader", "evaluator")
         for evaluator in _as_list(cfg.get(name)):
@@ -81,7 +82,7 @@ def _evaluators(cfg: Config, loaders: Sequence[str]) -> Iterator[tuple[str, Conf
 
 
 def _is_local(part: ConfigDict) -> bool:
-    """Whether the files that a data set, transform or evaluator reads are on a disk of this machine."""
+    """Whether a data set, transform or evaluator reads its files from a disk of this machine."""
     places = [str(part.get(key)) for key in ("data_root", "ann_file", "data_prefix")]
     backend = (part.get("backend_args") or {}).get("backend", "local")
     return backend == "local" and not any("://" in place for place in places)
@@ -104,7 +105,7 @@ def _as_list(value: Any) -> list:
 
 
 def _under(leaf: ConfigDict, path: Optional[str]) -> str:
-    """``path`` as the data set will find it."""
+    """Return ``path`` as the data set will find it."""
     return os.path.join(leaf.get("data_root") or "", path or "") or os.curdir
 
 
@@ -117,7 +118,7 @@ def _require(exists: bool, path: str, leaf: ConfigDict, layout: str) -> None:
 
 
 def _remedy(leaf: ConfigDict, layout: str) -> str:
-    """How to get the data set that a config names."""
+    """Say how to get the data set that a config names."""
     kind = getattr(leaf.get("type"), "__name__", str(leaf.get("type"))).rsplit(".", 1)[-1]
     root = leaf.get("data_root")
     if kind == "ADE20KDataset":
@@ -135,7 +136,7 @@ def _remedy(leaf: ConfigDict, layout: str) -> str:
 
 
 def _class_of(cfg: Config, part: ConfigDict, registry: Registry = DATASETS) -> Any:
-    """The class that a part's ``type`` stands for; None if it is not registered."""
+    """Return the class that a part's ``type`` stands for; None if it is not registered."""
     kind = part.get("type")
     with registry.switch_scope_and_registry(cfg.default_scope) as scoped:
         return scoped.get(kind) if isinstance(kind, str) else kind
@@ -146,7 +147,7 @@ def _is_a(kind: Any, base: type) -> bool:
 
 
 def _build(cfg: Config, leaf: ConfigDict) -> Any:
-    """The data set without its samples."""
+    """Build the data set without its samples."""
     with (
         user_mistakes("cannot set up the data set"),
         DATASETS.switch_scope_and_registry(cfg.default_scope) as registry,
@@ -155,7 +156,7 @@ def _build(cfg: Config, leaf: ConfigDict) -> Any:
 
 
 def _transform(cfg: Config, leaf: ConfigDict, kind: type) -> Optional[ConfigDict]:
-    """The config of a data set's transform of just this class, whose ways are known."""
+    """Return the config of a data set's transform of exactly this class; None if it has none."""
     for transform in leaf.get("pipeline") or []:
         if _class_of(cfg, transform, TRANSFORMS) is kind:
             return transform
@@ -163,15 +164,15 @@ def _transform(cfg: Config, leaf: ConfigDict, kind: type) -> Optional[ConfigDict
 
 
 def _loading(cfg: Config, leaf: ConfigDict) -> Optional[Loading]:
-    """How the images of a data set are decoded, where they may be opened and it is known."""
+    """Return how the images of a data set are decoded; None if we may not open them or do not know."""
     transform = _transform(cfg, leaf, mmcv.transforms.LoadImageFromFile)
     return Loading.of(transform) if transform is not None and _opens_files(cfg) else None
 
 
 def _check_unknown_format(leaf: ConfigDict, kind: Any, layout: str) -> None:
-    """What can be said of files that a class reads in a way of its own: they are there."""
+    """Check that the files exist which a class reads in its own way."""
     if not _is_a(kind, BaseDataset):
-        return  # and its settings may mean anything
+        return  # Its settings may mean anything.
     if leaf.get("data_root"):
         _require(os.path.isdir(leaf.data_root), leaf.data_root, leaf, layout)
     if leaf.get("ann_file"):
@@ -183,12 +184,12 @@ def _check_unknown_format(leaf: ConfigDict, kind: Any, layout: str) -> None:
 
 
 def _check_instances(cfg: Config, leaf: ConfigDict, loader: str, memory: Memory) -> list[str]:
-    from mmdet.datasets import CocoDataset  # here, as segmentation needs no mmdet
+    from mmdet.datasets import CocoDataset  # Here, as segmentation needs no mmdet.
 
     layout = str(COCO)
     kind = _class_of(cfg, leaf)
     is_coco = _is_a(kind, CocoDataset) and kind.load_data_list is CocoDataset.load_data_list
-    # What mmdet derives from it has other names, and classes that its annotation files need not have.
+    # Classes that mmdet derives from it have other names, and may lack categories in their files.
     if not is_coco or not kind.__name__.endswith("CocoDataset"):
         _check_unknown_format(leaf, kind, layout)
         return []
@@ -218,7 +219,7 @@ def _check_instances(cfg: Config, leaf: ConfigDict, loader: str, memory: Memory)
 
 
 def _remembered(facts: Optional[list], use: Use) -> Optional[tuple[list[str], list]]:
-    """Warnings and images of a file that was checked for the same use, if a memory says so."""
+    """Return warnings and images of a file that was checked for the same use; None if it was not."""
     if facts is None or len(facts) != 3 or facts[0] != repr(use):
         return None
     _, found, records = facts
@@ -231,7 +232,7 @@ def _remembered(facts: Optional[list], use: Use) -> Optional[tuple[list[str], li
 
 
 def _use(cfg: Config, leaf: ConfigDict, loader: str) -> Use:
-    """What the run does with a data set's annotations."""
+    """Return what the run does with a data set's annotations."""
     pipeline = [dict(transform) for transform in leaf.get("pipeline") or []]
     evaluators = [evaluator for _, evaluator in _evaluators(cfg, [loader])]
     comparing = [evaluator for evaluator in evaluators if not evaluator.get("format_only")]
@@ -265,13 +266,13 @@ def _check_named_images(ann_file: str, names: Sequence[str], folder: str) -> Non
 
 
 def _classes_of(cfg: Config, leaf: ConfigDict) -> Sequence[str]:
-    """Class names that a data set config stands for."""
+    """Return the class names of a data set's config."""
     classes = _build(cfg, leaf).metainfo.get("classes") or ()
     return (classes,) if isinstance(classes, str) else tuple(classes)
 
 
 def _check_categories(ann_file: str, classes: Sequence[str]) -> None:
-    """Compare with the annotation file, by whose order mmdet numbers classes."""
+    """Compare the classes with the annotation file, by whose order mmdet numbers them."""
     names = category_names(ann_file)
     absent = [name for name in classes if name not in names]
     if absent:
@@ -320,7 +321,7 @@ def _check_label_maps(cfg: Config, leaf: ConfigDict, loader: str, memory: Memory
         records = dataset.load_data_list()
     if not records:
         raise UserError(f"there are no {dataset.img_suffix} pictures in {images}")
-    # Or images alone, to be predicted.
+    # Images to predict on need no maps.
     has_maps = load_map is not None and "seg_map_path" in records[0]
     if has_maps:
         _check_maps_are_there(records, images, maps)
@@ -362,7 +363,7 @@ def _check_class_folders(cfg: Config, leaf: ConfigDict, memory: Memory) -> list[
         _require(os.path.isfile(dataset.ann_file), dataset.ann_file, leaf, IMAGENET_LAYOUT)
     elif dataset.with_label:
         folders = class_folders(folder)
-        # ImageNet's own are called by numbers, and its classes by words.
+        # Folders of ImageNet itself are named by numbers, its classes by words.
         if type(dataset) is CustomDataset and classes is not None:
             _check_same_folders(folder, folders, list(classes))
         for name in folders:

@@ -1,4 +1,4 @@
-"""Remember what earlier runs found in files, so that a large data set is read once."""
+"""Save what a run finds in files, so that later runs need not read a large data set again."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from typing import Any, Optional
 from ..files import write_whole
 
 _NAME = ".data_check.json"
-_WORTHWHILE = 400  # images to read: below, reading takes no longer than remembering
-_VERSION = 1  # raised whenever what is noted about a file changes its meaning
+_WORTHWHILE = 400  # images; to read fewer again takes no longer than to save them
+_VERSION = 1  # to be raised when what we note about a file changes its meaning
 
 
 class Memory:
-    """What earlier runs found out, in a JSON file beside the work dirs.
+    """Findings of earlier runs, in a JSON file beside the work dirs.
 
-    An entry counts as long as its file has the size and the time of modification that it had.
-    Whatever is odd about the memory, it is only forgotten; nothing in it is ever evaluated.
+    An entry is valid while its file keeps its size and time of modification. We ignore a memory that
+    is damaged, and never evaluate its content.
 
     Args:
-        path: The file; None remembers nothing beyond this object.
+        path: The JSON file; None keeps the findings in this object only.
     """
 
     def __init__(self, path: Optional[Path] = None) -> None:
@@ -39,7 +39,7 @@ class Memory:
 
     @classmethod
     def beside(cls, work_dir: Optional[str]) -> Memory:
-        """The memory that all runs share whose work dirs lie side by side, or in one of those."""
+        """Return the memory of all runs whose work dirs lie side by side, or inside one of those."""
         if not work_dir:
             return cls()
         folder = Path(work_dir).absolute().parent
@@ -47,7 +47,7 @@ class Memory:
         return cls(next((path for path in around if os.path.isfile(path)), around[0]))
 
     def recall(self, kind: str, path: str) -> Optional[list]:
-        """What was noted about a file that is still as it was then; not checked in any way."""
+        """Return what was noted about a file, not validated; None if nothing was or the file changed."""
         folder, name = os.path.split(os.path.abspath(path))
         entry = self._folders.get(f"{kind}:{folder}", {}).get(name)
         try:
@@ -63,20 +63,20 @@ class Memory:
             kind: What the facts are about.
             path: The file.
             facts: What was found out.
-            effort: That it took, in images whose headers are read meanwhile.
+            effort: How long that took, in headers of images that we read in the same time.
         """
         folder, name = os.path.split(os.path.abspath(path))
-        # A file that is not there today may be mounted tomorrow.
+        # A file that is missing now may be mounted later.
         with suppress(OSError):
             entry = [*_signature(path), *facts]
             self._folders.setdefault(f"{kind}:{folder}", {})[name] = entry
             self._effort += effort
 
     def save(self) -> bool:
-        """Write the file, whole or not at all, if what is new in it took some effort.
+        """Write the file, whole or not at all, if its new entries took some effort.
 
         Returns:
-            False if that is not possible there.
+            False if the file cannot be written.
         """
         if not self.path or self._effort < _WORTHWHILE:
             return True
@@ -91,6 +91,6 @@ class Memory:
 
 
 def _signature(path: str) -> list[int]:
-    """What changes when a file does."""
+    """Return the size and time of modification of a file, which change when the file does."""
     status = os.stat(path)
     return [status.st_size, status.st_mtime_ns]

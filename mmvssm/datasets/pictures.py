@@ -1,4 +1,4 @@
-"""What pictures say about themselves: their headers, and of label maps the labels, remembered for the next run."""
+"""Read headers of images and labels of label maps, and remember them for the next run."""
 
 from __future__ import annotations
 
@@ -26,14 +26,13 @@ from .memory import Memory
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 LABEL_MODES = ("L", "P", "1")  # Pillow's names of one channel of at most 8 bits
 _ORIENTATION, _TIFF_WIDTH, _TIFF_HEIGHT = 274, 256, 257  # tags of EXIF and TIFF
-_QUICK_FORMATS = ("JPEG", "MPO", "PNG")  # those whose last bytes tell whether they are whole
-# Fewer are read by this process, without a word about progress.
-_FEW = 400
-_CHUNK = 64
+_QUICK_FORMATS = ("JPEG", "MPO", "PNG")  # whose last bytes show whether a file is whole
+_FEW = 400  # files; this process reads fewer alone, without a progress bar
+_CHUNK = 64  # files that a worker process takes at a time
 
 
 class Picture(NamedTuple):
-    """What was found out about one file.
+    """Findings about one file.
 
     Attributes:
         format: As Pillow calls it, such as ``"JPEG"``; empty where the file cannot be read.
@@ -41,7 +40,7 @@ class Picture(NamedTuple):
         height: In pixels, likewise.
         mode: Pillow's name of the kind of pixels, such as ``"RGB"``.
         orientation: EXIF's, 1 to 8, where 1 is upright.
-        problem: Why the file cannot be used, to follow its name in a sentence; empty if it can.
+        problem: Why the file cannot be used, to follow its name in a message; empty if it can.
         labels: Of a label map, the values that occur in it, sorted.
     """
 
@@ -62,12 +61,12 @@ class Loading(NamedTuple):
 
     @property
     def applies_orientation(self) -> bool:
-        """Whether images come out as EXIF says that they are to be seen."""
+        """Whether the decoder turns images as their EXIF orientation says."""
         return self.backend in ("cv2", "pillow") and self.color_type in ("color", "grayscale")
 
     @classmethod
     def of(cls, transform: ConfigDict) -> Loading:
-        """Read it off the transform's config."""
+        """Read the settings from the transform's config."""
         return cls(
             transform.get("imdecode_backend") or cls().backend,
             transform.get("color_type") or cls().color_type,
@@ -75,15 +74,15 @@ class Loading(NamedTuple):
 
 
 def read_images(paths: Sequence[str], backend: str, memory: Memory) -> list[Picture]:
-    """Headers of images.
+    """Read the headers of images.
 
-    Pixels are decoded only where the file's last bytes raise a doubt, and of formats that are not
-    JPEG or PNG; so damage in the middle of a file is not seen.
+    We decode the pixels only if a JPEG or PNG file does not end properly, or of other formats. So we
+    miss damage in the middle of a file.
 
     Args:
         paths: The files.
         backend: mmcv's decoder that will read them.
-        memory: Asked first, and told.
+        memory: Findings of earlier runs; new ones are added.
 
     Returns:
         One description each, in the order of ``paths``.
@@ -92,7 +91,7 @@ def read_images(paths: Sequence[str], backend: str, memory: Memory) -> list[Pict
 
 
 def read_label_maps(paths: Sequence[str], memory: Memory) -> list[Picture]:
-    """The same for label maps, which are decoded whole, with the labels that occur in each."""
+    """Decode label maps whole and list the labels in each; see :func:`read_images`."""
     return _read(_read_label_map, "map", "label maps", paths, memory)
 
 
@@ -108,7 +107,7 @@ def _read(
 
 
 def _map(function: Callable[[str], Picture], paths: Sequence[str], what: str) -> Iterator[Picture]:
-    """``function`` of every path, by several processes and with a progress bar if there are many."""
+    """Apply ``function`` to every path, in several processes with a progress bar if there are many."""
     if len(paths) < _FEW:
         with without_size_limit():
             yield from map(function, paths)
@@ -120,25 +119,24 @@ def _map(function: Callable[[str], Picture], paths: Sequence[str], what: str) ->
             try:
                 found = pool.map(function, paths, chunksize=_CHUNK)
                 yield from track(found, f"Reading {what}", total=len(paths))
-            except BaseException:  # Ctrl-C among them: not only after all the rest is read
+            except BaseException:  # Ctrl-C, too: without waiting until all are read
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
     except (OSError, BrokenExecutor) as error:
         raise UserError(
-            f"processes that read {len(paths)} {what} failed ({error}); "
-            "--no-data-check goes on without reading them"
+            f"processes that read {len(paths)} {what} failed ({error}); --no-data-check skips this"
         ) from error
 
 
 def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told, and ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends its workers
     end_with_parent()
     Image.MAX_IMAGE_PIXELS = None
 
 
 @contextmanager
 def without_size_limit() -> Iterator[None]:
-    """Pillow's limit is for pictures from strangers' web pages, not for one's own data."""
+    """Lift Pillow's limit of pixels, which protects from strangers' files, for the user's own data."""
     limit = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = None
     try:
@@ -148,7 +146,7 @@ def without_size_limit() -> Iterator[None]:
 
 
 def _remembered(facts: Optional[list]) -> Optional[Picture]:
-    """What a memory says, if it can be a picture's."""
+    """Return the picture that a memory describes; None if it describes none."""
     if facts is None or len(facts) != len(Picture._fields):
         return None
     picture = Picture(*facts)
@@ -183,19 +181,19 @@ def _read_image(path: str, backend: str) -> Picture:
         return Picture(problem="does not exist")
     except IsADirectoryError:
         return Picture(problem="is a folder")
-    except (OSError, SyntaxError, ValueError) as error:  # all of them are Pillow's
+    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises
         return Picture(problem=f"is damaged ({error})")
 
 
 def _describe_header(file: BinaryIO) -> Picture:
     with Image.open(file) as image:
         width, height = image.size
-        if image.format == "PNG":  # looking beyond the header would decode it
+        if image.format == "PNG":  # whose getexif() would decode the pixels
             exif = Image.Exif()
             exif.load(image.info.get("exif") or b"")
         else:
             exif = image.getexif()
-        if image.format == "TIFF":  # whose size Pillow gives as it is to be seen
+        if image.format == "TIFF":  # whose size Pillow gives after the orientation is applied
             width, height = image.tag_v2[_TIFF_WIDTH], image.tag_v2[_TIFF_HEIGHT]
         orientation = exif.get(_ORIENTATION, 1)
         orientation = orientation if orientation in range(1, 9) else 1
@@ -210,11 +208,11 @@ def _ends_properly(file: BinaryIO) -> bool:
 
 
 def _decode(path: str, backend: str, picture: Picture) -> Picture:
-    """``picture``, if mmcv reads the file, with the size it finds where Pillow does not know it."""
+    """Return ``picture`` if mmcv reads the file, with the size that mmcv finds if Pillow finds none."""
     with _silent_opencv():
         try:
             pixels = mmcv.imread(path, backend=backend)
-        except Exception:  # whatever the decoder says, it would say it again in the run
+        except Exception:  # whatever the decoder raises, it would raise in the run
             pixels = None
     if pixels is None:
         what = f"a {picture.format} file" if picture.format != "?" else "a file"
@@ -226,7 +224,7 @@ def _decode(path: str, backend: str, picture: Picture) -> Picture:
 
 @contextmanager
 def _silent_opencv() -> Iterator[None]:
-    """Without what OpenCV itself prints about files that it cannot read."""
+    """Suppress what OpenCV prints about files that it cannot read."""
     logging = cv2.utils.logging
     level = logging.getLogLevel()
     logging.setLogLevel(logging.LOG_LEVEL_SILENT)

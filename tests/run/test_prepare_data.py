@@ -31,7 +31,7 @@ def test_reading_can_be_switched_off(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     prepare_data(detector(), args, TRAIN, None)
     (line,) = capsys.readouterr().out.splitlines()[1:]
-    assert line.startswith("warning: images and label maps are not opened") and reads.take() == []
+    assert line.startswith("warning: images and label maps are not checked") and reads.take() == []
     cfg = detector()
     cfg.check_data = False
     assert checked(cfg, data.root) and reads.take() == []

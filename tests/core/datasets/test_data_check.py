@@ -1353,7 +1353,7 @@ def test_where_nothing_can_be_written_it_is_said(tmp_path, remembered):
     (tmp_path / "file").write_text("")
     cfg.work_dir = str(tmp_path / "file" / "a")
     (warning,) = checked(cfg, data.root)
-    assert "cannot be remembered in" in warning
+    assert "we cannot save what we read of the data in" in warning
 
 
 def test_many_are_read_by_several_processes_with_progress(tmp_path, monkeypatch, capfd):
@@ -1394,7 +1394,7 @@ def test_without_reading_what_zero_means_is_asked_for(tmp_path, monkeypatch):
     sentence = refusal(apply_data_root, cfg, str(data.root), TRAIN, ["a", "b", "c"])
     assert "--no-reduce-zero-label if it is 'a'" in sentence
     (warning,) = checked(cfg, data.root, **ABC)
-    assert "not opened" in warning and reads.take() == []
+    assert "not checked" in warning and reads.take() == []
 
 
 def test_run_length_codes_add_up_as_pycocotools_writes_them():
