@@ -1,6 +1,6 @@
-"""``--data-root``: pointing any config at a data set of one's own.
+"""Point any config at a data set of the user's own (``--data-root``).
 
-Four layouts are known, told apart by their folders. COCO instances, for detection::
+We recognise four layouts by their folders. COCO instances, for detection::
 
     annotations/instances_train2017.json  annotations/instances_val2017.json
     train2017/                            val2017/
@@ -25,7 +25,6 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Optional
 
 from mmengine.config import Config, ConfigDict
@@ -39,10 +38,10 @@ from .pictures import IMAGE_SUFFIXES
 from .walk import leaf_datasets, parts_of
 
 SPLIT_OF_LOADER = {"train_dataloader": "train", "val_dataloader": "val", "test_dataloader": "val"}
-# The parts of a model that have a number of classes which is not that of the data set.
+# Parts of a model whose number of classes is not that of the data set.
 _NOT_CLASSIFYING = (
     *("backbone", "data_preprocessor", "rpn_head", "train_cfg", "test_cfg"),
-    "teacher",  # whose classes are those that it was trained on
+    "teacher",  # which keeps the classes that it was trained on
 )
 
 
@@ -51,7 +50,7 @@ class Layout:
     """Where a data set keeps its images and labels, relative to its root.
 
     Attributes:
-        name: How it is called in messages.
+        name: Its name in messages.
         images: Folder of images of each split.
         labels: Annotation file, or folder of label maps, of each split.
     """
@@ -59,6 +58,11 @@ class Layout:
     name: str
     images: dict[str, str]
     labels: dict[str, str]
+
+    def missing_in(self, root: str, splits: Sequence[str]) -> list[str]:
+        """Return the folders and files of some splits that ``root`` lacks."""
+        parts = [part for s in splits for part in (self.labels[s], self.images[s])]
+        return [part for part in parts if not _exists(root, part)]
 
     def __str__(self) -> str:
         parts = [f"{self.images[s]}/ with {self.labels[s]}" for s in ("train", "val")]
@@ -83,8 +87,6 @@ ADE20K = Layout(
     images={"train": "images/training", "val": "images/validation"},
     labels={"train": "annotations/training", "val": "annotations/validation"},
 )
-
-
 IMAGENET_LAYOUT = "ImageNet's layout (train/<class>/ and val/<class>/, with images in them)"
 
 
@@ -97,25 +99,24 @@ def apply_data_root(
 ) -> str:
     """Make a config use the data set under ``root``.
 
-    Paths, class names, palette, file suffixes, ``num_classes`` of every head and the annotation
-    files of the evaluators all follow; data set wrappers and pipelines stay as they are.
+    We set paths, class names, palette, file suffixes, ``num_classes`` of every head and the annotation
+    files of the evaluators. Data set wrappers and pipelines are not changed.
 
     Args:
         cfg: Changed in place.
         root: The data set's folder.
-        loaders: Those of the config's data loaders that will be used; only their split is needed.
-        classes: Class names. Default: from the annotation files; for classification always those of the folders.
-        reduce_zero_label: Segmentation in the ADE20K layout: whether 0 in a label map means
-            "unlabelled" and classes count from 1. Default: as all the maps tell, or asked for if they
-            do not.
+        loaders: The config's data loaders that the run uses; we need only their splits.
+        classes: Class names. Default: from the annotation files. Classification takes the folders' names.
+        reduce_zero_label: For segmentation in the ADE20K layout: whether 0 in a label map means
+            "unlabelled" and classes count from 1. Default: what all the maps show.
 
     Returns:
-        A line that says what was found.
+        A line that says what we found.
 
     Raises:
-        UserError: If something is missing or contradictory.
+        UserError: If something is missing or contradictory, or if the maps do not show what 0 means.
     """
-    if not Path(root).is_dir():
+    if not os.path.isdir(root):
         raise UserError(f"there is no folder {root} (--data-root)")
     cfg.pop("prepare_data", None)
     if cfg.default_scope == "mmdet":
@@ -126,7 +127,7 @@ def apply_data_root(
 
 
 def make_palette(classes: Sequence[str]) -> list[tuple[int, int, int]]:
-    """RGB colours (0 to 255) easy to tell apart; grey for a class called background."""
+    """Return an RGB colour (0 to 255) for each class, easy to tell apart; grey for "background"."""
     golden = 0.6180339887
     palette = []
     for index, name in enumerate(classes):
@@ -176,7 +177,7 @@ def _set_num_classes(node: Any, new: int, old: Optional[int]) -> None:
 
 
 def num_classes_of(model: ConfigDict) -> Optional[int]:
-    """How many classes the classifying heads of a model config have; None if it does not tell."""
+    """Return the number of classes of a model config's classifying heads; None if they differ or it has none."""
     found = set(_num_classes(model))
     return found.pop() if len(found) == 1 else None
 
@@ -200,12 +201,12 @@ def _use_instances(
     cfg: Config, root: str, loaders: Sequence[str], classes: Optional[Sequence[str]]
 ) -> str:
     splits = sorted({SPLIT_OF_LOADER[loader] for loader in loaders})
-    missing = [p for s in splits for p in (COCO.labels[s], COCO.images[s]) if not _exists(root, p)]
+    missing = COCO.missing_in(root, splits)
     if missing:
         raise UserError(f"{root} lacks {' and '.join(missing)}; detection expects {COCO}")
     if not classes:
         first = "train" if _exists(root, COCO.labels["train"]) else "val"
-        # Parsed, the file takes gigabytes, which one process has and forgets.
+        # The parsed file takes gigabytes, so only one process reads it.
         classes = on_first_process(category_names, os.path.join(root, COCO.labels[first]))
     metainfo = {"classes": tuple(classes), "palette": make_palette(classes)}
     for loader, leaf in _leaves(cfg, loaders):
@@ -225,7 +226,7 @@ def _use_instances(
 
 
 def _coco_metrics(evaluator: Any, ann_file: str) -> Any:
-    """The evaluator, reading ``ann_file``; COCO's metric where it was another data set's."""
+    """Return the evaluator with ``ann_file``, as COCO's metric where it was another data set's."""
     if isinstance(evaluator, (list, tuple)):
         return [_coco_metrics(part, ann_file) for part in evaluator]
     if evaluator.get("type") not in ("CocoMetric", "mmdet.CocoMetric"):
@@ -251,14 +252,11 @@ def _use_label_maps(
 ) -> str:
     splits = sorted({SPLIT_OF_LOADER[loader] for loader in loaders})
     layout = _layout_of_maps(root, splits)
-    own_classes = True
     if not classes and layout is COCO_MAPS:
         ann_file = next((f for f in COCO.labels.values() if _exists(root, f)), None)
         if ann_file:
-            classes = [
-                "background",
-                *on_first_process(category_names, os.path.join(root, ann_file)),
-            ]
+            names = on_first_process(category_names, os.path.join(root, ann_file))
+            classes = ["background", *names]
     if not classes:
         kept = next((leaf for _, leaf in _leaves(cfg, loaders)), {}).get("type")
         if layout is not ADE20K or kept not in ("ADE20KDataset", "mmseg.ADE20KDataset"):
@@ -266,12 +264,9 @@ def _use_label_maps(
                 f"the class names of {root} are not known; give them with --classes, in the order "
                 "of their numbers in the label maps"
             )
-        own_classes = False
-    if own_classes:
-        if reduce_zero_label is None and layout is ADE20K:
-            folders = [os.path.join(root, layout.labels[s]) for s in splits]
-            reduce_zero_label = _numbering(cfg, root, folders, list(classes))
-        reduce_zero_label = bool(reduce_zero_label)
+    elif reduce_zero_label is None and layout is ADE20K:
+        folders = [os.path.join(root, layout.labels[s]) for s in splits]
+        reduce_zero_label = _counts_from_one(cfg, root, folders, list(classes))
     for loader, leaf in _leaves(cfg, loaders):
         split = SPLIT_OF_LOADER[loader]
         images, maps = (os.path.join(root, part[split]) for part in (layout.images, layout.labels))
@@ -282,14 +277,14 @@ def _use_label_maps(
             seg_map_suffix=only_suffix(maps),
         )
         leaf.pop("ann_file", None)
-        if own_classes:
+        if classes:
             leaf.update(
                 type="mmseg.BaseSegDataset",
                 metainfo={"classes": tuple(classes), "palette": make_palette(classes)},
-                reduce_zero_label=reduce_zero_label,
+                reduce_zero_label=bool(reduce_zero_label),
             )
             _let_dataset_number_labels(leaf.get("pipeline"))
-    if not own_classes:
+    if not classes:
         return f"{root}: {layout.name}, with ADE20K's own classes"
     _let_dataset_number_labels(cfg.get("tta_pipeline"))
     set_num_classes(cfg.model, len(classes))
@@ -298,12 +293,7 @@ def _use_label_maps(
 
 
 def _layout_of_maps(root: str, splits: Sequence[str]) -> Layout:
-    missing = {
-        layout: [
-            p for s in splits for p in (layout.images[s], layout.labels[s]) if not _exists(root, p)
-        ]
-        for layout in (COCO_MAPS, ADE20K)
-    }
+    missing = {layout: layout.missing_in(root, splits) for layout in (COCO_MAPS, ADE20K)}
     for layout, lacking in missing.items():
         if not lacking:
             return layout
@@ -314,16 +304,18 @@ def _layout_of_maps(root: str, splits: Sequence[str]) -> Layout:
     )
 
 
-def _numbering(cfg: Config, root: str, folders: Sequence[str], classes: Sequence[str]) -> bool:
-    """Whether labels count from 1, as all the maps in some folders tell.
+def _counts_from_one(
+    cfg: Config, root: str, folders: Sequence[str], classes: Sequence[str]
+) -> bool:
+    """Whether the labels of all maps in some folders count from 1.
 
     Raises:
-        UserError: If they do not tell, or have labels beyond the classes.
+        UserError: If the maps do not show it, or have labels beyond the classes.
     """
     flags = "--reduce-zero-label if 0 means unlabelled, or --no-reduce-zero-label"
     if not cfg.get("check_data", True):
         raise UserError(
-            f"the label maps of {root} are not opened (--no-data-check), so say what 0 means in "
+            f"we do not open the label maps of {root} (--no-data-check), so say what 0 means in "
             f"them: {flags} if it is {classes[0]!r}"
         )
     labels = on_first_process(_labels_of_all, cfg, folders)
@@ -336,10 +328,10 @@ def _numbering(cfg: Config, root: str, folders: Sequence[str], classes: Sequence
     if largest == count and count > 1:
         return True  # it can be the last class only
     if {0, count - 1} <= labels and count > 1:
-        return False  # the first and the last class are there
+        return False  # the first and the last class occur
     held = f"{min(labels)} to {largest}" if labels else "nothing but 255"
     raise UserError(
-        f"the label maps of {root} hold {held}, which does not tell whether the {count} classes "
+        f"the label maps of {root} hold {held}, which does not show whether the {count} classes "
         f"({_listing(classes)}) count from 0 or from 1; give {flags} if it is {classes[0]!r}"
     )
 
@@ -367,7 +359,7 @@ def _let_dataset_number_labels(pipeline: Any) -> None:
 
 
 def class_folders(folder: str) -> list[str]:
-    """Names of the folders in ``folder``, sorted: the classes, in the order in which mmpretrain counts them."""
+    """Return the names of the folders in ``folder``, sorted: the classes as mmpretrain numbers them."""
     with os.scandir(folder) as entries:
         return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
 
@@ -379,7 +371,7 @@ def _use_class_folders(cfg: Config, root: str, loaders: Sequence[str]) -> str:
         raise UserError(
             f"{root} lacks {' and '.join(missing)}; classification expects {IMAGENET_LAYOUT}"
         )
-    # Those of the training set, also for a test that needs no more than the other.
+    # The training set names the classes, also for a test, which can do without it.
     named_by = next(s for s in ("train", "val") if os.path.isdir(os.path.join(root, s)))
     classes = class_folders(os.path.join(root, named_by))
     if not classes:
@@ -405,7 +397,7 @@ def _use_class_folders(cfg: Config, root: str, loaders: Sequence[str]) -> str:
 
 
 def _limit_topk(evaluator: Any, num_classes: int) -> None:
-    """Leave out of the accuracy's ``topk`` what more classes would be needed for."""
+    """Drop from the accuracy's ``topk`` the numbers that exceed the number of classes."""
     for metric in evaluator if isinstance(evaluator, (list, tuple)) else [evaluator or {}]:
         topk = metric.get("topk")
         if isinstance(topk, (list, tuple)):
@@ -416,7 +408,7 @@ def _limit_topk(evaluator: Any, num_classes: int) -> None:
 
 
 def list_files(folder: str) -> list[str]:
-    """Relative paths of all pictures under a folder, sorted."""
+    """Return relative paths of all pictures under a folder, sorted."""
     found = []
     for directory, _, names in os.walk(folder, followlinks=True):
         found += [
@@ -428,7 +420,7 @@ def list_files(folder: str) -> list[str]:
 
 
 def only_suffix(folder: str) -> str:
-    """The file name suffix that all pictures in ``folder`` share.
+    """Return the file name suffix that all pictures in ``folder`` share.
 
     Raises:
         UserError: If there are no pictures, or of several kinds (mmseg looks for one).
@@ -449,7 +441,7 @@ def _exists(root: str, part: str) -> bool:
 
 
 def _leaves(cfg: Config, loaders: Sequence[str]) -> Iterator[tuple[str, ConfigDict]]:
-    """Every data set of the given loaders; of concatenated ones only the first stays."""
+    """Yield every data set of the given loaders; of concatenated ones keep only the first."""
     for loader in loaders:
         if cfg.get(loader):
             _keep_first(cfg[loader].dataset)

@@ -1,7 +1,7 @@
-"""Data that is spoilt in one way each: what the user is told, and that nothing else is said.
+"""Data sets with one fault each: the message or the warning, and nothing else.
 
-Each row of the tables is a way to spoil a data set of 4 images of 16x16 pixels (per split), and the words of the
-sentence that stops the run, or of the warning that it goes on with.
+Each row of the tables is a way to spoil a data set of 4 images of 16x16 pixels per split, with words of the error
+message or of the warning.
 """
 
 import io
@@ -126,7 +126,7 @@ def detector(masks=True, wrapper=None, **leaf):
 
 
 def checked(cfg, root, loaders=TRAIN, **options):
-    """Warnings, or the sentence that stops the run."""
+    """Return the warnings of the check, or raise its error."""
     init_default_scope(cfg.default_scope)
     apply_data_root(cfg, str(root), loaders, **options)
     return check_data(cfg, loaders)
@@ -1085,14 +1085,14 @@ def test_palettes_need_pillow(tmp_path):
         ((1, 2, 3), "abc", True),
         ((0, 1, 2), "abc", False),
         ((0, 2, 255), "abc", False),
-        ((1, 2), "abc", "1 to 2, which does not tell"),
-        ((0, 1), "abc", "0 to 1, which does not tell"),
-        ((255,), "abc", "nothing but 255, which does not tell"),
-        ((0, 1), "a", "0 to 1, which does not tell"),
+        ((1, 2), "abc", "1 to 2, which does not show"),
+        ((0, 1), "abc", "0 to 1, which does not show"),
+        ((255,), "abc", "nothing but 255, which does not show"),
+        ((0, 1), "a", "0 to 1, which does not show"),
         ((0, 1, 4), "abc", "go up to 4, which 3 classes"),
     ],
 )
-def test_what_zero_means_is_read_off_all_maps_or_asked_for(tmp_path, values, classes, numbering):
+def test_what_zero_means_is_read_from_all_maps_or_asked_for(tmp_path, values, classes, numbering):
     # One value a map: none of them alone tells.
     spread = {f"training/{i}.png": encoded(labels(v)) for i, v in enumerate(values)}
     data = maps(tmp_path, every_map(encoded(labels(values[0]))))
@@ -1347,7 +1347,7 @@ def test_a_damaged_memory_is_forgotten(tmp_path, text, remembered):
     assert Memory(path).recall("image-cv2", str(tmp_path / "0.png")) is not None
 
 
-def test_where_nothing_can_be_written_it_is_said(tmp_path, remembered):
+def test_a_folder_without_write_permission_gives_a_warning(tmp_path, remembered):
     data = instances(tmp_path, lambda data: None)
     cfg = detector()
     (tmp_path / "file").write_text("")
@@ -1379,7 +1379,7 @@ def test_a_small_data_set_leaves_nothing_behind(tmp_path):
     assert checked(cfg, data.root) == [] and os.listdir(tmp_path) == ["data"]
 
 
-def test_a_process_that_dies_is_told_of(tmp_path, monkeypatch):
+def test_a_process_that_dies_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "_FEW", 1)
     paths = [str(tmp_path / str(i)) for i in range(4)]
     sentence = refusal(list, pictures._map(_dies, paths, "images"))

@@ -1,4 +1,4 @@
-"""--data-root: what follows, and what is refused."""
+"""What --data-root sets in a config, and which data sets it refuses."""
 
 import json
 
