@@ -137,6 +137,7 @@ setup(
         # OpenMMLab packages compiled against it. `import mmvssm` says if it is older than 2.5.
         "torch",
         "numpy",
+        "filelock",  # torch needs it too
         # mmengine, mmcv, mmdet and mmseg are needed too, but come from one of two families with the
         # same import names (openmmlab or onedl): required by name, pip would install the one beside
         # the other. `import mmvssm` says what is missing; the extras below install it.

@@ -24,8 +24,7 @@ class InterruptionHook(Hook):
     The iteration under way is finished (with gradient accumulation, the step), a checkpoint is saved
     by :class:`AtomicCheckpointHook`, and :class:`Stopped` raised. With what
     :func:`make_reproducible` adds, the resumed run repeats an uninterrupted one exactly, in the
-    middle of an epoch too. A validation under way is not finished; with
-    :class:`UnfinishedValidationHook` the resumed run begins with it.
+    middle of an epoch too. A validation under way is not finished, and not repeated by the resumed run.
 
     In a distributed run it is enough that one process gets the signal: all of them ask each other
     after every iteration, by an all-reduce of one number; in a validation as long as all of them have
@@ -117,7 +116,7 @@ class InterruptionHook(Hook):
             if isinstance(loop, ResumableEpochLoop) and batches_of_epoch:
                 loop.remember(batches_of_epoch)
             path = saving.save_interrupted(runner, dict(epoch=runner.epoch, iter=iteration))
-            saved = f"--resume with the same --work-dir goes on from {path}"
+            saved = f"--resume with the same --work-dir continues from {path}"
         else:
             saved = (
                 f"a {type(loop).__name__} cannot go on within an epoch, so that epoch {runner.epoch + 1} "

@@ -277,7 +277,7 @@ def test_signals_to_a_whole_group_of_processes(tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     code, (line,) = ending(process)
     assert code == 130 and line.startswith("error: interrupted; --resume with the same --work-dir ")
-    assert Path(line.rpartition(" goes on from ")[2]).is_file()
+    assert Path(line.rpartition(" continues from ")[2]).is_file()
 
 
 @pytest.mark.slow

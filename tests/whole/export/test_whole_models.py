@@ -460,7 +460,7 @@ def test_missing_packages(tool, monkeypatch):
     monkeypatch.setattr(
         cli.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name)
     )
-    with pytest.raises(UserError, match="lacks: pip install onnx onnxscript onnxruntime"):
+    with pytest.raises(UserError, match="run: pip install onnx onnxscript onnxruntime"):
         tool(tiny_configs.SEGMENTER)
 
 
