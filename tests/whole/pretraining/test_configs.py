@@ -37,6 +37,9 @@ IMAGENET = {
     "plainmamba_pruned_imagenet": 7_358_656 + 193_000,
     "plainmamba_l2_pruned_imagenet": 25_760_832 + 385_000,
     "plainmamba_l3_pruned_imagenet": 50_507_456 + 449_000,
+    "vmamba_imagenet": 30_249_064,
+    "vmamba_small_imagenet": 50_147_752,
+    "vmamba_base_imagenet": 88_557_800,
 }
 CIFAR10 = [
     *(
