@@ -263,7 +263,7 @@ def metadata_of(folder):
 def test_torch_has_no_bounds_and_openmmlab_is_optional(source):
     lines = [line for line in metadata_of(source) if line.startswith("Requires-Dist: ")]
     always = sorted(line.split(": ")[1] for line in lines if "extra ==" not in line)
-    assert always == ["numpy", "torch"]
+    assert always == ["filelock", "numpy", "torch"]
     assert not [line for line in lines if line.startswith("Requires-Dist: torch") and "=" in line]
     assert [line for line in lines if re.search(r"mmdet==.*extra == .openmmlab", line)]
     assert [line for line in lines if re.search(r"onedl-mmdetection==.*extra == .onedl", line)]

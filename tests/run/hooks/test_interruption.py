@@ -96,7 +96,7 @@ def test_resumed_equals_uninterrupted(tmp_path, case):
     end_workers(run)
     assert caught.value.exit_code == 143 and signal.getsignal(signal.SIGTERM) is default
     assert str(caught.value) == (
-        f"stopped by SIGTERM after iteration {iterations}; --resume with the same --work-dir goes on "
+        f"stopped by SIGTERM after iteration {iterations}; --resume with the same --work-dir continues "
         f"from {broken / 'interrupted.pth'}"
     )
     assert find_last(broken)[0].path == str(broken / "interrupted.pth")
@@ -269,7 +269,7 @@ def test_signals_to_a_whole_group_of_processes(tmp_path):
     code, (line,) = ending(process)
     done = max(losses(work_dir))
     assert code == 143 and line == (
-        f"error: stopped by SIGTERM after iteration {done}; --resume with the same --work-dir goes on "
+        f"error: stopped by SIGTERM after iteration {done}; --resume with the same --work-dir continues "
         f"from {work_dir}/interrupted.pth"
     )
     process = start(work_dir, **SLOW, resume=True)
