@@ -390,7 +390,7 @@ def _download(model: PublishedModel, address: str, path: Path) -> None:
         raise UserError(
             f"cannot download {model.name} from {address} ({why}); download the file by hand and put it at {path}, "
             f"or as {path.name} into the folder that the environment variable {VARIABLE} names; or train from random "
-            "weights with tools/train.py --from-scratch"
+            "weights with init_cfg=None"
         ) from error
     finally:
         partial.unlink(missing_ok=True)

@@ -153,7 +153,7 @@ def test_a_download_that_fails_leaves_nothing(publish, server, cache, capsys, fi
     with pytest.raises(UserError, match=words) as caught:
         load_published("vmamba_tiny")
     assert "\n" not in str(caught.value) and "put it at" in str(caught.value)
-    assert "--from-scratch" in str(caught.value) and module.VARIABLE in str(caught.value)
+    assert "init_cfg=None" in str(caught.value) and module.VARIABLE in str(caught.value)
     assert not list(cache.iterdir())
     assert "run" not in capsys.readouterr().out.split()
 
