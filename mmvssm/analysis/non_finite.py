@@ -7,13 +7,15 @@ from contextlib import contextmanager
 from typing import Any, Optional
 
 import torch
+from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
 
 
 def find_origin(model: nn.Module, data_batch: Any) -> Optional[str]:
     """Run a training batch through a model and name the first part of it whose numbers are not finite.
 
-    Call it with the model and the batch of a run that stopped, under ``torch.autocast`` if that run used ``--amp``::
+    This updates BatchNorm's running statistics, as any training batch does. Call it with the model and the batch of a run
+    that stopped, under ``torch.autocast`` if that run used ``--amp``::
 
         model = runner.model
         batch = next(iter(runner.train_dataloader))
@@ -26,6 +28,8 @@ def find_origin(model: nn.Module, data_batch: Any) -> Optional[str]:
     Returns:
         One sentence; None if losses and gradients are finite.
     """
+    if is_model_wrapper(model):  # of a distributed run
+        model = model.module
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             return f"the parameter {name} is not finite itself"

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,8 +69,8 @@ def explain_failure(error: BaseException) -> Optional[str]:
             "out of memory; use a smaller train_dataloader.batch_size, smaller images, or fewer data workers "
             f"(num_workers of {_LOADERS})"
         )
-    if isinstance(error, (ConnectionError, EOFError)):  # while a batch is taken over from a worker
-        return _about_worker("ended")
+    if isinstance(error, (ConnectionError, EOFError)):
+        return _about_worker("ended") if _is_of_a_worker(error) else None
     if not isinstance(error, (RuntimeError, ValueError)):
         return None
     if _ONE_VALUE in text:
@@ -98,6 +99,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on a GPU or the CPU."""
     kinds = (MemoryError, torch.cuda.OutOfMemoryError)
     return isinstance(error, kinds) or "DefaultCPUAllocator: can't allocate" in str(error)
+
+
+def _is_of_a_worker(error: BaseException) -> bool:
+    """Whether an error was raised while a batch was taken over from a data worker."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(f.f_globals.get("__name__") == "multiprocessing.resource_sharer" for f, _ in frames)
 
 
 def _about_worker(how: str) -> str:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from mmengine.registry import MODEL_WRAPPERS
 
 from mmvssm.analysis.non_finite import find_origin
 from support.toy_training import toy_runner
@@ -37,3 +38,16 @@ def test_the_first_place_is_named(tmp_path, where, factor, words):
     found = find_origin(runner.model.train(), batch)
     assert found is None if words is None else words in found
     assert not any(module._forward_hooks for module in runner.model.modules())
+
+
+def test_the_model_of_a_distributed_run(tmp_path):
+    runner = toy_runner(tmp_path, **{"model.explode": {0: ("forward", NAN)}})
+    runner.model.iteration = 0
+    wrapped = torch.nn.Module()
+    wrapped.module = runner.model.train()
+    MODEL_WRAPPERS.register_module(name="Wrapper", module=torch.nn.Module, force=True)
+    try:
+        found = find_origin(wrapped, next(iter(runner.train_dataloader)))
+    finally:
+        MODEL_WRAPPERS._module_dict.pop("Wrapper")
+    assert "middle.1, in its output" in found
