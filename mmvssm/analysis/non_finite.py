@@ -14,8 +14,8 @@ from torch import Tensor, nn
 def find_origin(model: nn.Module, data_batch: Any) -> Optional[str]:
     """Run a training batch through a model and name the first part of it whose numbers are not finite.
 
-    This updates BatchNorm's running statistics, as any training batch does. Call it with the model and the batch of a run
-    that stopped, under ``torch.autocast`` if that run used ``--amp``::
+    This updates BatchNorm's running statistics, as any training batch does. Call it with the model and the batch of a
+    run that stopped, under ``torch.autocast`` if that run used ``--amp``::
 
         model = runner.model
         batch = next(iter(runner.train_dataloader))
