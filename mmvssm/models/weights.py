@@ -425,13 +425,12 @@ def load_published(
     try:
         with inert_globals():
             checkpoint = load_checkpoint_safely(path, map_location)
-        return convert_checkpoint(checkpoint, str(path), key) or _no_weights(path, name)
+        converted = convert_checkpoint(checkpoint, str(path), key)
     except (UnsafeCheckpointError, ValueError) as error:
         raise UserError(str(error)) from error
-
-
-def _no_weights(path: Path, name: str) -> dict[str, Any]:
-    raise UserError(f"{path} does not hold the weights of a published model, as {name} should")
+    if converted is None:
+        raise UserError(f"{path} does not hold the weights of a published model, as {name} should")
+    return converted
 
 
 def convert_checkpoint(

@@ -103,6 +103,19 @@ def convolve(conv: nn.Module, x: Tensor) -> Tensor:
     return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
+class DownSample(nn.Module):
+    """Halve the resolution."""
+
+    def __init__(self, in_dim: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_dim, dim, kernel_size=3, stride=2, padding=1)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, H, W, in_dim)`` to ``(B, H / 2, W / 2, dim)``."""
+        return self.norm(convolve(self.proj, x))
+
+
 WRAPPINGS = ("model_ema", "state_dict_ema", "model", "state_dict")
 """Keys under which training scripts store a model's weights, in the order in which they are looked for.
 

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from ...ops import Traversal, cross_traversal, selective_scan
 from ...registry import MODELS
 from .common import (
+    DownSample,
     accept_published_names,
     check_rates,
     convolve,
@@ -232,19 +233,6 @@ class Stem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(B, H, W, in_channels)`` to ``(B, H / 4, W / 4, dim)``."""
         return self.down(folded_stem(self.conv, x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
-
-
-class DownSample(nn.Module):
-    """Halve the resolution."""
-
-    def __init__(self, in_dim: int, dim: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(in_dim, dim, kernel_size=3, stride=2, padding=1)
-        self.norm = nn.LayerNorm(dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(B, H, W, in_dim)`` to ``(B, H / 2, W / 2, dim)``."""
-        return self.norm(convolve(self.proj, x))
 
 
 class Stage(nn.Module):

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from ...ops import Traversal, cross_traversal, selective_scan
 from ...registry import MODELS
 from .common import (
+    DownSample,
     accept_published_names,
     check_rates,
     convolve,
@@ -171,19 +172,6 @@ class Stem(nn.Module):
         """``(B, H, W, in_channels)`` to ``(B, H / 4, W / 4, dim)``."""
         x = F.gelu(self.norm1(convolve(self.conv1, x)))
         return self.norm2(convolve(self.conv2, x))
-
-
-class DownSample(nn.Module):
-    """Halve the resolution."""
-
-    def __init__(self, in_dim: int, dim: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(in_dim, dim, kernel_size=3, stride=2, padding=1)
-        self.norm = nn.LayerNorm(dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(B, H, W, in_dim)`` to ``(B, H / 2, W / 2, dim)``."""
-        return self.norm(convolve(self.proj, x))
 
 
 class Block(nn.Module):
