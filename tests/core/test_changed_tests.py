@@ -28,6 +28,7 @@ FILES = {
         ("mmvssm/ops/selective_scan/naive.py", "core/ops/test_selective_scan.py", "lab/test_scan_emulated.py"),
     ],
 )  # fmt: skip
+@pytest.mark.slow
 def test_files_that_a_change_reaches(changed, run, not_run):
     assert changed in FILES
     tests = changed_tests.tests_of({changed}, FILES)
@@ -41,6 +42,7 @@ def test_requirements_reach_every_test():
     assert changed_tests.tests_of(set(), FILES) == []
 
 
+@pytest.mark.slow
 def test_a_deleted_file_reaches_those_that_still_name_it():
     tests = changed_tests.tests_of({"mmvssm/files.py"}, FILES - {"mmvssm/files.py"})
     assert "tests/core/test_files.py" in tests

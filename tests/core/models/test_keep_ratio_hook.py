@@ -52,6 +52,7 @@ def runner(work_dir, max_iters=6, hook=None, pruning="half", **settings):
     )
 
 
+@pytest.mark.slow
 def test_the_ratio_falls_and_stays(tmp_path):
     run = runner(tmp_path)
     run.train()
@@ -69,6 +70,7 @@ def test_evaluation_prunes_fully_at_any_time(tmp_path):
     assert run.model.kept[-1] == (False, 8)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_with_the_right_ratio(tmp_path):
     runner(tmp_path, max_iters=2).train()
     run = runner(tmp_path, resume=True, load_from=str(tmp_path / "iter_2.pth"))

@@ -23,6 +23,7 @@ LENGTH = 262_144
         ((-20, -10), 1e4, 1e-5),
     ],
 )
+@pytest.mark.slow
 def test_no_inf_or_nan_where_float64_has_none(delta, decay, accuracy, states, dtype):
     generator = torch.Generator().manual_seed(0)
 
