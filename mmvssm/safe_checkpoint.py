@@ -145,24 +145,25 @@ def _weights_only() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def guard_checkpoint_loader() -> None:
+def guard_checkpoint_loader(extend: Callable[[Callable], Callable] = lambda load: load) -> None:
     """Make mmengine's CheckpointLoader load weights only, and without the text of a config.
 
     Everything of OpenMMLab's that reads a checkpoint goes through it: the runner's ``load_from``
     and ``resume``, ``init_cfg``, ``init_detector``, ``init_model``, the inferencers. An inferencer
     that was given weights alone then finds no config, and needs one named. Idempotent.
+
+    Args:
+        extend: Applied to each loader that is guarded, such as to convert what it loads.
     """
     for prefix, loader in list(checkpoint_loaders().items()):
         if not hasattr(loader, "loads_weights_only"):
-            loader = _load_from_local if prefix == "" else _guarded(loader)
+            loader = extend(_load_from_local if prefix == "" else _guarded(loader))
+            loader.loads_weights_only = True  # type: ignore[attr-defined]
             CheckpointLoader.register_scheme(prefix, loader, force=True)
 
 
 def _load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
     return without_config_text(load_checkpoint_safely(filename, map_location))
-
-
-_load_from_local.loads_weights_only = True  # type: ignore[attr-defined]
 
 
 def _guarded(loader: Callable) -> Callable:
@@ -173,7 +174,6 @@ def _guarded(loader: Callable) -> Callable:
         with _weights_only():
             return without_config_text(loader(filename, *args, **kwargs))
 
-    load.loads_weights_only = True  # type: ignore[attr-defined]
     return load
 
 

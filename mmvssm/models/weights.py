@@ -6,15 +6,17 @@ the cache of ``torch.hub``, and downloaded into that cache otherwise. We host no
 
 from __future__ import annotations
 
-import fnmatch
+import functools
 import hashlib
 import os
-from collections.abc import Mapping
+import pickle
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, Optional
 
 import torch
 from mmengine.logging import print_log
+from mmengine.model import PretrainedInit
 from mmengine.runner.checkpoint import CheckpointLoader
 
 from ..errors import UserError
@@ -22,327 +24,12 @@ from ..files import write_whole
 from ..safe_checkpoint import UnsafeCheckpointError, load_checkpoint_safely
 from .backbones.common import WRAPPINGS
 from .published import convert_whole, inert_globals, unwrap
+from .weights_table import PublishedModel, find_model
 
 SCHEME = "mmvssm://"
 VARIABLE = "MMVSSM_WEIGHTS"
-
-_GROUPMAMBA = "https://huggingface.co/Abdelrahman-shaker"
-_PLAINMAMBA = "https://huggingface.co/ChenhongyiYang/PlainMamba/resolve/main"
-_VMAMBA = "https://github.com/MzeroMiko/VMamba/releases/download"
-_NON_COMMERCIAL = "model card: MIT in its header, non-commercial in its text"
-
-
-class PublishedModel(NamedTuple):
-    """Weights that the authors of a model published.
-
-    Attributes:
-        name: Ours.
-        address: Of the authors' file.
-        backbone: Type of the backbone.
-        arch: Its ``arch``.
-        config: The config of the whole model, without ``.py``.
-        task: ``"classification"``, ``"detection"`` or ``"segmentation"``.
-        result: As published: top-1 accuracy on ImageNet-1k, box and mask AP on COCO, or mIoU on ADE20K.
-        licence: As the authors state it for the weights.
-    """
-
-    name: str
-    address: str
-    backbone: str
-    arch: str
-    config: str
-    task: str
-    result: str
-    licence: str
-
-
-_TABLE = (
-    PublishedModel(
-        "groupmamba_tiny",
-        f"{_GROUPMAMBA}/GroupMamba-Tiny/resolve/main/groupmamba_tiny_ema.pth",
-        "GroupMamba",
-        "tiny",
-        "groupmamba_distilled_imagenet",
-        "classification",
-        "83.3 top-1",
-        _NON_COMMERCIAL,
-    ),
-    PublishedModel(
-        "groupmamba_small",
-        f"{_GROUPMAMBA}/GroupMamba-Small/resolve/main/groupmamba_small_ema.pth",
-        "GroupMamba",
-        "small",
-        "groupmamba_small_distilled_imagenet",
-        "classification",
-        "83.9 top-1",
-        _NON_COMMERCIAL,
-    ),
-    PublishedModel(
-        "groupmamba_base",
-        f"{_GROUPMAMBA}/GroupMamba-Base/resolve/main/groupmamba_base_ema.pth",
-        "GroupMamba",
-        "base",
-        "groupmamba_base_distilled_imagenet",
-        "classification",
-        "84.5 top-1",
-        _NON_COMMERCIAL,
-    ),
-    PublishedModel(
-        "plainmamba_l1",
-        f"{_PLAINMAMBA}/l1.pth",
-        "PlainMamba",
-        "L1",
-        "plainmamba_imagenet",
-        "classification",
-        "77.9 top-1",
-        "Apache-2.0",
-    ),
-    PublishedModel(
-        "plainmamba_adapter_l1_maskrcnn_1x_coco",
-        f"{_PLAINMAMBA}/detection/maskrcnn/l1_1x.pth",
-        "PlainMambaAdapter",
-        "L1",
-        "plainmamba_adapter_maskrcnn_coco",
-        "detection",
-        "44.1 box AP, 39.1 mask AP",
-        "Apache-2.0",
-    ),
-    PublishedModel(
-        "plainmamba_adapter_l1_retinanet_1x_coco",
-        f"{_PLAINMAMBA}/detection/retinanet/l1_1x.pth",
-        "PlainMambaAdapter",
-        "L1",
-        "plainmamba_adapter_retinanet_coco",
-        "detection",
-        "41.7 box AP",
-        "Apache-2.0",
-    ),
-    PublishedModel(
-        "plainmamba_l1_upernet_160k_ade20k",
-        f"{_PLAINMAMBA}/segmentation/l1_upernet.pth",
-        "PlainMamba",
-        "L1",
-        "plainmamba_upernet_published_ade20k",
-        "segmentation",
-        "44.1 mIoU",
-        "Apache-2.0",
-    ),
-    PublishedModel(
-        "plainmamba_l2",
-        f"{_PLAINMAMBA}/l2.pth",
-        "PlainMamba",
-        "L2",
-        "plainmamba_l2_imagenet",
-        "classification",
-        "81.6 top-1",
-        "Apache-2.0",
-    ),
-    PublishedModel(
-        "plainmamba_adapter_l2_maskrcnn_1x_coco",
-        f"{_PLAINMAMBA}/detection/maskrcnn/l2_1x.pth",
-        "PlainMambaAdapter",
-        "L2",
-        "plainmamba_adapter_l2_maskrcnn_coco",
-        "detection",
-        "46.0 box AP, 40.6 mask AP",
-        "Apache-2.0",
-    ),
-    PublishedModel(
-        "plainmamba_adapter_l2_retinanet_1x_coco",
-        f"{_PLAINMAMBA}/detection/retinanet/l2_1x.pth",
-        "PlainMambaAdapter",
-        "L2",
-        "plainmamba_adapter_l2_retinanet_coco",
-        "detection",
-        "43.9 box AP",
-        "Apache-2.0",
-    ),
-    PublishedModel(
-        "plainmamba_l2_upernet_160k_ade20k",
-        f"{_PLAINMAMBA}/segmentation/l2_upernet.pth",
-        "PlainMamba",
-        "L2",
-        "plainmamba_l2_upernet_published_ade20k",
-        "segmentation",
-        "46.8 mIoU",
-        "Apache-2.0",
-    ),
-    PublishedModel(
-        "plainmamba_l3",
-        f"{_PLAINMAMBA}/l3.pth",
-        "PlainMamba",
-        "L3",
-        "plainmamba_l3_imagenet",
-        "classification",
-        "82.3 top-1",
-        "Apache-2.0",
-    ),
-    PublishedModel(
-        "plainmamba_adapter_l3_maskrcnn_1x_coco",
-        f"{_PLAINMAMBA}/detection/maskrcnn/l3_1x.pth",
-        "PlainMambaAdapter",
-        "L3",
-        "plainmamba_adapter_l3_maskrcnn_coco",
-        "detection",
-        "46.8 box AP, 41.2 mask AP",
-        "Apache-2.0",
-    ),
-    PublishedModel(
-        "plainmamba_adapter_l3_retinanet_1x_coco",
-        f"{_PLAINMAMBA}/detection/retinanet/l3_1x.pth",
-        "PlainMambaAdapter",
-        "L3",
-        "plainmamba_adapter_l3_retinanet_coco",
-        "detection",
-        "44.8 box AP",
-        "Apache-2.0",
-    ),
-    PublishedModel(
-        "plainmamba_l3_upernet_160k_ade20k",
-        f"{_PLAINMAMBA}/segmentation/l3_upernet.pth",
-        "PlainMamba",
-        "L3",
-        "plainmamba_l3_upernet_published_ade20k",
-        "segmentation",
-        "49.1 mIoU",
-        "Apache-2.0",
-    ),
-    PublishedModel(
-        "vmamba_tiny",
-        f"{_VMAMBA}/%23v2cls/vssm1_tiny_0230s_ckpt_epoch_264.pth",
-        "VMamba",
-        "T",
-        "vmamba_imagenet",
-        "classification",
-        "82.6 top-1",
-        "MIT",
-    ),
-    PublishedModel(
-        "vmamba_tiny_maskrcnn_1x_coco",
-        f"{_VMAMBA}/%23v2det/mask_rcnn_vssm_fpn_coco_tiny_s_epoch_12.pth",
-        "VMamba",
-        "T",
-        "vmamba_maskrcnn_coco",
-        "detection",
-        "47.3 box AP, 42.7 mask AP",
-        "MIT",
-    ),
-    PublishedModel(
-        "vmamba_tiny_maskrcnn_3x_coco",
-        f"{_VMAMBA}/%23v2det/mask_rcnn_vssm_fpn_coco_tiny_ms_3x_s_epoch_31.pth",
-        "VMamba",
-        "T",
-        "vmamba_maskrcnn_3x_coco",
-        "detection",
-        "48.8 box AP, 43.7 mask AP",
-        "MIT",
-    ),
-    PublishedModel(
-        "vmamba_tiny_upernet_160k_ade20k",
-        f"{_VMAMBA}/%23v2seg/upernet_vssm_4xb4-160k_ade20k-512x512_tiny_s_iter_160000.pth",
-        "VMamba",
-        "T",
-        "vmamba_upernet_ade20k",
-        "segmentation",
-        "47.9 mIoU",
-        "MIT",
-    ),
-    PublishedModel(
-        "vmamba_small",
-        f"{_VMAMBA}/%23v2cls/vssm_small_0229_ckpt_epoch_222.pth",
-        "VMamba",
-        "S",
-        "vmamba_small_imagenet",
-        "classification",
-        "83.6 top-1",
-        "MIT",
-    ),
-    PublishedModel(
-        "vmamba_small_maskrcnn_1x_coco",
-        f"{_VMAMBA}/%23v2det/mask_rcnn_vssm_fpn_coco_small_epoch_11.pth",
-        "VMamba",
-        "S",
-        "vmamba_small_maskrcnn_coco",
-        "detection",
-        "48.7 box AP, 43.7 mask AP",
-        "MIT",
-    ),
-    PublishedModel(
-        "vmamba_small_maskrcnn_3x_coco",
-        f"{_VMAMBA}/%23v2det/mask_rcnn_vssm_fpn_coco_small_ms_3x_epoch_32.pth",
-        "VMamba",
-        "S",
-        "vmamba_small_maskrcnn_3x_coco",
-        "detection",
-        "49.9 box AP, 44.2 mask AP",
-        "MIT",
-    ),
-    PublishedModel(
-        "vmamba_small_upernet_160k_ade20k",
-        f"{_VMAMBA}/%23v2seg/upernet_vssm_4xb4-160k_ade20k-512x512_small_iter_144000.pth",
-        "VMamba",
-        "S",
-        "vmamba_small_upernet_ade20k",
-        "segmentation",
-        "50.6 mIoU",
-        "MIT",
-    ),
-    PublishedModel(
-        "vmamba_base",
-        f"{_VMAMBA}/%23v2cls/vssm_base_0229_ckpt_epoch_237.pth",
-        "VMamba",
-        "B",
-        "vmamba_base_imagenet",
-        "classification",
-        "83.9 top-1",
-        "MIT",
-    ),
-    PublishedModel(
-        "vmamba_base_maskrcnn_1x_coco",
-        f"{_VMAMBA}/%23v2det/mask_rcnn_vssm_fpn_coco_base_epoch_11.pth",
-        "VMamba",
-        "B",
-        "vmamba_base_maskrcnn_coco",
-        "detection",
-        "49.2 box AP, 44.1 mask AP",
-        "MIT",
-    ),
-    PublishedModel(
-        "vmamba_base_upernet_160k_ade20k",
-        f"{_VMAMBA}/%23v2seg/upernet_vssm_4xb4-160k_ade20k-512x512_base_iter_160000.pth",
-        "VMamba",
-        "B",
-        "vmamba_base_upernet_ade20k",
-        "segmentation",
-        "51.0 mIoU",
-        "MIT",
-    ),
-)
-
-PUBLISHED: dict[str, PublishedModel] = {model.name: model for model in _TABLE}
-"""Published models by our name of them."""
-
-
-def list_models(pattern: str = "*") -> list[str]:
-    """Names of published models, for ``mmvssm://NAME`` and :func:`mmvssm.get_model`.
-
-    Args:
-        pattern: As in file names, such as ``"vmamba*coco"``.
-    """
-    return [name for name in PUBLISHED if fnmatch.fnmatchcase(name, pattern)]
-
-
-def find_model(name: str) -> PublishedModel:
-    """The published model of a name.
-
-    Raises:
-        UserError: If there is none; the message lists those that there are.
-    """
-    if name not in PUBLISHED:
-        raise UserError(
-            f"there are no published weights called {name!r}; known are {', '.join(PUBLISHED)}"
-        )
-    return PUBLISHED[name]
+PRETRAINED = ("Pretrained", PretrainedInit)
+"""Types of an ``init_cfg`` that names a checkpoint."""
 
 
 def locate(name: str) -> Path:
@@ -390,7 +77,7 @@ def _download(model: PublishedModel, address: str, path: Path) -> None:
         raise UserError(
             f"cannot download {model.name} from {address} ({why}); download the file by hand and put it at {path}, "
             f"or as {path.name} into the folder that the environment variable {VARIABLE} names; or train from random "
-            "weights with init_cfg=None"
+            "weights with --from-scratch (init_cfg=None)"
         ) from error
     finally:
         partial.unlink(missing_ok=True)
@@ -433,6 +120,37 @@ def load_published(
     return converted
 
 
+def with_published(load: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a function that loads checkpoint files load published ones under our names.
+
+    The training settings beside their weights are read as inert stand-ins, and dropped. A file of anything else is
+    loaded, or refused, as before.
+
+    Args:
+        load: Takes the file as its first argument, and raises ``UnsafeCheckpointError`` or
+            :class:`pickle.UnpicklingError` if the file holds objects.
+    """
+
+    @functools.wraps(load)  # mmengine logs its name
+    def load_and_convert(path: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            checkpoint = load(path, *args, **kwargs)
+        except (UnsafeCheckpointError, pickle.UnpicklingError):
+            with inert_globals():
+                checkpoint = _convert_if_published(load(path, *args, **kwargs), path)
+            if checkpoint is None:
+                raise
+            return checkpoint
+        converted = _convert_if_published(checkpoint, path)
+        return checkpoint if converted is None else converted
+
+    return load_and_convert
+
+
+def _convert_if_published(checkpoint: Any, path: Any) -> Optional[dict[str, Any]]:
+    return convert_checkpoint(checkpoint, str(path)) if isinstance(checkpoint, Mapping) else None
+
+
 def convert_checkpoint(
     checkpoint: Mapping[str, Any], path: str, key: Optional[str] = None
 ) -> Optional[dict[str, Any]]:
@@ -466,8 +184,41 @@ def convert_checkpoint(
         )
     if conversion.unused:
         print_log(f"{path}: used nowhere: {', '.join(conversion.unused)}", "current")
-    meta = {"arch": conversion.arch, "published": path}
+    meta = {"arch": conversion.arch, "published": path, **_classes_of(checkpoint)}
     return {"state_dict": conversion.state_dict, "meta": meta}
+
+
+def _classes_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The classes of a detector or segmenter, where mmdet 3 and mmseg 1 look for them; 2 and 0 wrote ``CLASSES``."""
+    meta = checkpoint.get("meta")
+    meta = meta if isinstance(meta, dict) else {}
+    if isinstance(meta.get("dataset_meta"), dict):
+        return {"dataset_meta": meta["dataset_meta"]}
+    names = {"classes": meta.get("CLASSES"), "palette": meta.get("PALETTE")}
+    found = {name: value for name, value in names.items() if isinstance(value, (list, tuple))}
+    return {"dataset_meta": found} if "classes" in found else {}
+
+
+def drop_pretrained(part: Any) -> Iterator[str]:
+    """Let a model start at random: an ``init_cfg`` that names a checkpoint becomes None, as does ``pretrained``.
+
+    Args:
+        part: A model's config, or a part of it, changed in place.
+
+    Yields:
+        What would have been loaded.
+    """
+    if isinstance(part, dict):
+        if isinstance(part.get("pretrained"), str):
+            yield part["pretrained"]
+            part["pretrained"] = None
+        init_cfg = part.get("init_cfg")
+        if isinstance(init_cfg, dict) and init_cfg.get("type") in PRETRAINED:
+            yield str(init_cfg.get("checkpoint"))
+            part["init_cfg"] = None
+    for value in part.values() if isinstance(part, dict) else part:
+        if isinstance(value, (dict, list, tuple)):
+            yield from drop_pretrained(value)
 
 
 def _load_by_name(filename: str, map_location: Any = "cpu") -> dict[str, Any]:

@@ -13,6 +13,7 @@ from mmengine.runner.checkpoint import CheckpointLoader, load_state_dict
 from torch import Size, Tensor, nn
 
 from ..errors import UserError, brief, shown, user_mistakes
+from ..models.weights import with_published
 from ..safe_checkpoint import UnsafeCheckpointError, load_checkpoint_safely
 from .hooks.checkpoint_hook import INTERRUPTED
 
@@ -36,14 +37,16 @@ class Checkpoint:
 
     @classmethod
     def load(cls, path: str) -> "Checkpoint":
-        """Read a file, or download what a URL (``https://``, ``open-mmlab://`` ...) names, with ``weights_only=True``.
+        """Read a file, or what a URL or a name (``https://``, ``mmvssm://`` ...) names, with ``weights_only=True``.
+
+        A published model's weights get our names.
 
         Raises:
             UserError: If it cannot be loaded, or holds code or objects.
         """
         if "://" not in path:
             with user_mistakes(kinds=(UnsafeCheckpointError,)):
-                return cls(path, load_checkpoint_safely(path))
+                return cls(path, with_published(load_checkpoint_safely)(path))
         with user_mistakes(f"cannot load {path}"):
             content = CheckpointLoader.load_checkpoint(path, "cpu")
         if not isinstance(content, dict):

@@ -1,7 +1,9 @@
 """Published weights by name, from a server on this machine; and published names wherever they are loaded."""
 
 import argparse
+import sys
 import threading
+import types
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,7 +18,9 @@ from mmvssm.errors import UserError
 from mmvssm.models import GroupMamba, PlainMamba, PlainMambaAdapter, VMamba
 from mmvssm.models import weights as module
 from mmvssm.models.published import convert_groupmamba, convert_plainmamba, convert_vmamba
-from mmvssm.models.weights import PUBLISHED, list_models, load_published, locate
+from mmvssm.models.weights import load_published, locate
+from mmvssm.models.weights_table import PUBLISHED, list_models
+from mmvssm.safe_checkpoint import UnsafeCheckpointError, load_checkpoint_safely
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -301,3 +305,57 @@ def test_weights_of_something_else_are_refused():
         load_state_dict(backbone, golden("groupmamba"))
     whole = torch.nn.ModuleDict(dict(backbone=backbone))
     whole.load_state_dict({"neck.weight": torch.zeros(1)}, strict=False)  # nothing for the backbone
+
+
+# ------------------------------------------------------------------ published files, wherever our tools read one
+
+
+def settings_of_yacs(monkeypatch):
+    for name in ("yacs", "yacs.config"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    kind = type("CfgNode", (dict,), dict(__module__="yacs.config"))
+    monkeypatch.setattr(sys.modules["yacs.config"], "CfgNode", kind, raising=False)
+    return kind(MODEL=kind(TYPE="vmamba"))
+
+
+@pytest.mark.parametrize("model", CASES)
+def test_a_published_file_is_read_under_our_names(model, tmp_path, monkeypatch):
+    expected = CASES[model][0](golden(model)).state_dict
+    load = module.with_published(load_checkpoint_safely)
+    for content in (
+        golden(model),
+        {"model": golden(model), "args": argparse.Namespace(lr=1)},
+        {"model": golden(model), "config": settings_of_yacs(monkeypatch)},
+    ):
+        torch.save(content, tmp_path / "published.pth")
+        checkpoint = load(tmp_path / "published.pth")
+        assert checkpoint.keys() == {"state_dict", "meta"}
+        assert checkpoint["state_dict"].keys() == expected.keys()
+
+
+def test_heads_and_classes_of_a_detector_are_kept(tmp_path):
+    weights = {f"backbone.{name}": x for name, x in golden("vmamba").items()}
+    weights["rpn_head.rpn_conv.bias"] = torch.ones(2)
+    meta = {"CLASSES": ("cat", "dog"), "PALETTE": [(1, 2, 3), (4, 5, 6)], "epoch": 12}
+    torch.save({"state_dict": weights, "meta": meta}, tmp_path / "detector.pth")
+    checkpoint = module.with_published(load_checkpoint_safely)(tmp_path / "detector.pth")
+    assert torch.equal(checkpoint["state_dict"]["rpn_head.rpn_conv.bias"], torch.ones(2))
+    assert checkpoint["meta"]["dataset_meta"] == {
+        "classes": ("cat", "dog"),
+        "palette": [(1, 2, 3), (4, 5, 6)],
+    }
+
+
+def test_other_files_are_read_and_refused_as_before(tmp_path):
+    load = module.with_published(load_checkpoint_safely)
+    for content in ({"state_dict": {"a": torch.ones(1)}, "optimizer": {}}, {"epoch": 1}):
+        torch.save(content, tmp_path / "ours.pth")
+        assert load(tmp_path / "ours.pth").keys() == content.keys()
+    weights = {"state_dict": {"a": torch.ones(1)}}
+    for beside in (argparse.Namespace(lr=1), Hostile()):
+        torch.save({**weights, "args": beside}, tmp_path / "refused.pth")
+        with pytest.raises(UnsafeCheckpointError, match="was refused because it carries code or"):
+            load(tmp_path / "refused.pth")
+    torch.save({"model": golden("vmamba"), "args": Hostile()}, tmp_path / "hostile.pth")
+    with pytest.raises(UnsafeCheckpointError, match="was refused because it carries code or"):
+        load(tmp_path / "hostile.pth")
