@@ -14,7 +14,10 @@ from typing import NamedTuple
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ROOMS = ("run", "export", "analysis", "pretraining", "datasets", "models", "ops", "ground floor")
-"""From the top down. The ground floor is the modules beside the rooms, ``mmvssm/*.py``."""
+"""From the top down. The ground floor is the modules beside the rooms, ``mmvssm/*.py``, less ``COMMANDS``."""
+
+COMMANDS = ("convert",)
+"""Modules beside the rooms that are commands, for ``python -m mmvssm.NAME``, and so belong to the annex."""
 
 TOOLS = ("experiments", "benchmark", "triton_lab", "analysis_tools", "install")
 """The folders of ``tools``, from the top down. All may import ``mmvssm``, none may import ``tests``."""
@@ -41,6 +44,8 @@ class Import(NamedTuple):
 def room_of(module: str) -> str:
     """The room of a module of ours, such as ``"models"`` for ``"mmvssm.models.pruning"``."""
     names = module.split(".")
+    if len(names) > 1 and names[1] in COMMANDS:
+        return "run"
     return names[1] if len(names) > 1 and names[1] in ROOMS else "ground floor"
 
 
