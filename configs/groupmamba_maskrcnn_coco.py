@@ -1,12 +1,7 @@
 """Mask R-CNN with a GroupMamba-T backbone on COCO: 12 epochs ("1x"), 1333x800, 16 images a step.
 
-The paper reports 47.6 box AP and 42.9 mask AP. It starts from ImageNet-1k weights. None are hosted
-in this layout, so the backbone starts at random unless a converted checkpoint is named:
-
-    python tools/convert_checkpoint.py groupmamba SRC groupmamba_tiny.pth
-    python tools/train.py configs/groupmamba_maskrcnn_coco.py --cfg-options \
-        model.backbone.init_cfg.type=Pretrained model.backbone.init_cfg.prefix=backbone. \
-        model.backbone.init_cfg.checkpoint=groupmamba_tiny.pth
+The paper reports 47.6 box AP and 42.9 mask AP. As there, the backbone starts from published ImageNet-1k weights, which are
+downloaded from their authors when training begins; with --from-scratch it starts at random.
 
 The batch of 16 is 8 GPUs with 2 images each; with another number of GPUs, pass --auto-scale-lr.
 """
@@ -26,6 +21,7 @@ model = dict(
         arch="tiny",
         out_indices=(0, 1, 2, 3),
         drop_path_rate=0.2,
+        init_cfg=dict(type="Pretrained", checkpoint="mmvssm://groupmamba_tiny", prefix="backbone."),
     ),
     neck=dict(in_channels=[64, 128, 348, 448]),
 )

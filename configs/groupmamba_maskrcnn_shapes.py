@@ -61,6 +61,7 @@ channels = 64
 norm_cfg = dict(type="BN", requires_grad=True)
 model = dict(
     backbone=dict(
+        init_cfg=None,
         arch=dict(
             _delete_=True,
             stem_hidden_dim=16,

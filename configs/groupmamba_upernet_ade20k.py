@@ -1,13 +1,8 @@
 """UperNet with a GroupMamba-T backbone on ADE20K: 160k iterations, 512x512 crops, 16 images a step.
 
-The paper reports 48.6 mIoU (49.2 with test-time augmentation, tools/test.py --tta). It starts from
-ImageNet-1k weights. None are hosted in this layout, so the backbone starts at random unless a
-converted checkpoint is named:
-
-    python tools/convert_checkpoint.py groupmamba SRC groupmamba_tiny.pth
-    python tools/train.py configs/groupmamba_upernet_ade20k.py --cfg-options \
-        model.backbone.init_cfg.type=Pretrained model.backbone.init_cfg.prefix=backbone. \
-        model.backbone.init_cfg.checkpoint=groupmamba_tiny.pth
+The paper reports 48.6 mIoU (49.2 with test-time augmentation, tools/test.py --tta). As there, the backbone starts from
+published ImageNet-1k weights, which are downloaded from their authors when training begins; with --from-scratch it starts at
+random.
 
 The batch of 16 is 8 GPUs with 2 images each; with another number of GPUs, pass --auto-scale-lr.
 """
@@ -29,6 +24,7 @@ model = dict(
         arch="tiny",
         out_indices=(0, 1, 2, 3),
         drop_path_rate=0.2,
+        init_cfg=dict(type="Pretrained", checkpoint="mmvssm://groupmamba_tiny", prefix="backbone."),
     ),
     decode_head=dict(in_channels=[64, 128, 348, 448], num_classes=150),
     auxiliary_head=dict(in_channels=348, num_classes=150),

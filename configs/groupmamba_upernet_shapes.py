@@ -103,6 +103,7 @@ norm_cfg = dict(type="BN", requires_grad=True)
 model = dict(
     data_preprocessor=dict(size=(image_size, image_size)),
     backbone=dict(
+        init_cfg=None,
         arch=dict(
             _delete_=True,
             stem_hidden_dim=16,

@@ -3,6 +3,8 @@
 _base_ = "./plainmamba_adapter_maskrcnn_coco.py"
 
 model = dict(
-    backbone=dict(arch="L2", drop_path_rate=0.2),
+    backbone=dict(
+        arch="L2", drop_path_rate=0.2, init_cfg=dict(checkpoint="mmvssm://plainmamba_l2")
+    ),
     neck=dict(in_channels=[384] * 4),
 )

@@ -3,6 +3,8 @@
 _base_ = "./plainmamba_adapter_maskrcnn_coco.py"
 
 model = dict(
-    backbone=dict(arch="L3", drop_path_rate=0.3),
+    backbone=dict(
+        arch="L3", drop_path_rate=0.3, init_cfg=dict(checkpoint="mmvssm://plainmamba_l3")
+    ),
     neck=dict(in_channels=[448] * 4),
 )

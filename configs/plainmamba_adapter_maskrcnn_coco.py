@@ -10,7 +10,13 @@ _base_ = "./groupmamba_maskrcnn_coco.py"
 norm_cfg = dict(type="SyncBN", requires_grad=True)
 sync_bn = "torch"
 model = dict(
-    backbone=dict(_delete_=True, type="mmvssm.PlainMambaAdapter", arch="L1", drop_path_rate=0.1),
+    backbone=dict(
+        _delete_=True,
+        type="mmvssm.PlainMambaAdapter",
+        arch="L1",
+        drop_path_rate=0.1,
+        init_cfg=dict(type="Pretrained", checkpoint="mmvssm://plainmamba_l1", prefix="backbone."),
+    ),
     neck=dict(in_channels=[192] * 4, norm_cfg=norm_cfg),
     roi_head=dict(
         bbox_head=dict(

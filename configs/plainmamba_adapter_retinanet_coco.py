@@ -15,7 +15,13 @@ custom_imports = dict(imports=["mmvssm"], allow_failed_imports=False)
 sync_bn = "torch"
 find_unused_parameters = True
 model = dict(
-    backbone=dict(_delete_=True, type="mmvssm.PlainMambaAdapter", arch="L1", drop_path_rate=0.1),
+    backbone=dict(
+        _delete_=True,
+        type="mmvssm.PlainMambaAdapter",
+        arch="L1",
+        drop_path_rate=0.1,
+        init_cfg=dict(type="Pretrained", checkpoint="mmvssm://plainmamba_l1", prefix="backbone."),
+    ),
     neck=dict(
         in_channels=[192] * 4,
         add_extra_convs="on_output",

@@ -4,7 +4,12 @@ _base_ = ["./plainmamba_maskrcnn_coco.py"]
 
 embed_dims = 384
 model = dict(
-    backbone=dict(arch="L2", out_indices=(5, 11, 17, 23), drop_path_rate=0.2),
+    backbone=dict(
+        arch="L2",
+        out_indices=(5, 11, 17, 23),
+        drop_path_rate=0.2,
+        init_cfg=dict(checkpoint="mmvssm://plainmamba_l2"),
+    ),
     neck=[
         dict(type="mmvssm.TokenRestoration"),
         dict(

@@ -6,4 +6,5 @@ model = dict(
     backbone=dict(arch="L2", drop_path_rate=0.2, pruning="L2"),
     head=dict(in_channels=384),
 )
+load_from = "mmvssm://plainmamba_l2"
 optim_wrapper = dict(clip_grad=dict(max_norm=1.0))

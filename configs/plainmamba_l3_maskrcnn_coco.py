@@ -4,7 +4,12 @@ _base_ = ["./plainmamba_maskrcnn_coco.py"]
 
 embed_dims = 448
 model = dict(
-    backbone=dict(arch="L3", out_indices=(8, 17, 26, 35), drop_path_rate=0.3),
+    backbone=dict(
+        arch="L3",
+        out_indices=(8, 17, 26, 35),
+        drop_path_rate=0.3,
+        init_cfg=dict(checkpoint="mmvssm://plainmamba_l3"),
+    ),
     neck=[
         dict(type="mmvssm.TokenRestoration"),
         dict(

@@ -1,12 +1,7 @@
 """Mask R-CNN with a PlainMamba-L1 backbone on COCO: 12 epochs ("1x"), 1333x800, 16 images a step.
 
-The maps of four layers, all at stride 16, become strides 4 to 32. No weights are hosted in this
-layout, so the backbone starts at random unless a converted ImageNet checkpoint is named:
-
-    python tools/convert_checkpoint.py plainmamba SRC plainmamba_l1.pth
-    python tools/train.py configs/plainmamba_maskrcnn_coco.py --cfg-options \
-        model.backbone.init_cfg.type=Pretrained model.backbone.init_cfg.prefix=backbone. \
-        model.backbone.init_cfg.checkpoint=plainmamba_l1.pth
+The maps of four layers, all at stride 16, become strides 4 to 32. The backbone starts from published ImageNet-1k weights,
+which are downloaded from their authors when training begins; with --from-scratch it starts at random.
 
 The batch of 16 is 8 GPUs with 2 images each; with another number of GPUs, pass --auto-scale-lr.
 """
@@ -27,6 +22,7 @@ model = dict(
         arch="L1",
         out_indices=(5, 11, 17, 23),
         drop_path_rate=0.1,
+        init_cfg=dict(type="Pretrained", checkpoint="mmvssm://plainmamba_l1", prefix="backbone."),
     ),
     neck=[
         dict(type="mmvssm.TokenRestoration"),

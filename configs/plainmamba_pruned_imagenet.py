@@ -1,17 +1,14 @@
 """A pruned PlainMamba-L1 on ImageNet-1k, fine-tuned from dense weights for 30 epochs: 42.6 % fewer FLOPs.
 
-Name the dense weights, those that plainmamba_imagenet.py leaves or converted published ones:
-
-    python tools/convert_checkpoint.py plainmamba SRC plainmamba_l1.pth
-    python tools/train.py configs/plainmamba_pruned_imagenet.py --cfg-options load_from=plainmamba_l1.pth
-
-The share of tokens that is kept falls from 1 to the preset's over the first 10 of the epochs. Thirty epochs are the
+The published dense weights are downloaded from their authors when training begins; --cfg-options load_from=FILE names those
+that plainmamba_imagenet.py leaves. The share of tokens that is kept falls from 1 to the preset's over the first 10 of the epochs. Thirty epochs are the
 pruning paper's; the learning rate, a tenth of the dense model's, is chosen here.
 """
 
 _base_ = "./plainmamba_imagenet.py"
 
 model = dict(backbone=dict(pruning="L1"))
+load_from = "mmvssm://plainmamba_l1"
 
 optim_wrapper = dict(optimizer=dict(lr=1e-4))
 param_scheduler = [

@@ -1,8 +1,7 @@
 """Mask R-CNN with a pruned PlainMamba-L1 backbone on COCO, 42.6 % fewer FLOPs in the backbone at 224x224.
 
-Fine-tune it from dense weights: `load_from` a dense Mask R-CNN, or name an ImageNet checkpoint as
-configs/plainmamba_maskrcnn_coco.py says. The share of tokens that is kept falls from 1 to the
-preset's over the first two epochs.
+Fine-tune it from dense weights: `load_from` a dense Mask R-CNN. Without, it starts from published
+ImageNet-1k weights. The share of tokens that is kept falls from 1 to the preset's over the first two epochs.
 """
 
 _base_ = ["./plainmamba_maskrcnn_coco.py"]

@@ -7,7 +7,13 @@ only norms are spared from weight decay.
 _base_ = "./groupmamba_maskrcnn_coco.py"
 
 model = dict(
-    backbone=dict(_delete_=True, type="mmvssm.VMamba", arch="T", drop_path_rate=0.2),
+    backbone=dict(
+        _delete_=True,
+        type="mmvssm.VMamba",
+        arch="T",
+        drop_path_rate=0.2,
+        init_cfg=dict(type="Pretrained", checkpoint="mmvssm://vmamba_tiny", prefix="backbone."),
+    ),
     neck=dict(in_channels=[96, 192, 384, 768]),
 )
 optim_wrapper = dict(paramwise_cfg=dict(_delete_=True, norm_decay_mult=0.0))

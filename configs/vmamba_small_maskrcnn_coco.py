@@ -3,5 +3,5 @@
 _base_ = "./vmamba_maskrcnn_coco.py"
 
 model = dict(
-    backbone=dict(arch="S", drop_path_rate=0.3),
+    backbone=dict(arch="S", drop_path_rate=0.3, init_cfg=dict(checkpoint="mmvssm://vmamba_small")),
 )

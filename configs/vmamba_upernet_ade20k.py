@@ -7,7 +7,13 @@ published one; only norms are spared from weight decay.
 _base_ = "./groupmamba_upernet_ade20k.py"
 
 model = dict(
-    backbone=dict(_delete_=True, type="mmvssm.VMamba", arch="T", drop_path_rate=0.2),
+    backbone=dict(
+        _delete_=True,
+        type="mmvssm.VMamba",
+        arch="T",
+        drop_path_rate=0.2,
+        init_cfg=dict(type="Pretrained", checkpoint="mmvssm://vmamba_tiny", prefix="backbone."),
+    ),
     decode_head=dict(in_channels=[96, 192, 384, 768]),
     auxiliary_head=dict(in_channels=384),
 )

@@ -25,6 +25,11 @@ def train_parser() -> argparse.ArgumentParser:
         "--iters", type=int, metavar="N", help="the same for a config that counts iterations"
     )
     parser.add_argument(
+        "--from-scratch",
+        action="store_true",
+        help="start from random weights where the config names pretrained ones (init_cfg)",
+    )
+    parser.add_argument(
         "--amp",
         action="store_true",
         help="train in mixed precision: float16 on a GPU, bfloat16 for backbone and neck on a CPU",

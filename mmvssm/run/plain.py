@@ -11,7 +11,8 @@ from mmengine.runner import Runner
 from ..errors import UserError
 from ..processes import on_first_process
 from .arguments import train_parser
-from .setup import generate_data
+from .pretrained import start_from_scratch
+from .setup import generate_data, say
 
 _DATA_OPTIONS = ("data_root", "classes", "reduce_zero_label", "no_data_check")
 _NOT_PLAIN = ("epochs", "iters", "tensorboard", *_DATA_OPTIONS)
@@ -46,6 +47,8 @@ def train_plain(args: argparse.Namespace) -> None:
     cfg.work_dir = (
         args.work_dir or cfg.get("work_dir") or os.path.join("work_dirs", Path(args.config).stem)
     )
+    if args.from_scratch:
+        say(start_from_scratch(cfg))
     if args.amp:
         cfg.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic")
     if args.auto_scale_lr:

@@ -1,16 +1,36 @@
-"""Check that pretrained weights, which an ``init_cfg`` names, load into the model."""
+"""Check that pretrained weights, which an ``init_cfg`` names, load into the model; or drop them."""
 
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Optional
 
-from mmengine.model import BaseModule, PretrainedInit
+from mmengine.config import Config
+from mmengine.model import BaseModule
 from torch import Size, Tensor, nn
 
 from ..errors import UserError, shown
+from ..models.weights import PRETRAINED, drop_pretrained
 from .checkpoints import Checkpoint, shapes_of
 
 _CONVERT = "tools/convert_checkpoint.py renames those of published models"
+
+
+def start_from_scratch(cfg: Config) -> str:
+    """Let every part of a config's model start at random.
+
+    Args:
+        cfg: Changed in place: an ``init_cfg`` that names a checkpoint becomes None; so do ``load_from`` and mmseg's
+            ``pretrained``.
+
+    Returns:
+        A line that lists what is not loaded.
+    """
+    dropped = list(drop_pretrained(cfg.model))
+    if cfg.get("load_from"):
+        dropped.append(cfg.load_from)
+        cfg.load_from = None
+    what = f"not loaded: {', '.join(dropped)}" if dropped else "its config names no pretrained ones"
+    return f"The model starts from random weights; {what}"
 
 
 def check_pretrained(model: nn.Module) -> Iterator[str]:
@@ -45,7 +65,7 @@ def _pretrained(model: nn.Module) -> Iterator[tuple[str, nn.Module, dict]]:
     for name, module in model.named_modules():
         init_cfgs = getattr(module, "init_cfg", None) or []
         for init_cfg in [init_cfgs] if isinstance(init_cfgs, dict) else init_cfgs:
-            if init_cfg.get("type") in ("Pretrained", PretrainedInit):
+            if init_cfg.get("type") in PRETRAINED:
                 yield name, module, init_cfg
 
 

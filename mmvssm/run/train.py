@@ -13,7 +13,7 @@ from ..processes import on_first_process
 from .failures import run_failures
 from .hooks.reproducible import make_reproducible
 from .plain import train_plain
-from .pretrained import check_pretrained
+from .pretrained import check_pretrained, start_from_scratch
 from .resuming import choose_start
 from .schedule import change_length, hint_at_options, shorten_warm_ups
 from .settings import find_type, suggest_similar_name
@@ -41,7 +41,8 @@ def train(args: argparse.Namespace) -> None:
 
     1. Settings: refuse misspelt keys, unknown types and values that cannot work (:func:`~.setup.open_config`).
     2. Machine: gloo and plain batch norm without GPUs; ``SyncBuffersHook`` with several processes.
-    3. Options: ``--epochs`` and ``--iters`` with the whole schedule, ``--tensorboard``, and ``--amp`` on a CPU.
+    3. Options: ``--epochs`` and ``--iters`` with the whole schedule, ``--from-scratch``, ``--tensorboard``, ``--amp``
+       on a CPU.
     4. Work dir: refuse one that holds, or is locked by, another run (:mod:`~.work_dir`).
     5. Data: ``--data-root`` with classes, heads and evaluators; generated data; checks of every file that the run will
        read (:func:`~.setup.prepare_data`).
@@ -165,6 +166,8 @@ def _apply_options(cfg: Config, args: argparse.Namespace) -> None:
         use_amp(cfg)
     if args.tensorboard:
         use_tensorboard(cfg)
+    if args.from_scratch:
+        say(start_from_scratch(cfg))
     if args.auto_scale_lr:
         if "base_batch_size" not in (cfg.get("auto_scale_lr") or {}):
             raise UserError("--auto-scale-lr needs auto_scale_lr.base_batch_size in the config")

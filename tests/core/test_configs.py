@@ -13,7 +13,9 @@ from mmengine.registry import MODELS, TRANSFORMS, DefaultScope
 from torch import nn
 
 import mmvssm.registry
-from mmvssm.safe_checkpoint import UnsafeCheckpointError
+from mmvssm.errors import UserError
+from mmvssm.models.weights import VARIABLE, drop_pretrained
+from mmvssm.models.weights_table import find_model
 from support.tiny_configs import DENSE
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -150,20 +152,23 @@ class TestText:
         if pruned and is_large(name):
             assert cfg.model.backbone.pruning == cfg.model.backbone.arch
 
-    def test_starts_without_hosted_weights_but_can_be_given_some(self, name):
+    def test_starts_where_the_papers_start(self, name, monkeypatch, tmp_path):
         cfg = load(name)
-        assert cfg.model.backbone.get("init_cfg") is None
         assert cfg.model.get("pretrained") is None
-        cfg.merge_from_dict(
-            {
-                "model.backbone.init_cfg.type": "Pretrained",
-                "model.backbone.init_cfg.checkpoint": "absent.pth",
-                "model.backbone.init_cfg.prefix": "backbone.",
-            }
-        )
-        # mmengine's error, or ours where mmvssm.run guards loading.
-        with pytest.raises((FileNotFoundError, UnsafeCheckpointError), match=r"absent\.pth"):
+        init_cfg = cfg.model.backbone.get("init_cfg")
+        if not is_large(name):
+            assert init_cfg is None
+            return
+        backbone = cfg.model.backbone
+        published = find_model(init_cfg.checkpoint.removeprefix("mmvssm://"))
+        kind = backbone.type.removeprefix("mmvssm.").removesuffix("Adapter")
+        assert (published.backbone, published.arch) == (kind, backbone.arch)
+        assert published.task == "classification" and init_cfg.prefix == "backbone."
+        monkeypatch.setenv(VARIABLE, str(tmp_path))
+        (tmp_path / f"{published.name}.pth").write_text("no weights")
+        with pytest.raises(UserError, match=rf"{published.name}\.pth is not a readable PyTorch"):
             build(cfg).backbone.init_weights()
+        assert list(drop_pretrained(cfg.model)) == [init_cfg.checkpoint]
 
     def test_can_be_inherited_by_name(self, name, tmp_path):
         """What builds a pipeline has to know where to look for transforms then, too."""
