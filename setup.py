@@ -127,7 +127,7 @@ setup(
     packages=find_packages(include=["mmvssm", "mmvssm.*"]),
     # Where OpenMMLab's packages have their configs; the folder is a link to ours.
     package_data={
-        "mmvssm": [".mim/model-index.yml", ".mim/configs/*.py", ".mim/configs/_base_/*.py"]
+        "mmvssm": [".mim/model-index.yml", ".mim/configs/*.*", ".mim/configs/_base_/*.py"]
     },
     ext_modules=[CPU_KERNEL],
     cmdclass={"build_ext": BuildKernel, "bdist_wheel": TagWheel},

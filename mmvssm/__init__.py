@@ -38,10 +38,10 @@ if not _MISSING:
     for _name in _ROOMS:
         import_module(f".{_name}", __name__)
     import_module(".packaged_configs", __name__).register_configs()
-    _weights = import_module(".models.weights", __name__)
-    _weights.register_scheme()
-    list_models = _weights.list_models
-    __all__ += ["list_models"]
+    import_module(".models.weights", __name__).register_scheme()
+    get_model = import_module(".models.get_model", __name__).get_model
+    list_models = import_module(".models.weights_table", __name__).list_models
+    __all__ += ["get_model", "list_models"]
 elif find_spec("mmengine"):
     # Somebody's config may be about to ask for a model by name.
     warnings.warn(
