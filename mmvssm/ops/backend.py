@@ -1,4 +1,4 @@
-"""What all operators share: the choice of backend, the compiled library, dtypes, autocast and devices.
+"""Shared parts of all operators: choice of backend, compiled library, dtypes, autocast and devices.
 
 An operator has up to three backends, modules with the same functions: Triton kernels for GPUs, compiled C++ for CPUs,
 and plain PyTorch for every other case. The C++ of all operators is one library with a plain C interface that knows
@@ -23,14 +23,14 @@ import torch
 from torch import Tensor
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-"""The numbers of the element types, ``DType`` of ``csrc/dispatch.h``."""
+"""Codes of the element types, as in ``DType`` of ``csrc/dispatch.h``."""
 
 
 # ------------------------------------------------------------------------------------- choice of backend
 
 
-def choose(x: Tensor, *, gpu: ModuleType, cpu: ModuleType, anywhere: ModuleType) -> ModuleType:
-    """The fastest backend that works for a tensor, of an operator's three. Slow ones are taken with a warning."""
+def choose(x: Tensor, *, gpu: ModuleType, cpu: ModuleType, fallback: ModuleType) -> ModuleType:
+    """Return the fastest of an operator's three backends that works for ``x``; warn once if it is a slow one."""
     if x.is_cuda:
         if not triton_available():
             warn_no_triton()
@@ -38,25 +38,25 @@ def choose(x: Tensor, *, gpu: ModuleType, cpu: ModuleType, anywhere: ModuleType)
             return gpu
     if x.device.type == "cpu" and cpu.available():
         return cpu
-    return anywhere
+    return fallback
 
 
 @functools.cache
 def triton_available() -> bool:
-    """Whether triton can be imported. Nothing in this folder does so before it is asked."""
+    """Whether Triton can be imported. Modules in this folder import it only after this check."""
     try:
         import triton  # noqa: F401
-    except Exception:  # a broken installation fails in ways of its own
+    except Exception:  # a broken installation may raise anything
         return False
     return True
 
 
 @functools.cache
 def warn_no_triton() -> None:
-    """Say that a GPU's kernels cannot run, and what it costs."""
+    """Warn that the GPU kernels cannot run and that the fallback is slow."""
     warnings.warn(
         "mmvssm: Triton cannot be imported, so scans and sparse convolutions on the GPU run in plain PyTorch, which is "
-        'slow. Install the Triton that belongs to your PyTorch, and look at what "import triton" says.',
+        'slow. Run "import triton" to see the error, and install the Triton that matches your PyTorch.',
         RuntimeWarning,
         stacklevel=2,
     )
@@ -64,15 +64,15 @@ def warn_no_triton() -> None:
 
 @functools.cache
 def triton_works() -> bool:
-    """Whether triton is there and what it needs to launch a kernel; says so, once, where only the latter is missing."""
+    """Whether Triton can be imported and launch kernels; warn once if it can be imported but cannot launch them."""
     if not triton_available():
         return False
     missing = missing_for_triton()
     if missing:
         warnings.warn(
-            f"mmvssm: Triton cannot launch GPU kernels here, since there is {missing}. Scans and sparse convolutions "
-            "on the GPU run in plain PyTorch, many times slower. Install it, or say in the environment variable CC "
-            "where a C compiler is.",
+            f"mmvssm: Triton cannot launch GPU kernels: it found {missing}. Scans and sparse convolutions on the GPU "
+            "run in plain PyTorch, many times slower. Install what is missing, or set the environment variable CC to "
+            "a C compiler.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -80,18 +80,18 @@ def triton_works() -> bool:
 
 
 def missing_for_triton() -> str:
-    """What Triton would miss when it compiles its launcher, empty if nothing."""
+    """Name what Triton lacks to compile its launcher, such as "no C compiler"; empty if it has everything."""
     import triton
 
     build = getattr(getattr(triton, "knobs", None), "build", None)
-    if getattr(build, "impl", None) is not None:  # somebody's own way to compile
+    if getattr(build, "impl", None) is not None:  # the user has replaced Triton's compile function
         return ""
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "no C compiler (such as gcc)"
     scheme = sysconfig.get_default_scheme()
-    scheme = "posix_prefix" if scheme == "posix_local" else scheme  # Debian's own; as Triton does
+    scheme = "posix_prefix" if scheme == "posix_local" else scheme  # Debian; Triton does the same
     folders = [sysconfig.get_path("include", scheme)]
-    for variable in ("CPATH", "C_INCLUDE_PATH"):  # where compilers look too, in conda and Nix
+    for variable in ("CPATH", "C_INCLUDE_PATH"):  # conda and Nix set these for compilers
         folders += filter(None, os.environ.get(variable, "").split(os.pathsep))
     if not any((Path(folder) / "Python.h").exists() for folder in folders):
         return "no header Python.h (in packages such as python3-dev)"
@@ -107,16 +107,16 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def check_devices(operator: str, x_name: str, x: Tensor, others: Mapping[str, object]) -> None:
-    """Compare the devices of an operator's tensors.
+    """Check that all tensors of an operator are on one device.
 
     Args:
-        operator: Its name, for the message.
-        x_name: What the operator calls ``x``.
-        x: The tensor whose device counts.
-        others: Its other arguments by name; what is no tensor is passed over.
+        operator: Name of the operator, for the message.
+        x_name: Name of the argument ``x``.
+        x: Tensor on the expected device.
+        others: The other arguments by name; those that are no tensors are skipped.
 
     Raises:
-        ValueError: If one is on another device.
+        ValueError: If a tensor is on another device.
     """
     for name, other in others.items():
         if isinstance(other, Tensor) and other.device != x.device:
@@ -126,11 +126,11 @@ def check_devices(operator: str, x_name: str, x: Tensor, others: Mapping[str, ob
 
 
 def register_autocast(operator: str, lowered: Collection[int]) -> None:
-    """Let autocast convert some of an operator's arguments, float64 apart, and run it as it is then.
+    """Make autocast convert some of an operator's arguments, except float64 ones, to its dtype.
 
     Args:
-        operator: Its name in the namespace ``mmvssm``.
-        lowered: The positions of those arguments.
+        operator: Name in the namespace ``mmvssm``.
+        lowered: Positions of the arguments to convert.
     """
     for device_type, dispatch_key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
         function = functools.partial(_under_autocast, operator, frozenset(lowered), device_type)
@@ -156,18 +156,18 @@ _LIBRARY = Path(__file__).parent / "_kernels.so"
 
 
 class KernelArguments(ctypes.Structure):
-    """Base of the structs that the library's functions take: it fills in tensors and keeps them alive.
+    """Base of the structs that the library's functions take. Its methods store tensors and keep them alive.
 
     Attributes:
-        element_dtype: Of rows of tokens, to be set before them.
-        wide_dtype: Of parameters, states and sums, likewise.
+        element_dtype: Dtype of token rows; set it before the first row.
+        wide_dtype: Dtype of parameters, states and sums; set it before the first of them.
     """
 
     element_dtype: torch.dtype
     wide_dtype: torch.dtype
 
     def input_rows(self, name: str, x: Tensor) -> None:
-        """Tokens ``(B, L, ..., C)`` with any strides but the last."""
+        """Store tokens ``(B, L, ..., C)``; only the last dimension has to be contiguous, else we copy."""
         x = x.to(self.element_dtype)
         if x.shape[-1] > 1 and x.stride(-1) != 1:
             x = x.contiguous()
@@ -175,17 +175,17 @@ class KernelArguments(ctypes.Structure):
         setattr(self, name, rows(self.address(x), *x.stride()[:-1]))
 
     def input_array(self, name: str, x: Tensor) -> None:
-        """A tensor that is read as it lies in contiguous memory."""
+        """Store a tensor that the library reads as one contiguous block."""
         setattr(self, name, self.address(x.to(self.wide_dtype).contiguous()))
 
     def output(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Make a tensor for the library to write."""
+        """Allocate a tensor that the library writes."""
         x = torch.empty(shape, dtype=dtype)
         setattr(self, name, self.address(x))
         return x
 
     def address(self, x: Tensor) -> int:
-        """Where a tensor lies, which from now on is kept."""
+        """Return a tensor's address and keep the tensor alive."""
         self.__dict__.setdefault("_tensors", []).append(x)
         return x.data_ptr()
 
@@ -193,10 +193,10 @@ class KernelArguments(ctypes.Structure):
 def load_library(
     prefix: str, version: int, arguments: type[KernelArguments], functions: list[str]
 ) -> tuple[Optional[ctypes.CDLL], str]:
-    """Load the library and make ready the functions ``{prefix}_{function}(const arguments*)``.
+    """Load the library and declare its functions ``{prefix}_{function}(const arguments*)``.
 
     Returns:
-        The library, or None and the reason.
+        The library and an empty string, or None and the reason.
     """
     library, reason = _open_library()
     if library is None:
@@ -209,27 +209,24 @@ def load_library(
 
 
 def onnxruntime_library() -> str:
-    """The library with the native operator ``mmvssm::SelectiveScan`` for onnxruntime 1.17 and later.
+    """Path of the library with the native operator ``mmvssm::SelectiveScan`` for onnxruntime 1.17 and later.
 
-    It is the one that has the compiled CPU kernels, and needs neither Python nor PyTorch. Sessions run the operator on
-    their own threads, ``intra_op_num_threads`` of them, with the same bits for any number::
+    The same library holds the compiled CPU kernels; it needs neither Python nor PyTorch. A session runs the operator on
+    its own ``intra_op_num_threads`` threads. Results are bitwise equal for any number of threads::
 
         options = onnxruntime.SessionOptions()
         options.register_custom_ops_library(mmvssm.ops.onnxruntime_library())
 
-    Returns:
-        Its path.
-
     Raises:
-        RuntimeError: If it was not built when mmvssm was installed, or cannot be used.
+        RuntimeError: If it was not built when mmvssm was installed, or cannot be loaded.
     """
     library, reason = _open_library()
     if library is not None and not hasattr(library, "RegisterCustomOps"):
         library, reason = None, _OTHER_VERSION
     if library is None:
         raise RuntimeError(
-            f"mmvssm: onnxruntime's native operator is one of the compiled CPU kernels, which are missing, {reason}. "
-            "Install a C++ compiler (such as g++) and reinstall mmvssm to build them, or run models without it."
+            f"mmvssm: onnxruntime's native operator needs the compiled CPU kernels, but {reason}. "
+            "Install a C++ compiler (such as g++) and reinstall mmvssm to build them, or run without the operator."
         )
     return str(_LIBRARY)
 
@@ -257,9 +254,9 @@ def _interface(library: ctypes.CDLL, prefix: str) -> Optional[tuple[int, int]]:
 
 @functools.cache
 def warn_no_library(reason: str) -> None:
-    """Say that the library is missing, and what it costs."""
+    """Warn that the library is missing and that the fallback is slow."""
     warnings.warn(
-        f"mmvssm: the compiled CPU kernels are missing, {reason}. Scans and sparse convolutions on the CPU run in "
+        f"mmvssm: the compiled CPU kernels are missing: {reason}. Scans and sparse convolutions on the CPU run in "
         "plain PyTorch, many times slower. Install a C++ compiler (such as g++) and reinstall mmvssm to build them.",
         RuntimeWarning,
         stacklevel=2,

@@ -316,7 +316,7 @@ def test_without_triton_no_figures_are_passed_off_as_its(tmp_path, monkeypatch):
     monkeypatch.setattr(backend, "triton_works", lambda: False)
     monkeypatch.setattr(backend, "missing_for_triton", lambda: "no C compiler")
     assert result("times")["status"] == "failed"
-    assert result("times")["message"].endswith("since there is no C compiler")
+    assert result("times")["message"].endswith("it found no C compiler")
     monkeypatch.setattr(backend, "triton_available", lambda: False)
     assert "Triton cannot be imported" in result("times")["message"]
     assert ran == []
@@ -461,7 +461,7 @@ def launching(monkeypatch):
             return y, states * (1 + self.error_of_states * triton_launch.SINGLE_PASS)
 
     launching = Launching()
-    monkeypatch.setattr(backend, "choose", lambda x, gpu, cpu, anywhere: launching)
+    monkeypatch.setattr(backend, "choose", lambda x, gpu, cpu, fallback: launching)
     return launching
 
 

@@ -38,7 +38,7 @@ def test_without_a_compiler_it_says_so_once_and_falls_back(monkeypatch, tmp_path
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(backend.shutil, "which", lambda name: None)
     on_gpu = type("OnGpu", (), dict(is_cuda=True, device=torch.device("cuda")))
-    choose = functools.partial(backend.choose, on_gpu, gpu=triton_launch, cpu=cpu, anywhere=pytorch)
+    choose = functools.partial(backend.choose, on_gpu, gpu=triton_launch, cpu=cpu, fallback=pytorch)
     backend.triton_works.cache_clear()
     try:
         with pytest.warns(RuntimeWarning, match="no C compiler") as said:

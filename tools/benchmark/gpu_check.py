@@ -275,10 +275,10 @@ def require_triton() -> None:
     from mmvssm.ops import backend
 
     if not backend.triton_available():
-        raise RuntimeError('Triton cannot be imported; look at what "import triton" says')
+        raise RuntimeError('Triton cannot be imported; run "import triton" to see the error')
     if not backend.triton_works():
         missing = backend.missing_for_triton()
-        raise RuntimeError(f"Triton cannot launch kernels here, since there is {missing}")
+        raise RuntimeError(f"Triton cannot launch kernels: it found {missing}")
 
 
 def attempt(report: Report, what: str, function: Callable[[], dict[str, object]]) -> None:

@@ -76,7 +76,7 @@ def selective_scan(
 
 
 def _backend(u: Tensor) -> ModuleType:
-    return backend.choose(u, gpu=triton_launch, cpu=cpu, anywhere=pytorch)
+    return backend.choose(u, gpu=triton_launch, cpu=cpu, fallback=pytorch)
 
 
 # Registered by hand: what ``torch.library.custom_op`` adds took longer than the launch of a scan.

@@ -123,7 +123,7 @@ def _check(x: Tensor, weight: Tensor, neighbors: Tensor, bias: Optional[Tensor])
 
 
 def _backend(x: Tensor) -> ModuleType:
-    return backend.choose(x, gpu=triton_launch, cpu=cpu, anywhere=pytorch)
+    return backend.choose(x, gpu=triton_launch, cpu=cpu, fallback=pytorch)
 
 
 @torch.library.custom_op("mmvssm::sparse_depthwise_conv", mutates_args=())

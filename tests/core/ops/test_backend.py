@@ -1,4 +1,4 @@
-"""The choice of backend, and what is said where it is a slow one."""
+"""The choice of backend, and the warning where it is a slow one."""
 
 import warnings
 from types import SimpleNamespace
@@ -22,17 +22,17 @@ def without_triton(monkeypatch):
 
 def choose(x, cpu_available=True):
     cpu = SimpleNamespace(name="cpu", available=lambda: cpu_available)
-    gpu, anywhere = SimpleNamespace(name="gpu"), SimpleNamespace(name="anywhere")
-    return backend.choose(x, gpu=gpu, cpu=cpu, anywhere=anywhere).name
+    gpu, fallback = SimpleNamespace(name="gpu"), SimpleNamespace(name="fallback")
+    return backend.choose(x, gpu=gpu, cpu=cpu, fallback=fallback).name
 
 
-def test_a_gpu_without_triton_says_so_once(without_triton):
+def test_a_gpu_without_triton_warns_once(without_triton):
     with pytest.warns(RuntimeWarning, match=r"Triton cannot be imported.*plain PyTorch") as caught:
-        assert [choose(GPU), choose(GPU)] == ["anywhere"] * 2
+        assert [choose(GPU), choose(GPU)] == ["fallback"] * 2
     assert len(caught) == 1
 
 
-def test_nothing_is_said_where_kernels_run(monkeypatch):
+def test_no_warning_where_kernels_run(monkeypatch):
     monkeypatch.setattr(backend, "triton_available", lambda: True)
     monkeypatch.setattr(backend, "missing_for_triton", lambda: "")  # which asks Triton itself
     with warnings.catch_warnings():
@@ -45,4 +45,4 @@ def test_a_cpu_needs_no_triton(without_triton):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert choose(CPU) == "cpu"
-        assert choose(CPU, cpu_available=False) == "anywhere"  # who says so is the kernel's module
+        assert choose(CPU, cpu_available=False) == "fallback"  # the kernel's module warns
