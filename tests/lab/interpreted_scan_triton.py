@@ -48,7 +48,7 @@ def _scan_whole_slices(monkeypatch):
 def _prepare_afresh(monkeypatch):
     """Larger tiles, for the interpreter takes time per operation; and nothing kept from other sizes of tiles."""
     monkeypatch.setattr(triton_launch, "_GRADIENT_LANES", 16)
-    monkeypatch.setattr(triton_launch, "_kept", {})
+    monkeypatch.setattr(triton_launch, "_plans", {})
 
 
 def run(inputs, delta_softplus):
@@ -83,7 +83,7 @@ def test_spans_of_one_state(length, monkeypatch):
     """Programs of 32 threads: many spans, composed in two rounds; with whole batches of steps, and without."""
     monkeypatch.setattr(triton_launch, "_THREADS", 32)
     check(Case(1, length, 1, 7, 1), run)
-    (forward,) = (x for x in triton_launch._kept.values() if "y_l" in x.launches[-1].values)
+    (forward,) = (x for x in triton_launch._plans.values() if "y_l" in x.launches[-1].values)
     assert [x.kernel.__name__ for x in forward.launches] == ["run_ends", "outputs"]
     assert forward.launches[-1].values["spans"] > 4 * forward.launches[-1].values["GROUPS"]
 
@@ -95,9 +95,9 @@ def test_single_pass(length, block, monkeypatch):
     monkeypatch.setattr(triton_launch, "_TILE_THREADS", 8)
     monkeypatch.setattr(triton_launch, "_TILE_STEPS", 4)
     monkeypatch.setattr(triton_launch, "_BLOCK", block)
-    monkeypatch.setattr(triton_launch, "_kept", {})
+    monkeypatch.setattr(triton_launch, "_plans", {})
     check(Case(1, length, 1, 7, 1), run)
-    (launch,) = next(iter(triton_launch._kept.values())).launches
+    (launch,) = next(iter(triton_launch._plans.values())).launches
     tiles, fold = (launch.values[name] for name in ("tiles", "FOLD"))
     assert tiles < block if block == 16 else tiles // block > fold
 
@@ -118,7 +118,8 @@ def test_walks_that_decay_alike(monkeypatch):
     for name, x in run(dict(inputs), True).items():
         if name in expected:
             torch.testing.assert_close(x.double(), expected[name], rtol=1e-5, atol=1e-5)
-    assert any(x.values.get("WALKS") == 2 for p in triton_launch._kept.values() for x in p.launches)
+    launches = [x for plan in triton_launch._plans.values() for x in plan.launches]
+    assert any(x.values.get("WALKS") == 2 for x in launches)
 
 
 @pytest.mark.parametrize("states, length", [(17, 66), (64, 9)])

@@ -89,7 +89,7 @@ def test_agrees_with_the_definition_in_more_cases(case):
 def test_single_pass_agrees_with_the_definition(case, monkeypatch):
     """Its programs wait for each other; here they run in their order."""
     monkeypatch.setattr(triton_launch, "SINGLE_PASS", True)
-    monkeypatch.setattr(triton_launch, "_kept", {})
+    monkeypatch.setattr(triton_launch, "_plans", {})
     if case.length != 300:  # so many steps take long to compile: once is enough
         monkeypatch.setattr(triton_launch, "_TILE_STEPS", 8)
     check(case, run_on(90))
@@ -103,7 +103,7 @@ def test_single_pass_of_many_blocks_agrees_with_the_definition(case, monkeypatch
     monkeypatch.setattr(triton_launch, "_TILE_STEPS", 16)
     monkeypatch.setattr(triton_launch, "_TILE_THREADS", 64)
     monkeypatch.setattr(triton_launch, "_BLOCK", 2)
-    monkeypatch.setattr(triton_launch, "_kept", {})
+    monkeypatch.setattr(triton_launch, "_plans", {})
     check(case, run_on(90))
 
 

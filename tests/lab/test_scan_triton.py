@@ -59,14 +59,14 @@ def test_without_a_compiler_it_says_so_once_and_falls_back(monkeypatch, tmp_path
 @needs_triton
 def test_one_state_takes_two_launches_and_a_plan_that_is_kept():
     """The second call with inputs of the same shapes and strides works out nothing."""
-    before = dict(triton_launch._kept)
+    before = dict(triton_launch._plans)
     first = [
         x for x in launches_of(1, torch.float32) if x.kernel.__name__ in ("run_ends", "outputs")
     ]
     assert [x.kernel.__name__ for x in first] == ["run_ends", "outputs", "run_ends"]
-    plans = triton_launch._kept.keys() - before.keys()
+    plans = triton_launch._plans.keys() - before.keys()
     launches_of(1, torch.float32)
-    assert triton_launch._kept.keys() - before.keys() == plans
+    assert triton_launch._plans.keys() - before.keys() == plans
 
 
 @needs_triton
@@ -77,8 +77,8 @@ def test_partial_sums_of_weights_take_no_more_than_u_of_an_image(images):
     grad_y = inputs.pop("grad_y")
     big = {k: inputs[k].expand(images, *inputs[k].shape[1:]) for k in ("u", "delta", "B", "C")}
     scan = ScanInputs(**{**inputs, **big})
-    prepared = triton_launch._prepare_backward(scan, grad_y.expand_as(scan.u))
-    parts = prepared.workspace["parts"]
+    plan = triton_launch._plan_backward(scan, grad_y.expand_as(scan.u))
+    parts = plan.workspace["parts"]
     assert parts[1] == 1 or math.prod(parts) <= scan.u[0].numel()
 
 

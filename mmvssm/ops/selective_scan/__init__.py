@@ -1,7 +1,7 @@
-"""The selective-scan operator: its public function, and its registration with PyTorch.
+"""Selective scan: the public function and its registration with PyTorch.
 
-``naive.py`` is its definition, ``inputs.py`` knows its arguments, ``traversal.py`` makes walks over grids, and
-``pytorch.py``, ``cpu.py`` and ``triton_launch.py`` are its backends.
+``naive.py`` defines the operator, ``inputs.py`` holds its arguments and checks, ``traversal.py`` makes walks over
+grids. ``pytorch.py``, ``cpu.py`` and ``triton_launch.py`` are its backends.
 """
 
 from __future__ import annotations
@@ -36,15 +36,14 @@ def selective_scan(
 ) -> Tensor:
     """Selective scan (Mamba, section 3.2) along ``K`` walks over the same tokens, in one call.
 
-    What it computes is written down in :func:`mmvssm.ops.selective_scan.naive.selective_scan_naive`. The
-    state is float32, or float64 if any of ``u``, ``delta``, ``A``, ``B`` and ``C`` is, whatever else their dtypes
-    are; ``D``, ``delta_bias`` and ``rest`` are converted to it. Memory is
-    ``O(B * L * K * D)``, forward and backward: no tensor of size ``B * L * K * D * N`` exists. All
-    floating-point arguments are differentiable, once.
+    :func:`mmvssm.ops.selective_scan.naive.selective_scan_naive` has the formula. The state is float64 if any of ``u``,
+    ``delta``, ``A``, ``B`` and ``C`` is, else float32; ``D``, ``delta_bias`` and ``rest`` are converted to that dtype.
+    Forward and backward take ``O(B * L * K * D)`` memory: no tensor of size ``B * L * K * D * N`` exists. All
+    floating-point arguments are differentiable once.
 
-    ``u`` and ``delta`` may be expanded along ``K`` (stride 0) where walks share them: nothing is copied. Where all but
-    ``B``, ``traversal.order`` and ``traversal.gap`` is expanded so, the forward pass on a CPU takes half the time at
-    state 16: it computes once what the walks share.
+    ``u`` and ``delta`` may be expanded along ``K`` (stride 0) where walks share them: nothing is copied. If everything
+    but ``B``, ``traversal.order`` and ``traversal.gap`` is expanded this way, the CPU forward pass computes the shared
+    part once, which halves its time at 16 states.
 
     Args:
         u: Values ``(B, L, K, D)``: batch, token, walk, channel. Channels should be adjacent in memory.
@@ -54,18 +53,16 @@ def selective_scan(
         C: Output projections ``(B, L, K, N)``.
         D: Skip connection ``(K, D)``.
         delta_bias: Added to ``delta`` ``(K, D)``.
-        traversal: Which token each step visits; by default every walk follows the order in memory.
-        rest: Step size at grid positions that are absent from the tokens ``(K, D)``; needed where
-            ``traversal.gap`` is given.
+        traversal: Token that each step visits; by default every walk follows the order in memory.
+        rest: Step size at grid positions without a token ``(K, D)``; required with ``traversal.gap``.
         delta_softplus: Whether ``delta`` passes through softplus.
 
     Returns:
-        ``y (B, L, K, D)``, contiguous, each token's output at the token's place, in the dtype of ``u``. Under autocast
-        ``u``, ``delta``, ``B`` and ``C`` take the autocast dtype; ``A``, ``D``, ``delta_bias`` and
-        ``rest`` keep theirs.
+        ``y (B, L, K, D)``, contiguous, in the order and dtype of ``u``. Autocast converts ``u``, ``delta``, ``B`` and
+        ``C`` but not ``A``, ``D``, ``delta_bias`` and ``rest``.
 
     Raises:
-        ValueError: If a shape, dtype or device does not fit; the message names the argument, what it is and what was
+        ValueError: If a shape, dtype or device does not fit. The message names the argument, its value and what we
             expected.
     """
     walks = traversal if traversal is not None else (None, None, None)
@@ -79,7 +76,7 @@ def _backend(u: Tensor) -> ModuleType:
     return backend.choose(u, gpu=triton_launch, cpu=cpu, fallback=pytorch)
 
 
-# Registered by hand: what ``torch.library.custom_op`` adds took longer than the launch of a scan.
+# Registered by hand: the overhead of ``torch.library.custom_op`` exceeded the launch of a scan.
 _library = torch.library.Library("mmvssm", "FRAGMENT")
 _library.define(
     f"selective_scan({SCHEMA}) -> (Tensor y, Tensor states)", tags=torch.Tag.pt2_compliant_tag
@@ -94,10 +91,10 @@ _library.define(
 @torch.library.impl(_library, "selective_scan", "CompositeExplicitAutograd")
 def _scan(*inputs) -> tuple[Tensor, Tensor]:
     inputs = ScanInputs(*inputs)
-    # Not every call comes through the checks above: a program may be exported here and moved to another device.
+    # Exported programs skip the checks above, and may have been moved to another device.
     inputs.check_devices()
     y, states = _backend(inputs.u).forward(inputs)
-    # In one dimension, since a size of 1, a walk's only chunk, would be a case of its own to torch.export.
+    # Flat, since torch.export specialises sizes of 1, and a short walk has one chunk.
     return y, states.flatten()
 
 
@@ -124,7 +121,7 @@ def _(grad_y, *inputs_and_states):
 
 
 class _Differentiable(torch.autograd.Function):
-    """The operator with its gradients, which can be taken once."""
+    """The operator with its first-order gradients."""
 
     @staticmethod
     def forward(ctx, *inputs):
@@ -167,7 +164,7 @@ backend.register_autocast(
 
 @register_flop_formula(torch.ops.mmvssm.selective_scan)
 def selective_scan_flops(u_shape, delta_shape, A_shape, *args, out_shape=None, **kwargs) -> int:
-    """``9 L D N + L D`` per image and walk, as the vision Mamba papers count (VMamba, appendix)."""
+    """Count ``9 L D N + L D`` per image and walk, as the vision Mamba papers do (VMamba, appendix)."""
     batch, length, walks, channels = u_shape
     return batch * walks * length * channels * (9 * A_shape[-1] + 1)
 
@@ -176,5 +173,5 @@ def selective_scan_flops(u_shape, delta_shape, A_shape, *args, out_shape=None, *
 def selective_scan_backward_flops(
     grad_shape, u_shape, delta_shape, A_shape, *args, out_shape=None, **kwargs
 ) -> int:
-    """Twice the forward pass, the usual estimate where a pass is not counted operation by operation."""
+    """Count twice the forward pass, the usual estimate."""
     return 2 * selective_scan_flops(u_shape, delta_shape, A_shape)

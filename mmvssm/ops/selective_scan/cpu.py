@@ -20,7 +20,7 @@ _PROBLEMS = {
 
 
 def available() -> bool:
-    """Whether the compiled kernel can be used. The first time that it cannot, a warning says why."""
+    """Whether the compiled kernel can be used; warn once if it cannot."""
     library, reason = _load()
     if library is None:
         backend.warn_no_library(reason)
@@ -31,7 +31,7 @@ def forward(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     """See :func:`mmvssm.ops.selective_scan.pytorch.forward`.
 
     Raises:
-        IndexError: If ``order`` or ``source`` name a token that does not exist.
+        IndexError: If ``order`` or ``source`` names a token that does not exist.
         ValueError: If ``order`` does not visit every token once.
     """
     scan = _Scan.of(inputs)
@@ -47,8 +47,8 @@ def backward(
     """See :func:`mmvssm.ops.selective_scan.pytorch.backward`.
 
     Raises:
-        IndexError: If ``order`` or ``source`` name a token that does not exist.
-        ValueError: If ``order`` or ``source`` do not visit every token once.
+        IndexError: If ``order`` or ``source`` names a token that does not exist.
+        ValueError: If ``order`` or ``source`` does not visit every token once.
     """
     scan = _Scan.of(inputs)
     scan.input_rows("grad_y", grad_y)
@@ -70,13 +70,13 @@ def backward(
 
 
 def runs_walks_together(inputs: ScanInputs) -> bool:
-    """Whether :func:`forward`, given the same inputs, computes what the walks share once for all of them."""
+    """Whether :func:`forward` computes the part that the walks share only once for these inputs."""
     library, _ = _load()
     return bool(library.scan_runs_walks_together(_Scan.of(inputs)))
 
 
 def _walks_share(inputs: ScanInputs) -> bool:
-    """Whether the walks, ``K`` of them, are seen to share all but ``B``, order and gap, by strides of 0."""
+    """Whether all inputs but ``B``, ``order`` and ``gap`` have stride 0 along the walks."""
     u, delta, A, _, C, D, delta_bias, order, source, _, rest, _ = inputs
     source = order if source is None else source
     dims = [(u, 2), (delta, 2), (C, 2), (A, 0), (D, 0), (delta_bias, 0), (rest, 0), (source, -2)]
@@ -101,7 +101,7 @@ class _Index(ctypes.Structure):
 
 
 class _Scan(backend.KernelArguments):
-    """``struct Scan`` of ``scan.h``, field by field."""
+    """Mirror of ``struct Scan`` in ``scan.h``, field by field."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("batch", "length", "walks", "channels", "states")),
@@ -112,7 +112,7 @@ class _Scan(backend.KernelArguments):
         *((name, ctypes.c_void_p) for name in ("y", "saved_states")),
         *((name, ctypes.c_void_p) for name in ("grad_u", "grad_delta", "grad_B", "grad_C")),
         *((name, ctypes.c_void_p) for name in ("grad_A", "grad_D", "grad_delta_bias", "grad_rest")),
-        *((name, ctypes.c_void_p) for name in ("run_on_pool", "pool")),  # none: OpenMP's threads
+        *((name, ctypes.c_void_p) for name in ("run_on_pool", "pool")),  # null: OpenMP's threads
     ]
 
     @classmethod
@@ -121,7 +121,6 @@ class _Scan(backend.KernelArguments):
         batch, length, walks, channels = u.shape
         scan = cls(batch, length, walks, channels, A.shape[-1])
         scan.wide_dtype = inputs.accumulation_dtype
-        # Where the dtypes differ, the widest.
         dtype = functools.reduce(torch.promote_types, (x.dtype for x in (u, delta, B, C)))
         scan.element_dtype = torch.float64 if scan.wide_dtype == torch.float64 else dtype
         scan.dtype = backend.DTYPES[scan.element_dtype]
@@ -139,7 +138,7 @@ class _Scan(backend.KernelArguments):
         return scan
 
     def input_index(self, name: str, x: Tensor) -> None:
-        """``(K, L)`` or ``(B, K, L)``."""
+        """Store an index ``(K, L)`` or ``(B, K, L)``."""
         if x.stride(-1) != 1:
             x = x.contiguous()
         batch_stride = x.stride(0) if x.dim() == 3 else 0
@@ -156,7 +155,7 @@ class _Scan(backend.KernelArguments):
 
 @functools.cache
 def _load() -> tuple[Optional[ctypes.CDLL], str]:
-    """The library, or None and the reason."""
+    """Return the library and an empty string, or None and the reason."""
     return backend.load_library(
         "scan",
         _INTERFACE_VERSION,

@@ -1,4 +1,4 @@
-"""The arguments of the selective scan: their names, order, shapes and checks. Nothing else knows them all."""
+"""Arguments of the selective scan: names, order, shapes and checks, all in this one module."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from torch import Tensor
 from .. import backend
 
 CHUNK_LENGTH = 64
-"""Steps between two states that the forward pass saves for the backward pass."""
+"""Steps between two states saved for the backward pass."""
 
 INDICES = ("order", "source", "gap")
-"""Integer arguments, the fields of a :class:`~.traversal.Traversal`."""
+"""Integer arguments: the fields of a :class:`~.traversal.Traversal`."""
 
 PARAMETERS = ("A", "D", "delta_bias", "rest")
-"""Arguments that belong to the walks and not to tokens. They keep their dtype under autocast."""
+"""Arguments per walk instead of per token; autocast does not convert them."""
 
 SCHEMA = (
     "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias, "
     "Tensor? order, Tensor? source, Tensor? gap, Tensor? rest, bool delta_softplus"
 )
-"""The fields of :class:`ScanInputs` as PyTorch's operator registration writes them."""
+"""The fields of :class:`ScanInputs` as a PyTorch operator schema."""
 
 DIFFERENTIABLE = ("u", "delta", "A", "B", "C", "D", "delta_bias", "rest")
-"""Arguments that have gradients, in the order in which the backward pass returns them."""
+"""Arguments that have gradients, in the order that the backward pass returns."""
 
 
 def num_chunks(length: int) -> int:
-    """How many states are saved along a walk of ``length`` steps."""
+    """Number of states saved along a walk of ``length`` steps."""
     return (length + CHUNK_LENGTH - 1) // CHUNK_LENGTH
 
 
@@ -38,7 +38,7 @@ _passed: set[tuple] = set()
 
 
 class ScanInputs(NamedTuple):
-    """What a backend is given, as :func:`~.naive.selective_scan_naive` describes it."""
+    """Arguments of a backend; :func:`~.naive.selective_scan_naive` describes them."""
 
     u: Tensor
     delta: Tensor
@@ -60,18 +60,18 @@ class ScanInputs(NamedTuple):
 
     @property
     def states_shape(self) -> tuple[int, ...]:
-        """``(B, K, S, D, N)``: the states that are saved for the backward pass, as backends see them."""
+        """Shape ``(B, K, S, D, N)`` of the states saved for the backward pass."""
         batch, length, walks, channels = self.u.shape
         return batch, walks, num_chunks(length), channels, self.A.shape[-1]
 
     def signature(self) -> tuple:
-        """All that checks and plans depend on, hashable: of every tensor its shape, strides, dtype and device."""
+        """Hashable key of everything that checks and plans depend on: shapes, strides, dtypes and devices."""
         return tuple(
             (x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else x for x in self
         )
 
     def check_once(self) -> None:
-        """:meth:`check`, unless such inputs have passed before."""
+        """Run :meth:`check` unless inputs with this signature have passed before."""
         if torch.compiler.is_compiling() or type(self.u) is not Tensor:  # shapes may be symbols
             self.check()
             return
@@ -145,10 +145,10 @@ class ScanInputs(NamedTuple):
             )
 
     def check_devices(self) -> None:
-        """Check that all tensors are on one device: what a backend reads on another one is not the input.
+        """Check that all tensors are on one device, since backends would read wrong memory on another.
 
         Raises:
-            ValueError: If one is elsewhere; the message names it.
+            ValueError: If a tensor is on another device than ``u``; the message names it.
         """
         others = {f"traversal.{k}" if k in INDICES else k: v for k, v in zip(self._fields, self)}
         backend.check_devices("selective_scan", "u", self.u, others)

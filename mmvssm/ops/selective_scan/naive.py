@@ -1,6 +1,6 @@
-"""The selective scan as it is defined: one plain loop, any dtype, differentiable by autograd.
+"""Reference selective scan: one plain loop, any dtype, differentiable by autograd.
 
-Every faster version in this folder is tested against this one.
+The tests compare every faster version in this folder with this one.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def selective_scan_naive(
         h_t    = exp((step_t + gap[k, t] * rest) * A) * h_{t-1} + step_t * B[j] * u[i]     h_{-1} = 0
         y[i]   = sum over states of C[j] * h_t, plus D * u[i]
 
-    It computes in the widest of the inputs' dtypes and float32; take float64 for a definition to compare with.
+    It computes in the widest of float32 and the inputs' dtypes; pass float64 for a reference to compare with.
 
     Args:
         u: Values ``(B, L, K, D)``: batch, token, walk, channel.
@@ -45,16 +45,16 @@ def selective_scan_naive(
         C: Output projections ``(B, L, K, N)``.
         D: Skip connection ``(K, D)``.
         delta_bias: Added to ``delta`` ``(K, D)``.
-        order: ``(K, L)`` or ``(B, K, L)``: the token whose ``u`` step ``t`` reads and whose ``y`` it writes. A
-            permutation of the tokens for each walk; by default the order in memory.
-        source: Same shapes: the token whose ``delta``, ``B`` and ``C`` step ``t`` reads, a permutation
-            too; by default ``order``.
-        gap: Same shapes: how many absent grid positions the walk passed since its previous step; by default none.
-        rest: Step size ``(K, D)`` at an absent position.
+        order: Token whose ``u`` step ``t`` reads and whose ``y`` it writes ``(K, L)`` or ``(B, K, L)``: a permutation
+            of the tokens for each walk; by default the order in memory.
+        source: Token whose ``delta``, ``B`` and ``C`` step ``t`` reads, shaped like ``order``: also a permutation; by
+            default ``order``.
+        gap: Number of absent grid positions since the walk's previous step, shaped like ``order``; by default 0.
+        rest: Step size at an absent position ``(K, D)``.
         delta_softplus: Whether ``delta`` passes through softplus.
 
     Returns:
-        ``y (B, L, K, D)``, each token's output at the token's place, in the dtype of ``u``.
+        ``y (B, L, K, D)`` in the order and dtype of ``u``.
     """
     floating = (x for x in (u, delta, A, B, C, D, delta_bias, rest) if x is not None)
     dtype = functools.reduce(torch.promote_types, (x.dtype for x in floating), torch.float32)

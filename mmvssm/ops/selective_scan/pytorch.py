@@ -1,10 +1,10 @@
-"""The selective scan in vectorised PyTorch: for CPUs without the compiled kernel, and for any other device.
+"""Selective scan in vectorised PyTorch: the fallback for CPUs without the compiled kernel and for other devices.
 
-The walk is cut into chunks of :data:`~.inputs.CHUNK_LENGTH` steps. All chunks advance together from a zero
-state, then a short loop over the chunks hands each one the state in which its predecessor ended.
-States are handled one at a time, so that nothing larger than ``(B, L, K, D)`` is ever stored.
+A walk is cut into chunks of :data:`~.inputs.CHUNK_LENGTH` steps. All chunks advance together from a zero state, then a
+short loop passes each chunk the final state of the chunk before. States are processed one at a time, so no tensor is
+larger than ``(B, L, K, D)``.
 
-This module also defines the contract of every backend, :func:`forward` and :func:`backward`.
+:func:`forward` and :func:`backward` are the contract of every backend.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ def backward(
 
     Args:
         grad_y: Gradient of ``y``, ``(B, L, K, D)``, any strides.
-        inputs: As :func:`forward` was given them.
-        states: As returned by :func:`forward`.
+        inputs: The inputs of :func:`forward`.
+        states: The states that :func:`forward` returned.
 
     Returns:
-        Gradients of ``u, delta, A, B, C, D, delta_bias, rest``, each contiguous, in its tensor's
-        shape and dtype; an empty tensor of shape ``(0,)`` for each of the last three that is None.
+        Gradients of ``u, delta, A, B, C, D, delta_bias, rest``, contiguous, each in the shape and dtype of its tensor;
+        an empty tensor ``(0,)`` for each of the last three that is None.
     """
     u, delta, A, B, C, D, delta_bias, *_, rest, delta_softplus = inputs
     walk = _Walk.along(inputs)
@@ -96,7 +96,7 @@ def backward(
 
 
 class _Walk(NamedTuple):
-    """The inputs in the order of the steps and the accumulation dtype, ``(B, L, K, D)`` or ``(B, L, K, N)``."""
+    """Inputs in step order and the accumulation dtype, ``(B, L, K, D)`` or ``(B, L, K, N)``."""
 
     u: Tensor
     step: Tensor
@@ -139,12 +139,12 @@ class _Walk(NamedTuple):
 
     @staticmethod
     def take(x: Tensor, index: Optional[Tensor]) -> Tensor:
-        """Tokens in the order of the steps."""
+        """Return tokens in step order."""
         return x if index is None else x[_grid_index(x, index)]
 
     @staticmethod
     def put(x: Tensor, index: Optional[Tensor]) -> Tensor:
-        """The inverse of :meth:`take`."""
+        """Invert :meth:`take`."""
         if index is None:
             return x.contiguous()
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -176,7 +176,7 @@ def _chunked_scan(
     Args:
         decay: ``(B, L, K, D)``.
         drive: ``(B, L, K, D)``.
-        entry: The state before each chunk ``(B, S, K, D)`` where it is known already.
+        entry: State before each chunk ``(B, S, K, D)``; computed if None.
 
     Returns:
         ``h (B, L, K, D)`` and ``entry``.

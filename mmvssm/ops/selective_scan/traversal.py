@@ -1,6 +1,6 @@
-"""The orders in which a grid of tokens is walked.
+"""Orders in which scans walk over a grid of tokens.
 
-Tokens stay where they are in memory; a traversal only says which token each step of the scan visits.
+Tokens stay in place in memory; a traversal only lists the token that each step of a scan visits.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from torch import Tensor
 
 
 class Traversal(NamedTuple):
-    """Which tokens ``K`` walks visit, step by step.
+    """The tokens that ``K`` walks visit, step by step.
 
     Attributes:
-        order: int32 ``(K, L)``, or ``(B, K, L)`` where images differ: the token whose value step ``t`` reads and
-            whose output it writes. Each walk is a permutation of the ``L`` tokens.
-        source: The token whose ``delta``, ``B`` and ``C`` step ``t`` reads, shaped like ``order``;
-            None means ``order``. A permutation too: gradients are written where they were read from.
-        gap: int32, shaped like ``order``: how many absent grid positions lie between step ``t - 1`` and ``t``; None
-            means none anywhere.
+        order: Token whose value step ``t`` reads and whose output it writes, int32 ``(K, L)``, or ``(B, K, L)`` where
+            images differ. Each walk is a permutation of the ``L`` tokens.
+        source: Token whose ``delta``, ``B`` and ``C`` step ``t`` reads, shaped like ``order``; None means ``order``.
+            Also a permutation, since each gradient is written to the token that was read.
+        gap: Number of absent grid positions between steps ``t - 1`` and ``t``, int32, shaped like ``order``; None
+            means 0 for all steps.
     """
 
     order: Tensor
@@ -34,7 +34,7 @@ def cross_traversal(height: int, width: int, device: Optional[torch.device] = No
     Args:
         height: Rows of the grid.
         width: Columns of the grid.
-        device: Where the order is wanted.
+        device: Device of the order.
 
     Returns:
         A traversal with ``order (4, height * width)``; tokens are numbered row by row.
@@ -50,13 +50,12 @@ START, RIGHT, LEFT, UP, DOWN = range(5)
 
 
 class SnakeWalks(NamedTuple):
-    """Four continuous walks, and how each of them arrived.
+    """Four continuous walks and the direction of each step.
 
     Attributes:
         traversal: The walks.
-        arrival: int64 ``(4, L)`` or ``(B, 4, L)``: for each token, how the step that reads this
-            token's ``B`` arrived at its position: one of :data:`START`, :data:`RIGHT`,
-            :data:`LEFT`, :data:`UP`, :data:`DOWN`.
+        arrival: int64 ``(4, L)`` or ``(B, 4, L)``: for each token, the direction in which the step that reads this
+            token's ``B`` arrived: :data:`START`, :data:`RIGHT`, :data:`LEFT`, :data:`UP` or :data:`DOWN`.
     """
 
     traversal: Traversal
@@ -72,27 +71,26 @@ def snake_walks(
     with_gaps: bool = True,
     device: Optional[torch.device] = None,
 ) -> SnakeWalks:
-    """Four continuous walks over a grid, or over what is left of it (PlainMamba, "Continuous 2D Scanning").
+    """Four continuous walks over a full or pruned grid (PlainMamba, "Continuous 2D Scanning").
 
     Walk 0 goes by rows from the top left, rightwards in the first row, leftwards in the second and so on; walk 2 goes
     by columns from the top left, downwards in the first; walks 1 and 3 are walks 0 and 2 backwards.
 
-    Where positions are absent, each walk visits the others in the order of the full grid's walk, and a step's arrival
-    is that of the full grid's walk too.
+    On a pruned grid, each walk skips the absent positions of the full grid's walk; a step keeps the arrival that it has
+    in the full walk.
 
     Args:
         height: Rows of the grid.
         width: Columns of the grid.
-        positions: Which positions there are tokens for, counted row by row: integers ``(B, L)``, increasing; by
-            default for all.
+        positions: Row-major grid positions that have tokens: integers ``(B, L)``, increasing; by default all.
         raster_source: Whether step ``t`` reads ``delta``, ``B`` and ``C`` from the ``t``-th token in memory, as the
             published PlainMamba does, instead of from the token that it visits.
         with_gaps: Whether to count absent positions between steps.
-        device: Where the walks are wanted if there are no positions.
+        device: Device of the walks if ``positions`` is None.
 
     Returns:
-        Walks over tokens numbered as in ``positions``: ``(4, height * width)`` of all positions, which have no gaps,
-        or ``(B, 4, L)``.
+        Walks over tokens numbered as in ``positions``: ``(B, 4, L)``, or ``(4, height * width)`` without gaps if
+        ``positions`` is None.
     """
     everywhere = positions is None
     if everywhere:
@@ -133,10 +131,10 @@ def snake_walks(
 
 
 def _back_and_forth(line: Tensor, place: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The step at which a walk along lines of ``size`` places, every other one backwards, visits a place.
+    """Find the step at which a back-and-forth walk along lines of ``size`` places visits a place.
 
     Returns:
-        The step, and whether it is the first and the last one on its line.
+        The step, and whether it is the first and the last on its line.
     """
     along = torch.where(line % 2 == 1, size - 1 - place, place)
     return line * size + along, along == 0, along == size - 1

@@ -1,6 +1,6 @@
-"""What the Triton kernels of the selective scan share: softplus, decays, the tokens of a walk, and compositions.
+"""Functions that the selective scan's Triton kernels share: softplus, addresses, loads and composition.
 
-Imports triton: reach this module through ``triton_launch.py``.
+Import this module only from ``triton_launch.py`` and the kernels: it needs Triton.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def log1p_of_exp_minus(x):
 
 @triton.jit
 def step_size(x, SOFTPLUS: tl.constexpr):
-    """The softplus, where there is one."""
+    """Softplus of ``x`` if ``SOFTPLUS``, else ``x``."""
     if SOFTPLUS:
         x = tl.maximum(x, 0.0) + log1p_of_exp_minus(tl.abs(x))
     return x
@@ -80,20 +80,20 @@ def step_size_and_slope(x, SOFTPLUS: tl.constexpr):
 
 
 # --------------------------------------------------------------------------------------------- addresses
-# A token's address is its number times a stride in bytes, added to that of token 0: one instruction, and 64 bits wide.
+# A token's 64-bit address is that of token 0 plus its number times a stride in bytes: one instruction.
 
 
 @triton.jit
 def bytes_of(x):
-    """Pointers into ``x`` to be moved by bytes: see :func:`at`."""
+    """Cast pointers to bytes, for :func:`at`."""
     return x.to(tl.pointer_type(tl.int8), bitcast=True)
 
 
 @triton.jit
 def at(pointer, index, stride, like):
-    """``pointer``, of :func:`bytes_of`, moved by ``index`` rows of ``stride`` bytes, to elements as of ``like``.
+    """Move a byte pointer by ``index`` rows of ``stride`` bytes and cast it to the type of ``like``.
 
-    Unsigned, since the product is then seen to be one of 32 bits and 32 bits.
+    The operands are unsigned so that the compiler emits one multiplication of 32 by 32 bits.
     """
     moved = pointer + index.to(tl.uint32).to(tl.uint64) * stride.to(tl.uint32).to(tl.uint64)
     return moved.to(tl.pointer_type(like.dtype.element_ty), bitcast=True)
@@ -101,7 +101,7 @@ def at(pointer, index, stride, like):
 
 @triton.jit
 def indices(index, first, length, STEPS: tl.constexpr, ALIGNED: tl.constexpr, BACKWARDS: tl.constexpr):  # fmt: skip
-    """What ``index``, or where it is None the step itself, holds for ``STEPS`` steps from ``first``."""
+    """Load ``index`` at ``STEPS`` steps from ``first``; without an index, return the steps themselves."""
     found = ()
     first = (
         first if index is None else first.to(tl.int64)
@@ -118,7 +118,7 @@ def indices(index, first, length, STEPS: tl.constexpr, ALIGNED: tl.constexpr, BA
 
 @triton.jit
 def rows(x, x_l, tokens, STEPS: tl.constexpr):
-    """What ``x``, pointers to elements of token 0, holds for ``STEPS`` tokens."""
+    """Load ``STEPS`` tokens of ``x``, which points to elements of token 0."""
     found = ()
     pointer = bytes_of(x)
     for s in tl.static_range(STEPS):
@@ -128,7 +128,7 @@ def rows(x, x_l, tokens, STEPS: tl.constexpr):
 
 @triton.jit
 def parameter(x, place, dtype: tl.constexpr):
-    """A parameter of the channels, 0 where it is left out."""
+    """Load a parameter of the channels; 0 if it is None."""
     if x is None:
         value = tl.zeros(place.shape, dtype)
     else:
@@ -141,5 +141,5 @@ def parameter(x, place, dtype: tl.constexpr):
 
 @triton.jit
 def compose(keep1, add1, keep2, add2):
-    """``h -> keep h + add``, first 1, then 2."""
+    """Compose two maps ``h -> keep h + add``, first 1, then 2."""
     return keep1 * keep2, add1 * keep2 + add2

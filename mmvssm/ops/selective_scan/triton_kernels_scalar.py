@@ -259,7 +259,7 @@ def _announce(slot, channels, keep, add, mask):
 
 @triton.jit
 def _look(
-    board, first, end, block, tiles, channels, channel, group, FOLD: tl.constexpr, BLOCK: tl.constexpr
+    flags, first, end, block, tiles, channels, channel, group, FOLD: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """What ``FOLD`` items for each group announced, nothing for those from ``end`` on, and how much is missing.
 
@@ -272,7 +272,7 @@ def _look(
         item = first + group * FOLD + f
         wanted = (item < end) & (channel < channels)
         item += tl.where(item < block, tiles, block * (BLOCK - 1))
-        slot = board + item * 2 * channels + channel
+        slot = flags + item * 2 * channels + channel
         k = tl.load(slot, wanted, other=(0x3F800000 << 32) | 1, volatile=True)
         x = tl.load(slot + channels, wanted, other=1, volatile=True)
         keeps = keeps + (k,)
@@ -284,17 +284,17 @@ def _look(
 
 @triton.jit
 def _wait_for(
-    board, first, end, block, tiles, channels, channel,
+    flags, first, end, block, tiles, channels, channel,
     GROUPS: tl.constexpr, FOLD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``keep, add``: what items from ``first`` on, ``GROUPS * FOLD`` at most, do to a state, in the last group."""
     group = tl.arange(0, GROUPS)[:, None]
     keeps, adds, missing = _look(
-        board, first, end, block, tiles, channels, channel, group, FOLD, BLOCK
+        flags, first, end, block, tiles, channels, channel, group, FOLD, BLOCK
     )
     while missing > 0:
         keeps, adds, missing = _look(
-            board, first, end, block, tiles, channels, channel, group, FOLD, BLOCK
+            flags, first, end, block, tiles, channels, channel, group, FOLD, BLOCK
         )
     keep = _value_of(keeps[0])
     add = _value_of(adds[0])
@@ -306,7 +306,7 @@ def _wait_for(
 
 @kernel
 def single_pass(
-    u, delta, A, B, C, D, delta_bias, order, source, gap, rest, board, y, states,
+    u, delta, A, B, C, D, delta_bias, order, source, gap, rest, flags, y, states,
     u_b, u_l, u_k, delta_b, delta_l, delta_k, B_b, B_l, B_k, C_b, C_l, C_k, y_l,
     A_k, D_k, delta_bias_k, rest_k, order_b, order_k, source_b, source_k, gap_b, gap_k,
     length, walks, channels, chunks, tiles,
@@ -315,7 +315,7 @@ def single_pass(
 ):  # fmt: skip
     """As :func:`outputs`, in one launch, reading everything once: every program looks back at those before it.
 
-    A program announces on ``board (B * K, tiles + tiles // BLOCK, 2, D)``, zero before, what its tile of ``GROUPS``
+    A program announces on ``flags (B * K, tiles + tiles // BLOCK, 2, D)``, zero before, what its tile of ``GROUPS``
     times ``STEPS`` steps does to a state, and the last of each ``BLOCK`` tiles what these do. It waits for all earlier
     blocks of its walk, and the earlier tiles of its own block: no announcement waits for more than ``BLOCK`` others.
     That ends only if programs start in the order of their numbers, as they do on the GPUs of today, though nothing
@@ -374,23 +374,23 @@ def single_pass(
         adds = adds + (x,)
 
     keep, add = tl.associative_scan((keep, add), 0, compose)
-    board += place * (tiles + tiles // BLOCK) * 2 * channels
+    flags += place * (tiles + tiles // BLOCK) * 2 * channels
     mine = (group == GROUPS - 1) & (channel < channels)
-    to = board + channel + 0 * group
+    to = flags + channel + 0 * group
     _announce(to + tile * 2 * channels, channels, keep, add, mine)
     block = tile // BLOCK
     end = block + tile % BLOCK
     if tile % BLOCK == BLOCK - 1:
         all_tiles: tl.constexpr = (BLOCK + GROUPS - 1) // GROUPS
         k, x = _wait_for(
-            board, block, end, block, tiles, channels, channel, GROUPS, all_tiles, BLOCK
+            flags, block, end, block, tiles, channels, channel, GROUPS, all_tiles, BLOCK
         )
         k, x = compose(k, x, keep, add)
         _announce(to + (tiles + block) * 2 * channels, channels, k, x, mine)
     entry = tl.zeros((GROUPS, LANES), tl.float32)
     last = tl.full((GROUPS, LANES), GROUPS - 1, tl.int32)
     for item in range(0, end, GROUPS * FOLD):
-        k, x = _wait_for(board, item, end, block, tiles, channels, channel, GROUPS, FOLD, BLOCK)
+        k, x = _wait_for(flags, item, end, block, tiles, channels, channel, GROUPS, FOLD, BLOCK)
         entry = tl.gather(k * entry + x, last, 0)
     h = tl.where(group == 0, entry, tl.gather(keep * entry + add, before, 0))
 
