@@ -1,7 +1,7 @@
-"""Operators. This folder needs torch alone and knows nothing of models.
+"""Operators. This folder depends only on torch and does not import models.
 
-A folder for each operator with backends of its own, where ``pytorch.py`` sets the contract: the selective scan and the
-depthwise convolution over kept tokens. Beside them what CPUs work out in pieces that stay in the cache.
+The selective scan and the depthwise convolution over kept tokens are folders with several backends; each ``pytorch.py``
+defines the contract. The other modules speed up CPUs by processing maps in pieces that fit the cache.
 """
 
 from .backend import onnxruntime_library

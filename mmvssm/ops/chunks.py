@@ -1,4 +1,4 @@
-"""Functions of single tokens, worked out a chunk of tokens at a time."""
+"""Apply per-token functions chunk by chunk, so that intermediate results stay in the CPU's cache."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 CHUNK_BYTES = 1 << 20
-"""Memory of a chunk of the first map: small enough that what is made of it stays in a CPU's cache."""
+"""Bytes per chunk of the first map: small enough for intermediate results to stay in a CPU's cache."""
 
 WHOLE_CHUNKS = 2
-"""Maps of up to as many chunks are worked on as a whole."""
+"""Maps of at most this many chunks are processed in one piece."""
 
 
 def in_chunks(
@@ -22,24 +22,23 @@ def in_chunks(
     of_images: Sequence[Tensor] = (),
     parameters: Sequence[Tensor] = (),
 ) -> Tensor:
-    """``function(*maps, *of_images, *parameters)``, in less memory where that is possible.
+    """Compute ``function(*maps, *of_images, *parameters)``, on CPUs in chunks of tokens.
 
-    On a CPU it is called for some tokens at a time, so that what it makes of them stays in the cache. Nothing but its
-    inputs is kept for the backward pass, which calls it again. It should therefore be a chain of cheap, element-wise
-    operations. Gradients can be taken once.
+    In chunks, intermediate results stay in the cache. The backward pass keeps only the inputs and calls ``function``
+    again, so it should be a chain of cheap, element-wise operations. Gradients can be taken once.
 
     Args:
-        function: Makes ``(B, L, ...)`` of its arguments, each token's part from that token's.
+        function: Returns ``(B, L, ...)``; each token's result depends only on that token's inputs.
         maps: Tensors ``(B, L, ...)``.
-        of_images: Tensors ``(B, 1, ...)``, the same for all tokens of an image.
-        parameters: Tensors that are the same for all.
+        of_images: Tensors ``(B, 1, ...)`` shared by all tokens of an image.
+        parameters: Tensors shared by all images.
 
     Returns:
         ``(B, L, ...)``.
     """
     tensors = (*maps, *of_images, *parameters)
     first = maps[0]
-    # A compiler must not be asked about sizes, which would fix them.
+    # First check for a compiler: comparing sizes under one would specialise them.
     if (
         torch.compiler.is_compiling()
         or first.device.type != "cpu"
@@ -69,7 +68,7 @@ class _InChunks(torch.autograd.Function):
     def backward(ctx, grad_y):
         tensors, num_maps = ctx.saved_tensors, ctx.num_maps
         needed = ctx.needs_input_grad[3:]
-        # Those of maps are written once, the others are sums over chunks, in float32 at least.
+        # Gradients of maps are written once; the others are sums over chunks, in float32 or wider.
         grads = [
             torch.empty_like(x, memory_format=torch.contiguous_format)
             if i < num_maps
@@ -100,7 +99,7 @@ class _InChunks(torch.autograd.Function):
 def _chunks(
     tensors: Sequence[Tensor], num_maps: int, num_of_images: int
 ) -> Iterator[tuple[tuple[slice, slice], list[Tensor]]]:
-    """Yield each chunk's place, some images or some tokens of one, and the function's arguments there."""
+    """Yield each chunk's slices (several images, or some tokens of one) and the function's arguments there."""
     batch, length = tensors[0].shape[:2]
     token_bytes = tensors[0][0, 0].numel() * tensors[0].element_size()
     images = max(CHUNK_BYTES // (token_bytes * length), 1)

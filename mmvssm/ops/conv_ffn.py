@@ -1,8 +1,7 @@
-"""A feed-forward network with a depthwise convolution, as GroupMamba's blocks have it.
+"""Feed-forward network with a depthwise convolution, as in GroupMamba's blocks.
 
-Its hidden layer is up to eight times as wide as the feature map. On a CPU a large one is never there as a whole: the
-network works through the map in bands of rows whose hidden layer stays in the cache, and computes it again in the
-backward pass instead of storing it.
+Its hidden layer is up to eight times as wide as the feature map. On a CPU, large maps are processed in bands of rows
+whose hidden layer fits the cache. The backward pass recomputes the hidden layer instead of storing it.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 BAND_BYTES = 3 << 20
-"""Memory that the hidden layer of a band takes, about."""
+"""Approximate bytes of a band's hidden layer."""
 
 WHOLE_BANDS = 4
-"""Maps of up to as many bands are worked on as a whole."""
+"""Maps of at most this many bands are processed in one piece."""
 
 STORED_BANDS = 8
-"""Of maps of up to as many bands the first linear layer's output is stored, which saves computing it again."""
+"""Up to this many bands, keep the first linear layer's output for the backward pass instead of recomputing it."""
 
 
 def conv_ffn(
@@ -39,18 +38,18 @@ def conv_ffn(
 
     Args:
         x: Feature map ``(B, H, W, C)``.
-        weight1: Of the first linear layer, to ``M`` hidden channels ``(M, C)``.
+        weight1: Weight of the first linear layer, to ``M`` hidden channels ``(M, C)``.
         bias1: ``(M,)``.
         conv_weight: As in ``torch.nn.Conv2d(M, M, 3, padding=1, groups=M)``, ``(M, 1, 3, 3)``.
         conv_bias: ``(M,)``.
-        weight2: Of the second linear layer ``(C, M)``.
+        weight2: Weight of the second linear layer ``(C, M)``.
         bias2: ``(C,)``.
 
     Returns:
-        ``(B, H, W, C)``. Differentiable once where it works in bands.
+        ``(B, H, W, C)``. Differentiable once if processed in bands.
     """
-    # A GPU has no cache of that size, and a compiler fuses in ways of its own. First of all it must not be asked about
-    # sizes, which would fix them.
+    # GPUs lack a cache of that size, and compilers fuse by themselves. Check for a compiler first: comparing sizes
+    # under one would specialise them.
     if (
         torch.compiler.is_compiling()
         or x.device.type != "cpu"
@@ -73,7 +72,7 @@ def _hidden_bytes(x: Tensor, weight1: Tensor) -> int:
 
 
 class _InBands(torch.autograd.Function):
-    """The same. For the backward pass only the inputs are kept and, if `store`, the first linear layer's output."""
+    """The network in bands. Backward keeps the inputs and, if ``store``, the first linear layer's output."""
 
     @staticmethod
     def forward(ctx, store, x, weight1, bias1, conv_weight, conv_bias, weight2, bias2):
@@ -96,7 +95,7 @@ class _InBands(torch.autograd.Function):
         x, stored, weight1, bias1, conv_weight, conv_bias, weight2 = ctx.saved_tensors
         grad_y = grad_y.contiguous()
         grad_x = torch.empty_like(x)
-        # Sums over bands: in float32 where the rest is narrower.
+        # Sums over bands, in float32 or wider.
         wide = torch.promote_types(x.dtype, torch.float32)
         parameters = (weight1, bias1, conv_weight, conv_bias, weight2, weight2[:, 0])
         totals = [torch.zeros_like(p, dtype=wide) for p in parameters]
@@ -107,7 +106,7 @@ class _InBands(torch.autograd.Function):
             zip(x.split(1), grad_x.split(1), grad_y.split(1))
         ):
             height = image.shape[1]
-            carried = 0  # the band above's gradient at the two rows of `hidden` that they share
+            carried = 0  # gradient from the band above at the two rows of `hidden` that both use
             known = None if stored is None else stored[i : i + 1]
             linear = _Linear(image, weight1, bias1, known, known is not None)
             bands = _bands(linear, conv_weight, conv_bias)
@@ -132,10 +131,10 @@ class _InBands(torch.autograd.Function):
                 )
                 grad_conv_weight += band_grad_weight
                 grad_conv_bias += band_grad_bias
-                grad = grad.permute(0, 2, 3, 1).contiguous()  # at rows top - 1 to bottom
+                grad = grad.permute(0, 2, 3, 1).contiguous()  # rows top - 1 to bottom
                 grad[:, :2] += carried
                 carried = grad[:, -2:].clone()
-                # Those of the last two rows are complete with the next band.
+                # The next band completes the gradients of the last two rows.
                 first, last = max(top - 1, 0), bottom if bottom == height else bottom - 1
                 grad = _rows(grad[:, first - top + 1 : last - top + 1])
                 torch.mm(grad, weight1, out=_rows(image_grad[:, first:last]))
@@ -150,11 +149,11 @@ class _Linear(NamedTuple):
     image: Tensor
     weight: Tensor
     bias: Tensor
-    stored: Optional[Tensor]  # (1, H, W, hidden_dim): where its output is kept
-    known: bool = False  # whether it is there already
+    stored: Optional[Tensor]  # (1, H, W, hidden_dim): buffer for its output
+    known: bool = False  # whether the buffer is filled already
 
     def __call__(self, first: int, last: int, out: Tensor) -> None:
-        """Write what it makes of rows ``first`` to ``last`` into the first rows of ``out``."""
+        """Write the output for rows ``first`` to ``last`` into the first rows of ``out``."""
         if first == last:
             return
         out = out[:, : last - first]
@@ -169,18 +168,17 @@ class _Linear(NamedTuple):
 def _bands(
     linear: _Linear, conv_weight: Tensor, conv_bias: Tensor
 ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """Run the first linear layer and the convolution, nothing twice.
+    """Run the first linear layer and the convolution band by band, each row once.
 
     Yields:
-        For each band of rows ``top`` to ``bottom`` these two, the hidden layer before the convolution at rows
-        ``top - 1`` to ``bottom``, zero outside the map, and after it at the band's rows. The former is overwritten
-        by the next band.
+        ``top`` and ``bottom`` row of the band; the convolution's input at rows ``top - 1`` to ``bottom``, zero outside
+        the map and overwritten by the next band; and its output at the band's rows.
     """
     height, width = linear.image.shape[1:3]
     hidden_dim = conv_bias.shape[0]
     hidden_bytes = height * width * hidden_dim * conv_bias.element_size()
     bands = min(max(round(hidden_bytes / BAND_BYTES), 1), height)
-    rows = math.ceil(height / bands)  # so that all bands are about as large
+    rows = math.ceil(height / bands)  # bands of about equal size
     buffer = linear.image.new_zeros(1, rows + 2, width, hidden_dim)
     linear(0, 1, buffer[:, 1:])
     for top in range(0, height, rows):
@@ -201,7 +199,7 @@ def _bands(
 
 
 def _rows(x: Tensor) -> Tensor:
-    """``(..., C)`` as a matrix that shares its memory."""
+    """View ``(..., C)`` as a matrix."""
     return x.view(-1, x.shape[-1])
 
 

@@ -16,9 +16,9 @@ def depthwise_conv(
 ) -> Tensor:
     """Depthwise convolution (cross-correlation, stride 1) of tokens that fill a grid row by row.
 
-    It is ``torch.nn.functional.conv2d`` with ``padding=k // 2`` and ``groups=C`` on the same memory seen as a
+    Equals ``torch.nn.functional.conv2d`` with ``padding=k // 2`` and ``groups=C`` on the same memory seen as a
     channels-last image. On a CPU, PyTorch's gradients of large kernels take tens of times as long as the convolution
-    itself; there they come from the kernels of :func:`sparse_depthwise_conv`, with the whole grid as the kept tokens.
+    itself; there we use the kernels of :func:`sparse_depthwise_conv`, with the whole grid as the kept tokens.
 
     Args:
         x: Tokens ``(B, L, C)``, ``L = H * W``.
@@ -30,7 +30,7 @@ def depthwise_conv(
         ``(B, L, C)``.
     """
     fast_gradients = (
-        weight.shape[-1] > 3  # up to there PyTorch's are as fast
+        weight.shape[-1] > 3  # PyTorch is as fast for kernels up to 3
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and torch.is_grad_enabled()

@@ -1,6 +1,6 @@
-"""mamba-ssm's ``selective_scan_fn`` on this package's operator, for models that were written for mamba-ssm.
+"""mamba-ssm's ``selective_scan_fn`` on this package's operator.
 
-They run unmodified on a CPU, or on a GPU without a CUDA build, once they import the function from here.
+Models written for mamba-ssm run on a CPU, or on a GPU without a CUDA build, once they import the function from here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from .selective_scan import selective_scan
 
 _STATE_ELEMENTS = 2**24
-"""Elements of ``(B, D, chunk, N)`` that the last state is computed from at a time."""
+"""Most elements ``(B, D, chunk, N)`` per step of the last state's computation."""
 
 
 def selective_scan_fn(
@@ -37,16 +37,16 @@ def selective_scan_fn(
         A: State decay rates ``(D, N)``, real.
         B: Input projections ``(B, N, L)``; ``(B, G, N, L)`` for ``G`` groups of channels; or ``(D, N)``, the same for
             all tokens.
-        C: Output projections, in any of these shapes.
+        C: Output projections, in any of the shapes of ``B``.
         D: Skip connection ``(D,)``.
         z: Gate ``(B, D, L)``; the output is multiplied by its SiLU.
         delta_bias: Added to ``delta`` ``(D,)``.
         delta_softplus: Whether ``delta`` passes through softplus.
-        return_last_state: Whether to return the state after the last token, too.
+        return_last_state: Whether to also return the state after the last token.
 
     Returns:
-        ``(B, D, L)`` in the dtype of ``u``; with ``return_last_state`` that and the state ``(B, D, N)``, in float32, or
-        in float64 if ``u`` is.
+        ``(B, D, L)`` in the dtype of ``u``; with ``return_last_state`` also the state ``(B, D, N)``, in float64 if
+        ``u`` is, else float32.
 
     Raises:
         ValueError: If ``A``, ``B`` or ``C`` is complex, or if a shape does not fit.
@@ -66,10 +66,10 @@ def selective_scan_fn(
     B, C = (_by_token(x, u, groups) for x in (B, C))
 
     def grouped(x: Tensor) -> Tensor:
-        """``(D, ...)`` to ``(groups, D / groups, ...)``."""
+        """Reshape ``(D, ...)`` to ``(groups, D / groups, ...)``."""
         return x.unflatten(0, (groups, -1))
 
-    # Gated, the output is rounded once, to the dtype of u, after the gate.
+    # Round a gated output only once, after the gate.
     values = u if z is None else u.to(torch.promote_types(u.dtype, torch.float32))
     y = selective_scan(
         *(x.transpose(1, 2).contiguous().unflatten(2, (groups, -1)) for x in (values, delta)),
@@ -90,7 +90,7 @@ def selective_scan_fn(
 
 
 def _groups_of(name: str, x: Tensor, u: Tensor, A: Tensor) -> int:
-    """In how many groups channels have projections of their own."""
+    """Number of channel groups that have separate projections."""
     batch, channels, length = u.shape
     states = A.shape[1]
     if x.shape == (channels, states):
@@ -110,7 +110,7 @@ def _groups_of(name: str, x: Tensor, u: Tensor, A: Tensor) -> int:
 
 
 def _by_token(x: Tensor, u: Tensor, groups: int) -> Tensor:
-    """Projections in any shape to ``(B, L, groups, N)``."""
+    """Bring projections of any allowed shape to ``(B, L, groups, N)``."""
     batch, _, length = u.shape
     if x.dim() == 2:
         return x.expand(batch, length, *x.shape)
@@ -129,14 +129,14 @@ def _last_state(
     delta_bias: Optional[Tensor],
     delta_softplus: bool,
 ) -> Tensor:
-    """Sum what each token has put into the state ``(B, D, N)``, decayed by the step sizes after it."""
+    """Sum the tokens' contributions to the state ``(B, D, N)``, each decayed by the step sizes after it."""
     dtype = torch.promote_types(u.dtype, torch.float32)
     step = delta.to(dtype)
     if delta_bias is not None:
         step = step + delta_bias.to(dtype)[:, None]
     if delta_softplus:
         step = F.softplus(step)
-    later = step.flip(-1).cumsum(-1).flip(-1) - step  # step sizes after each token, summed
+    later = step.flip(-1).cumsum(-1).flip(-1) - step  # sum of the step sizes after each token
     values = step * u.to(dtype)
     batch, channels, length = u.shape
     B = B.to(dtype).repeat_interleave(channels // B.shape[2], 2)  # (B, L, D, N)

@@ -1,8 +1,7 @@
-"""The one place from which every operator's Triton kernels are launched.
+"""Launch every operator's Triton kernels, or record the launches.
 
-What launches them can be replaced: inside :func:`recorded_launches` nothing runs, and what would have been launched is
-noted instead. So the kernels that an operator launches, with exactly the constants and options that it launches them
-with, can be compiled, counted and emulated on a machine without a GPU, from tensors on the CPU or on ``meta``.
+Inside :func:`recorded_launches` nothing runs; launches are recorded with their exact constants and options. The tests
+compile, count and emulate these launches without a GPU, from tensors on the CPU or on ``meta``.
 """
 
 from __future__ import annotations
@@ -15,14 +14,14 @@ import torch
 
 
 class Launch(NamedTuple):
-    """A kernel and all that it is launched with.
+    """A kernel with its grid, arguments and options.
 
     Attributes:
-        kernel: What ``triton.jit`` made: its ``arg_names`` are the keys of ``arguments``, in that order its ``params``
-            say which are ``constexpr`` and which are not specialised.
+        kernel: Result of ``triton.jit``. Its ``arg_names`` are the keys of ``arguments``; its ``params``, in the same
+            order, tell which are ``constexpr`` and which are not specialised.
         grid: Programs along up to three axes.
-        arguments: The value of every argument, constants included: a tensor, number, boolean or None.
-        options: Of Triton's compiler: ``num_warps``, ``enable_fp_fusion`` and whatever else an operator chose.
+        arguments: Value of every argument, constants included: a tensor, number, boolean or None.
+        options: Options of Triton's compiler, such as ``num_warps`` and ``enable_fp_fusion``.
     """
 
     kernel: Any
@@ -42,13 +41,13 @@ def launch(
     """Launch a Triton kernel on the current stream of a device.
 
     Args:
-        kernel: What ``triton.jit`` made.
+        kernel: Result of ``triton.jit``.
         grid: Programs along up to three axes.
-        arguments: The values of all the kernel's arguments, by name.
-        num_warps: Warps of a program.
-        device: The one that the tensors are on.
+        arguments: Values of all the kernel's arguments by name.
+        num_warps: Warps per program.
+        device: Device of the tensors.
     """
-    # Fused multiply-adds are off by default from triton 3.10 on.
+    # Triton 3.10 and later turn fused multiply-adds off by default.
     options = dict(num_warps=num_warps, enable_fp_fusion=True)
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, arguments, options))
@@ -65,10 +64,10 @@ _recorded: Optional[list[Launch]] = None
 
 @contextlib.contextmanager
 def recorded_launches() -> Iterator[list[Launch]]:
-    """Note launches instead of making them: what they would have written is left as it was allocated.
+    """Record launches instead of running them; output tensors stay uninitialised.
 
     Yields:
-        The launches, in their order.
+        The launches in order.
     """
     global _recorded
     before, _recorded = _recorded, []

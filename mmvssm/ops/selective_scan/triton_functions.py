@@ -103,9 +103,8 @@ def at(pointer, index, stride, like):
 def indices(index, first, length, STEPS: tl.constexpr, ALIGNED: tl.constexpr, BACKWARDS: tl.constexpr):  # fmt: skip
     """Load ``index`` at ``STEPS`` steps from ``first``; without an index, return the steps themselves."""
     found = ()
-    first = (
-        first if index is None else first.to(tl.int64)
-    )  # so that only the first address is worked out
+    # With an index, widen once here, so that only the first address is computed.
+    first = first if index is None else first.to(tl.int64)
     if ALIGNED:
         first = tl.minimum(first, length - STEPS)
     for s in tl.static_range(STEPS):

@@ -1,18 +1,19 @@
 r"""Triton kernels of the selective scan's backward pass, for any number of states.
 
-With ``q_t = dL/dh_{t-1}``, the adjoint, which is the recurrence walked backwards::
+The adjoint ``q_t = dL/dh_{t-1}`` is the recurrence walked backwards. With ``size_t`` the softplus and
+``time_t = size_t + gap_t rest``::
 
     g_t = dL/dh_t = C_t dy_t + q_{t+1}                 q_t = exp(time_t A) g_t
 
-every gradient follows, ``time_t`` being ``size_t``, the softplus, plus ``gap_t rest``::
+It gives every gradient::
 
     du_t    = D dy_t + size_t ddrive_t        ddrive_t = sum over states of g_t B_t
     dsize_t = dtime_t + u_t ddrive_t          dtime_t  = sum over states of q_t h_{t-1} A
     dB_t    = sum over channels of g_t size_t u_t       dC_t = sum over channels of dy_t h_t
     dA      = sum over t of q_t h_{t-1} time_t
 
-A walk is cut into chunks. ``run_ends`` or ``sweep`` finds the adjoint that each chunk would begin with were nothing to
-follow it, :func:`hand_over` what it does begin with, and :func:`gradients` goes through every chunk once more.
+A walk is cut into chunks. ``run_ends`` or ``sweep`` computes each chunk's adjoint with zero after the chunk,
+:func:`hand_over` computes the adjoint that really follows each chunk, and :func:`gradients` runs every chunk again.
 """
 
 from __future__ import annotations
@@ -39,10 +40,10 @@ def hand_over(
     ends, times, A, entries, A_k, walks, channels, columns, spans,
     N: tl.constexpr, BACKWARDS: tl.constexpr, GROUPS: tl.constexpr, STEPS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """``entries (B, K, S, D, N)``: what each of ``S`` spans takes over, the first (``BACKWARDS`` the last) one zero.
+    """Write ``entries (B, K, S, D, N)``, the state before each of ``S`` spans; after each span if ``BACKWARDS``.
 
-    The next one takes over ``end + exp(A time) entry``, of ``ends (B, K, S, D, N)`` and ``times (B, K, S, D)``. A
-    program takes some columns of the states ``(D, N)`` of one walk through all spans.
+    The first entry is zero, the next is ``end + exp(A time) entry``, from ``ends (B, K, S, D, N)`` and ``times (B, K,
+    S, D)``. A program takes some columns of the states ``(D, N)`` of one walk through all spans.
     """
     dtype: tl.constexpr = ends.dtype.element_ty
     place = tl.program_id(0)
@@ -82,7 +83,7 @@ def hand_over(
 
 @triton.jit
 def _weights_of_steps(index, index_b, index_k, length, walks, tiles, ROWS: tl.constexpr):
-    """Image, walk, and for ``ROWS`` steps of it the token, the place in ``(B, K, L)`` and whether it is in the walk."""
+    """Return image and walk, and for ``ROWS`` steps the token, the place in ``(B, K, L)`` and a mask."""
     program = tl.program_id(0)
     place = program // tiles
     batch = (place // walks).to(tl.int64)
@@ -99,7 +100,7 @@ def weights_by_step(
     B, C, index, by_step, B_b, B_l, B_k, C_b, C_l, C_k, index_b, index_k, length, walks, tiles, half,
     N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """``by_step (2, B, K, L, N)``: ``B`` and ``C`` in the order of the steps, in the dtype of the states."""
+    """Write ``by_step (2, B, K, L, N)``: ``B`` and ``C`` in step order, in the dtype of the states."""
     batch, walk, j, row, inside = _weights_of_steps(
         index, index_b, index_k, length, walks, tiles, ROWS
     )
@@ -117,7 +118,7 @@ def weights_by_token(
     parts, index, dB, dC, index_b, index_k, length, walks, tiles, half, blocks,
     N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """``dB, dC (B, L, K, N)`` from ``parts (2, blocks, B, K, L, N)``, added up block by block."""
+    """Write ``dB, dC (B, L, K, N)``: the sums of ``parts (2, blocks, B, K, L, N)`` over blocks."""
     batch, walk, j, row, inside = _weights_of_steps(
         index, index_b, index_k, length, walks, tiles, ROWS
     )
@@ -138,19 +139,19 @@ def weights_by_token(
 
 @triton.jit
 def _sum_channels(x):
-    """``(CHANNELS, LANES, GROUPS)`` to ``(1, 1, GROUPS)``."""
+    """Sum ``(CHANNELS, LANES, GROUPS)`` to ``(1, 1, GROUPS)``."""
     return tl.sum(tl.sum(x, 0), 0)[None, None, :]
 
 
 @triton.jit
 def _sum_steps(x):
-    """``(CHANNELS, LANES, GROUPS)`` to ``(CHANNELS, LANES, 1)``."""
+    """Sum ``(CHANNELS, LANES, GROUPS)`` to ``(CHANNELS, LANES, 1)``."""
     return tl.sum(x, 2)[:, :, None]
 
 
 @triton.jit
 def _tiles(found, shape: tl.constexpr, STEPS: tl.constexpr):
-    """What was loaded for steps, one thread's after the other's, as tiles of a shape."""
+    """Reshape what threads loaded for each step to tiles."""
     tiles = ()
     for s in tl.static_range(STEPS):
         tiles = tiles + (tl.reshape(found[s], shape),)
@@ -167,14 +168,14 @@ def gradients(
     N: tl.constexpr, SOFTPLUS: tl.constexpr, ALIGNED: tl.constexpr,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """All gradients, from the ``states`` before each chunk and the ``adjoints`` after it, both ``(B, K, S, D, N)``.
+    """Compute all gradients from ``states`` before and ``adjoints`` after each chunk, both ``(B, K, S, D, N)``.
 
-    A warp takes one chunk, ``GROUPS`` runs of ``STEPS`` steps, and a block of the channels, ``CHANNELS`` times
-    ``LANES`` at a time. Each thread has a run of ``CHANNELS`` channels to itself.
+    A warp takes one chunk (``GROUPS`` runs of ``STEPS`` steps) and a block of channels, ``CHANNELS`` times ``LANES`` at
+    a time. Each thread takes one run of ``CHANNELS`` channels.
 
-    ``du`` and ``ddelta`` are complete, ``(B, L, K, D)``. To be added up, in a fixed order, remain the chunks' parts of
-    ``dA (B, K, S, D, N)`` and of ``dD``, ``ddelta_bias`` and ``drest (B, K, S, D)``, and the channel blocks' parts of
-    ``dB`` and ``dC``, ``parts (2, blocks, B, K, L, N)`` in the order of the steps.
+    ``du`` and ``ddelta (B, L, K, D)`` are complete. The caller still sums, in a fixed order, ``dA (B, K, S, D, N)`` and
+    ``dD``, ``ddelta_bias`` and ``drest (B, K, S, D)`` over chunks, and ``dB`` and ``dC``, in step order in
+    ``parts (2, blocks, B, K, L, N)``, over blocks of channels.
     """
     dtype: tl.constexpr = states.dtype.element_ty
     program = tl.program_id(0)
@@ -189,7 +190,7 @@ def gradients(
     before = tl.broadcast_to(tl.maximum(group - 1, 0), shape)
     mirrored = tl.broadcast_to(GROUPS - 1 - group, shape)
     behind = tl.broadcast_to(tl.maximum(GROUPS - 2 - group, 0), shape)
-    # Memory is accessed by lists of threads: how Triton lays out tiles of accesses differs from version to version.
+    # Loads and stores use flat lists of threads, since Triton's layout of tiles differs between versions.
     threads = tl.arange(0, CHANNELS * LANES * GROUPS)
     begin = (chunk * GROUPS + threads % GROUPS) * STEPS
     warp = tl.arange(0, LANES * GROUPS)
@@ -252,7 +253,7 @@ def gradients(
             grads_time = grads_time + (tl.zeros(shape, dtype),)
 
         for n in range(N):
-            # Of all but the weights, what a thread holds in turn: ``(CHANNELS, LANES, GROUPS)``.
+            # Everything but the weights is a tile ``(CHANNELS, LANES, GROUPS)``.
             a = tl.reshape(parameter(A, walk * A_k + lanes * N + n, dtype), shape) * LOG2_E
             place_of = (part_of_chunk + channel) * N + n
             place_in = (part_of_chunk + channel_of) * N + n
@@ -278,7 +279,7 @@ def gradients(
             for r in tl.static_range(STEPS - 1, -1, -1):
                 grad_add = (grad_add + c[r] * grads_y[r]) * keeps[r]
 
-            # The state before each run, and the adjoint behind it. Time is turned round for the second.
+            # The state before each run, and the adjoint after it: a scan with mirrored time.
             mirrored_keep = tl.gather(keep, mirrored, 2)
             keep, add = tl.associative_scan((keep, add), 2, compose)
             h = tl.where(group == 0, entry, tl.gather(keep * entry + add, before, 2))
@@ -316,7 +317,7 @@ def gradients(
         grad_skip = tl.zeros(shape, dtype)
         grad_bias = tl.zeros(shape, dtype)
         grad_rest = tl.zeros(shape, dtype)
-        if N > 1:  # few registers: load again what the states had no use for
+        if N > 1:  # reload the inputs instead of holding them in registers during the loop above
             i = indices(order, begin, length, STEPS, ALIGNED, False)
             j = i
             if source is not None:
@@ -362,4 +363,4 @@ def gradients(
             tl.store(ddelta_bias + part_of_chunk + channel, _sum_steps(grad_bias), here)
         if gap is not None:
             tl.store(drest + part_of_chunk + channel, _sum_steps(grad_rest), here)
-        tl.debug_barrier()  # what one thread added to dB and dC, others read in the next turn
+        tl.debug_barrier()  # in the next turn other threads read these parts of dB and dC

@@ -1,10 +1,10 @@
 r"""Triton kernels of the selective scan with one state for each channel.
 
-Per channel, with ``time_t = size_t + gap_t rest`` the time that step ``t`` takes::
+Per channel, with ``time_t = size_t + gap_t rest``::
 
     h_t = keep_t h_{t-1} + add_t        keep_t = exp(time_t A)    add_t = size_t B_t u_t        y_t = C_t h_t + D u_t
 
-and its adjoint, ``q_t = dL/dh_{t-1} = keep_t (q_{t+1} + C_t dy_t)``, which is the same recurrence walked backwards.
+The adjoint, ``q_t = dL/dh_{t-1} = keep_t (q_{t+1} + C_t dy_t)``, is the same recurrence walked backwards.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _ends_of_runs(
     values, delta, weights, a, bias, pace, order, source, gap, values_l, delta_l, weights_l, begin, length, steps,
     SOFTPLUS: tl.constexpr, ADJOINT: tl.constexpr, ALIGNED: tl.constexpr, STEPS: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """``keep, add``: what each thread's run of ``steps`` steps does to a state. ``ADJOINT``: its time for ``keep``."""
+    """Return ``keep, add``, the effect of each thread's run on a state; for ``ADJOINT``, its time and ``add``."""
     keep = tl.full(values.shape, 0.0 if ADJOINT else 1.0, dtype)
     add = tl.zeros(values.shape, dtype)
     for turn in range(0, steps, STEPS):
@@ -79,13 +79,13 @@ def run_ends(
     SOFTPLUS: tl.constexpr, ADJOINT: tl.constexpr, ALIGNED: tl.constexpr,
     GROUPS: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """What runs of ``steps`` steps contribute, ``GROUPS`` to a span. ``values, weights``: ``u, B`` or ``dy, C``.
+    """Write the effect of runs of ``steps`` steps, ``GROUPS`` to a span. ``values, weights``: ``u, B`` or ``dy, C``.
 
-    ``ends, keeps (B, K, runs, D)``: the state after the run had the *span* begun with 0, and what is kept by then of
-    the state that the span began with. The last span is left out.
+    ``ends, keeps (B, K, runs, D)``: the state after the run if its *span* begins with 0, and the share of the span's
+    first state that is left by then. The last span is skipped.
 
-    ``ADJOINT``: ``q`` of each run's first step were nothing to follow the run, and in place of ``keeps`` the time that
-    the run takes. No span is left out.
+    ``ADJOINT``: ``ends`` is ``q`` of each run's first step with zero after the run, and ``keeps`` is the run's time.
+    No span is skipped.
     """
     dtype: tl.constexpr = ends.dtype.element_ty
     program = tl.program_id(0)
@@ -96,9 +96,7 @@ def run_ends(
     place = place.to(tl.int64)
     run = program % programs * GROUPS + tl.arange(0, GROUPS)[:, None]
     channel = tl.program_id(1) * LANES + tl.arange(0, LANES)[None, :]
-    lane = tl.minimum(
-        channel, channels - 1
-    )  # loads need no mask; what is out of range is not stored
+    lane = tl.minimum(channel, channels - 1)  # no mask for loads; stores are masked
     lanes = tl.broadcast_to(lane, (GROUPS, LANES))
     if order is not None:
         order += batch * order_b + walk * order_k
@@ -129,7 +127,7 @@ def run_ends(
 def _state_before_span(
     ends, keeps, first_row, span, channels, channel, GROUPS: tl.constexpr, FOLD: tl.constexpr
 ):
-    """What the spans before this one make of 0, ``(GROUPS, LANES)``, all groups alike."""
+    """Compute the state before this span, ``(GROUPS, LANES)``, equal in all groups."""
     dtype: tl.constexpr = ends.dtype.element_ty
     group = tl.arange(0, GROUPS)[:, None]
     shape: tl.constexpr = (GROUPS, channel.shape[1])
@@ -159,10 +157,10 @@ def outputs(
     SOFTPLUS: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
     GROUPS: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
-    """``y (B, L, K, D)``, and ``states (B, K, S, D)`` before every ``CHUNK`` steps, from what :func:`run_ends` found.
+    """Write ``y (B, L, K, D)`` and ``states (B, K, S, D)`` before every ``CHUNK`` steps.
 
-    Each thread takes a run of ``steps`` steps of one channel. The programs of a walk's last span find out for
-    themselves what their runs contribute; the spans before it find it in ``ends`` and ``keeps``.
+    Each thread takes a run of ``steps`` steps of one channel. Programs read the effect of their runs from ``ends`` and
+    ``keeps`` of :func:`run_ends`; those of a walk's last span compute it themselves.
     """
     dtype: tl.constexpr = states.dtype.element_ty
     program = tl.program_id(0)
@@ -174,9 +172,7 @@ def outputs(
     group = tl.arange(0, GROUPS)[:, None]
     run = span * GROUPS + group
     channel = tl.program_id(1) * LANES + tl.arange(0, LANES)[None, :]
-    lane = tl.minimum(
-        channel, channels - 1
-    )  # loads need no mask; what is out of range is not stored
+    lane = tl.minimum(channel, channels - 1)  # no mask for loads; stores are masked
     lanes = tl.broadcast_to(lane, (GROUPS, LANES))
     u += (batch * u_b + walk * u_k) + lanes
     delta += (batch * delta_b + walk * delta_k) + lanes
@@ -241,33 +237,33 @@ def outputs(
 
 
 @triton.jit
-def _announced(value):
-    """A float32 and, in the lower half, that it is there."""
+def _packed(value):
+    """Pack a float32 into the upper half of 64 bits, and a flag into the lower half."""
     return (value.to(tl.int32, bitcast=True).to(tl.int64) << 32) | 1
 
 
 @triton.jit
-def _value_of(announced):
-    return (announced >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+def _value_of(packed):
+    return (packed >> 32).to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _announce(slot, channels, keep, add, mask):
-    tl.atomic_xchg(slot, _announced(keep), mask=mask, sem="relaxed")
-    tl.atomic_xchg(slot + channels, _announced(add), mask=mask, sem="relaxed")
+def _publish(slot, channels, keep, add, mask):
+    tl.atomic_xchg(slot, _packed(keep), mask=mask, sem="relaxed")
+    tl.atomic_xchg(slot + channels, _packed(add), mask=mask, sem="relaxed")
 
 
 @triton.jit
 def _look(
     flags, first, end, block, tiles, channels, channel, group, FOLD: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """What ``FOLD`` items for each group announced, nothing for those from ``end`` on, and how much is missing.
+    """Load ``FOLD`` published items per group, identities from ``end`` on, and count the missing ones.
 
     The items are the blocks before ``block``, then this block's tiles.
     """
     keeps = ()
     adds = ()
-    announced = tl.full((group.shape[0], channel.shape[1]), 1, tl.int64)
+    ready = tl.full((group.shape[0], channel.shape[1]), 1, tl.int64)
     for f in tl.static_range(FOLD):
         item = first + group * FOLD + f
         wanted = (item < end) & (channel < channels)
@@ -277,8 +273,8 @@ def _look(
         x = tl.load(slot + channels, wanted, other=1, volatile=True)
         keeps = keeps + (k,)
         adds = adds + (x,)
-        announced = announced & k & x
-    missing = 1 - announced.to(tl.int32)
+        ready = ready & k & x
+    missing = 1 - ready.to(tl.int32)
     return keeps, adds, tl.sum(tl.sum(missing, 1), 0)
 
 
@@ -287,7 +283,7 @@ def _wait_for(
     flags, first, end, block, tiles, channels, channel,
     GROUPS: tl.constexpr, FOLD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``keep, add``: what items from ``first`` on, ``GROUPS * FOLD`` at most, do to a state, in the last group."""
+    """Wait for up to ``GROUPS * FOLD`` items from ``first`` on; the last group of ``keep, add`` is their effect."""
     group = tl.arange(0, GROUPS)[:, None]
     keeps, adds, missing = _look(
         flags, first, end, block, tiles, channels, channel, group, FOLD, BLOCK
@@ -313,13 +309,13 @@ def single_pass(
     SOFTPLUS: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
     GROUPS: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr, FOLD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """As :func:`outputs`, in one launch, reading everything once: every program looks back at those before it.
+    """Do the work of :func:`outputs` in one launch that reads everything once, with a decoupled look-back.
 
-    A program announces on ``flags (B * K, tiles + tiles // BLOCK, 2, D)``, zero before, what its tile of ``GROUPS``
-    times ``STEPS`` steps does to a state, and the last of each ``BLOCK`` tiles what these do. It waits for all earlier
-    blocks of its walk, and the earlier tiles of its own block: no announcement waits for more than ``BLOCK`` others.
-    That ends only if programs start in the order of their numbers, as they do on the GPUs of today, though nothing
-    promises it.
+    ``flags (B * K, tiles + tiles // BLOCK, 2, D)`` must be zero. A program publishes there the effect of its tile of
+    ``GROUPS`` times ``STEPS`` steps on a state; the last of each ``BLOCK`` tiles also publishes that of its block. It
+    waits for all earlier blocks of its walk and the earlier tiles of its block, so no program needs more than ``BLOCK``
+    others to publish. This terminates only if programs start in numeric order, as on today's GPUs; CUDA does not
+    guarantee it.
     """
     program = tl.program_id(0)
     tile = program % tiles
@@ -365,7 +361,7 @@ def single_pass(
         time = size
         if gap is not None:
             time += absent[s].to(tl.float32) * pace
-        # What is beyond the walk's end comes after all that counts, and may be anything.
+        # Steps beyond the walk's end follow all valid steps, so their values do not matter.
         k = tl.exp2(time * a)
         x = size * value[s].to(tl.float32) * b[s].to(tl.float32)
         add = add * k + x
@@ -377,7 +373,7 @@ def single_pass(
     flags += place * (tiles + tiles // BLOCK) * 2 * channels
     mine = (group == GROUPS - 1) & (channel < channels)
     to = flags + channel + 0 * group
-    _announce(to + tile * 2 * channels, channels, keep, add, mine)
+    _publish(to + tile * 2 * channels, channels, keep, add, mine)
     block = tile // BLOCK
     end = block + tile % BLOCK
     if tile % BLOCK == BLOCK - 1:
@@ -386,7 +382,7 @@ def single_pass(
             flags, block, end, block, tiles, channels, channel, GROUPS, all_tiles, BLOCK
         )
         k, x = compose(k, x, keep, add)
-        _announce(to + (tiles + block) * 2 * channels, channels, k, x, mine)
+        _publish(to + (tiles + block) * 2 * channels, channels, k, x, mine)
     entry = tl.zeros((GROUPS, LANES), tl.float32)
     last = tl.full((GROUPS, LANES), GROUPS - 1, tl.int32)
     for item in range(0, end, GROUPS * FOLD):

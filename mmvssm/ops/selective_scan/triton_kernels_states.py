@@ -1,15 +1,14 @@
 r"""Triton kernel of the selective scan with several states for each channel.
 
-Per channel and state, with ``time_t = size_t + gap_t rest`` the time that step ``t`` takes::
+Per channel and state, with ``time_t = size_t + gap_t rest``::
 
     h_t = exp(time_t A) h_{t-1} + size_t B_t u_t            y_t = D u_t + sum over states of C_t h_t
 
-and its adjoint, the same recurrence walked backwards: ``q_t = dL/dh_{t-1} = exp(time_t A) (q_{t+1} + C_t dy_t)``.
+The adjoint is the same recurrence walked backwards: ``q_t = dL/dh_{t-1} = exp(time_t A) (q_{t+1} + C_t dy_t)``.
 
-One warp takes some steps of some channels one after the other, with all their states in registers, and loads what a
-step needs while it works on the step before. A walk is cut into no more spans than it takes to fill a GPU: where the
-walks of a batch do that on their own, one launch does. Otherwise one launch finds the state that each span would end
-with had it begun with zero, ``hand_over`` the state that it does begin with, and a third launch the outputs.
+A warp takes the steps of some channels in sequence, with all their states in registers, and loads one step ahead. If
+the walks of a batch fill a GPU, one launch suffices. Otherwise walks are cut into spans. The first launch computes each
+span's final state from zero, ``hand_over`` the state before each span, and a third launch the outputs.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ def _token(index, step):
 
 @triton.jit
 def _of_walks(x, x_k, x_l, tokens, WALKS: tl.constexpr):
-    """One row of each walk."""
+    """Load one row of each walk."""
     found = ()
     for w in tl.static_range(WALKS):
         found = found + (tl.load(at(bytes_of(x + w * x_k), tokens[w], x_l, x)),)
@@ -41,7 +40,7 @@ def _weights(
     x, x_k, x_l, tokens, row,
     N: tl.constexpr, STATES: tl.constexpr, ROWS: tl.constexpr, WALKS: tl.constexpr,
 ):  # fmt: skip
-    """One weight of each walk and state, 0 for states that there are not."""
+    """Load one weight per walk and state, 0 beyond the last state."""
     found = ()
     for w in tl.static_range(WALKS):
         pointer = at(bytes_of(x + w * x_k), tokens[w], x_l, x)
@@ -65,13 +64,13 @@ def sweep(
 ):  # fmt: skip
     """Sweep over spans of ``steps`` steps: ``ROWS`` times ``STATES`` states of ``LANES`` channels.
 
-    ``OUTPUTS``: ``y (B, L, K, D)``, and ``ends (B, K, S, D, N)`` before every ``CHUNK`` steps, from
-    ``entries (B, K, spans, D, N)``, None where the one span begins with 0.
+    With ``OUTPUTS``, write ``y (B, L, K, D)``, and the states before every ``CHUNK`` steps to ``ends (B, K, S, D, N)``.
+    Spans begin with ``entries (B, K, spans, D, N)``; None means one span that begins with 0.
 
-    Else ``ends (B, K, spans, D, N)`` and ``times (B, K, spans, D)``: the state after each span begun with 0, and the
-    time it takes. ``ADJOINT``: the same of the adjoint; ``values`` is ``dy``, and ``C`` is in place of ``B``.
+    Otherwise write ``ends (B, K, spans, D, N)``, the state after each span if it begins with 0, and its time, ``times
+    (B, K, spans, D)``. ``ADJOINT``: the same for the adjoint; pass ``dy`` as ``values`` and ``C`` as ``B``.
 
-    ``WALKS`` walks that share ``delta``, its tokens and ``A`` go together: they decay alike.
+    A program takes ``WALKS`` walks that share ``delta``, its tokens and ``A``, hence the decays.
     """
     dtype: tl.constexpr = ends.dtype.element_ty
     program = tl.program_id(0)
@@ -85,9 +84,7 @@ def sweep(
     row = tl.arange(0, ROWS)[:, None]
     channel = tl.program_id(1) * LANES + tl.arange(0, LANES)[None, :]
     here = channel < channels
-    lane = tl.minimum(
-        channel, channels - 1
-    )  # loads need no mask; what is out of range is not stored
+    lane = tl.minimum(channel, channels - 1)  # no mask for loads; stores are masked
     values += batch * values_b + walk * values_k + lane
     delta += batch * delta_b + walk * delta_k + lane
     B += batch * B_b + walk * B_k
@@ -121,7 +118,7 @@ def sweep(
                 h = h + (tl.zeros((ROWS, LANES), dtype),)
     total = tl.zeros((1, LANES), dtype)
 
-    # Steps first to last of the span, for the adjoint in turn from the last.
+    # The adjoint takes the span's steps in reverse.
     count = tl.minimum(steps, length - span * steps)
     begin = span * steps + (count - 1 if ADJOINT else 0)
     way = -1 if ADJOINT else 1

@@ -1,7 +1,7 @@
-"""Depthwise convolution over the kept tokens of a pruned grid: its public functions, checks and registration.
+"""Depthwise convolution over the kept tokens of a pruned grid: public functions, checks and registration.
 
-Nothing is computed at pruned positions, and no map of the grid is ever made: the tokens stay the rows of
-``(B, K, C)``, and a table says which of them are neighbours.
+Pruned positions are never computed, and no map of the grid is built: tokens stay the rows of ``(B, K, C)``, and a
+table lists their neighbours.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from . import cpu, pytorch, triton_launch
 
 
 def neighbor_table(positions: Tensor, grid: tuple[int, int], kernel_size: int) -> Tensor:
-    """For each kept token, which tokens lie under the taps of a kernel centred on it.
+    """For each kept token, list the tokens under the taps of a kernel centred on it.
 
     Taps are numbered row by row, as the weights of ``torch.nn.Conv2d`` lie in memory. The table serves every
     :func:`sparse_depthwise_conv` until tokens are pruned again.
@@ -30,8 +30,8 @@ def neighbor_table(positions: Tensor, grid: tuple[int, int], kernel_size: int) -
         kernel_size: Height and width of the kernel, odd.
 
     Returns:
-        Indices in ``0 .. K-1`` of the neighbours ``(B, K, kernel_size**2)``, int32, contiguous; -1 where that place
-        is outside the grid or pruned.
+        Indices in ``0 .. K-1`` of the neighbours ``(B, K, kernel_size**2)``, int32, contiguous; -1 where the tap's
+        position is outside the grid or pruned.
 
     Raises:
         ValueError: If ``kernel_size`` is not odd, or the shape or dtype of ``positions`` does not fit.
@@ -47,7 +47,7 @@ def neighbor_table(positions: Tensor, grid: tuple[int, int], kernel_size: int) -
         )
     height, width = grid
     batch, kept = positions.shape
-    # A border as wide as the kernel reaches keeps every tap inside the map, without a comparison.
+    # A border as wide as the kernel's reach keeps every tap inside the map without comparisons.
     border = kernel_size // 2
     stride = width + 2 * border
     positions = positions.long()
@@ -68,8 +68,7 @@ def sparse_depthwise_conv(
 
     Equals scattering the tokens into a zero map ``(B, C, H, W)``, ``torch.nn.functional.conv2d`` with
     ``padding=k // 2`` and ``groups=C``, and gathering at the kept positions. Sums are float32 (float64 for float64
-    inputs) whatever the dtype of the inputs, and formed in a fixed order: two runs give the same bits. ``x``,
-    ``weight`` and ``bias`` are differentiable, once.
+    inputs) in a fixed order, so two runs give the same bits. ``x``, ``weight`` and ``bias`` are differentiable once.
 
     The gradient of ``x`` relies on a symmetry that every table of :func:`neighbor_table` has: with ``T = k * k`` taps,
     ``neighbors[b, i, t] == j`` if and only if ``neighbors[b, j, T - 1 - t] == i``. What tap ``t`` carries from one
@@ -189,7 +188,7 @@ backend.register_autocast("sparse_depthwise_conv", lowered=(0, 1))
 def sparse_depthwise_conv_flops(
     x_shape, weight_shape, neighbors_shape, *args, out_shape=None, **kwargs
 ) -> int:
-    """A multiply-add, counted as two, for every tap at every kept token: pruned neighbours are not told apart."""
+    """Count two FLOPs for every tap at every kept token; pruned neighbours count like kept ones."""
     return 2 * math.prod(neighbors_shape) * weight_shape[0]
 
 
@@ -205,6 +204,6 @@ def sparse_depthwise_conv_backward_flops(
     *args,
     **kwargs,
 ) -> int:
-    """As much as the forward pass for each of the gradients of ``x`` and ``weight``."""
+    """Count the forward pass once for each of the gradients of ``x`` and ``weight``."""
     once = sparse_depthwise_conv_flops(x_shape, weight_shape, neighbors_shape)
     return (bool(needs_x) + bool(needs_weight)) * once

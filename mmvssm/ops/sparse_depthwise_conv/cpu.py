@@ -16,7 +16,7 @@ _INTERFACE_VERSION = 1
 
 
 def available() -> bool:
-    """Whether the compiled kernel can be used. The first time that it cannot, a warning says why."""
+    """Whether the compiled kernel can be used; warn once if it cannot."""
     library, reason = _load()
     if library is None:
         backend.warn_no_library(reason)
@@ -63,7 +63,7 @@ class _Rows(ctypes.Structure):
 
 
 class _Conv(backend.KernelArguments):
-    """``struct SparseConv`` of the C++ file, field by field."""
+    """Mirror of ``struct SparseConv`` in the C++ file, field by field."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("batch", "kept", "channels", "taps")),
@@ -93,7 +93,7 @@ class _Conv(backend.KernelArguments):
 
 @functools.cache
 def _load() -> tuple[Optional[ctypes.CDLL], str]:
-    """The library, or None and the reason."""
+    """Return the library and an empty string, or None and the reason."""
     return backend.load_library(
         "sparse_depthwise_conv",
         _INTERFACE_VERSION,

@@ -1,8 +1,8 @@
-"""The sparse depthwise convolution in PyTorch: for CPUs without the compiled kernel, and for any other device.
+"""Sparse depthwise convolution in PyTorch: the fallback for CPUs without the compiled kernel and for other devices.
 
-All tokens advance together, tap by tap, so that nothing larger than ``(B, K, C)`` is ever stored.
+It adds up tap by tap over all tokens, so no tensor is larger than ``(B, K, C)``.
 
-This module also defines the contract of every backend, :func:`convolve` and :func:`weight_gradient`.
+:func:`convolve` and :func:`weight_gradient` are the contract of every backend.
 """
 
 from __future__ import annotations
@@ -19,15 +19,14 @@ from ..backend import accumulation_dtype
 def convolve(
     x: Tensor, weight: Tensor, neighbors: Tensor, bias: Optional[Tensor], reverse: bool = False
 ) -> Tensor:
-    """``y[b, i] = bias + sum over t of weight[:, t] * x[b, neighbors[b, i, t]]``, leaving out neighbours -1.
+    """``y[b, i] = bias + sum over t of weight[:, t] * x[b, neighbors[b, i, t]]``, skipping neighbours -1.
 
     Args:
         x: ``(B, K, C)``, any strides.
         weight: ``(C, 1, k, k)``, any strides.
         neighbors: ``(B, K, k * k)``, int32, any strides.
         bias: ``(C,)``.
-        reverse: Take the weights of the taps in reverse, which makes ``x`` the gradient of the output and the result
-            that of the input.
+        reverse: Reverse the taps; then ``x`` is the gradient of the output and ``y`` that of the input.
 
     Returns:
         ``y (B, K, C)``, contiguous, in the dtype of ``x``.
@@ -60,9 +59,9 @@ def weight_gradient(grad_y: Tensor, x: Tensor, neighbors: Tensor) -> Tensor:
 
 
 def _under_taps(x: Tensor, neighbors: Tensor) -> Iterator[Tensor]:
-    """For each tap, what lies under it at each token ``(B * K, C)``; zero where nothing does."""
+    """Yield for each tap its token at every kept token ``(B * K, C)``; zero where there is none."""
     batch, kept, channels = x.shape
-    # One row of zeros ends each image, for neighbours that are not there.
+    # Append a row of zeros to each image for absent neighbours.
     rows = torch.cat([x, x.new_zeros(batch, 1, channels)], dim=1).flatten(0, 1)
     first = torch.arange(batch, device=x.device)[:, None, None] * (kept + 1)
     index = torch.where(neighbors < 0, kept, neighbors) + first

@@ -1,9 +1,8 @@
-"""Triton kernels of the sparse depthwise convolution. Reach this module through ``triton_launch.py``.
+"""Triton kernels of the sparse depthwise convolution; import them only from ``triton_launch.py``.
 
-A program holds a tile of ``TOKENS`` tokens of an image and ``LANES`` channels in registers and passes over the taps
-(for the weights' gradient: over tiles, with ``BLOCK`` taps at a time). Neighbours are gathered where they are; absent
-ones read as zero and cost no memory traffic. Offsets are 64-bit. Nothing here checks that neighbours lie within the
-tokens.
+A program holds a tile of ``TOKENS`` tokens of an image and ``LANES`` channels in registers and loops over the taps
+(for the weights' gradient: over tiles, with ``BLOCK`` taps at a time). It gathers neighbours in place; absent ones read
+as zero and cost no memory traffic. Offsets are 64-bit. The kernels do not check that neighbours are valid tokens.
 """
 
 from __future__ import annotations
@@ -11,13 +10,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Not specialised, so that one compiled kernel serves batches and pruned grids of every size.
+# No specialisation: one compiled kernel serves batches and pruned grids of every size.
 _kernel = triton.jit(do_not_specialize=["kept", "parts"])
 
 
 @triton.jit
 def _under_tap(x, x_k, neighbors, inside, lane_inside, dtype: tl.constexpr):
-    """The tile's neighbours under one tap, zero where there are none."""
+    """Load the tile's neighbours under one tap, zero where there are none."""
     neighbor = tl.load(neighbors, inside, other=-1)
     there = (neighbor >= 0) & lane_inside
     return tl.load(x + neighbor.to(tl.int64) * x_k, there, other=0.0).to(dtype)
@@ -28,7 +27,7 @@ def convolve(
     x, x_b, x_k, taps, neighbors, bias, y, kept, parts, channels,
     TAPS: tl.constexpr, REVERSE: tl.constexpr, TOKENS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """``y (B, K, C)`` from ``x (B, K, C)`` and ``taps (T, C)``, a tile in each program, ``parts`` in each image."""
+    """Write ``y (B, K, C)`` from ``x (B, K, C)`` and ``taps (T, C)``: one tile per program, ``parts`` per image."""
     dtype: tl.constexpr = taps.dtype.element_ty
     image = (tl.program_id(0) // parts).to(tl.int64)
     token = tl.program_id(0) % parts * TOKENS + tl.arange(0, TOKENS)[:, None]
@@ -55,10 +54,9 @@ def weight_gradient(
     grad_y, grad_y_b, grad_y_k, x, x_b, x_k, neighbors, partials, kept, parts, channels,
     TAPS: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr, TOKENS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """``partials (B * parts, T, C)``: what ``PART`` tokens of an image add to the gradients of ``BLOCK`` taps.
+    """Write ``partials (B * parts, T, C)``: each program adds ``PART`` tokens to the gradients of ``BLOCK`` taps.
 
-    A program passes over its tokens once. Each thread adds up what it multiplies itself, and only at the end are sums
-    added up across threads.
+    A program reads its tokens once. Each thread sums its own products; the program adds the threads' sums at the end.
     """
     dtype: tl.constexpr = partials.dtype.element_ty
     part = tl.program_id(0)

@@ -1,9 +1,9 @@
-"""The sparse depthwise convolution on CUDA GPUs, by the kernels of ``triton_kernels.py``.
+"""Sparse depthwise convolution on CUDA GPUs, with the kernels of ``triton_kernels.py``.
 
-:func:`convolve` and :func:`weight_gradient` keep the contract of :mod:`mmvssm.ops.sparse_depthwise_conv.pytorch`. What
-is added up across programs is added up in a fixed order: two runs agree bit for bit.
+:func:`convolve` and :func:`weight_gradient` keep the contract of :mod:`mmvssm.ops.sparse_depthwise_conv.pytorch`. Sums
+across programs have a fixed order, so two runs agree bit for bit.
 
-``neighbors`` is not checked: an entry beyond the tokens reads memory that is not the tensor's.
+``neighbors`` is not checked: an entry beyond the tokens reads foreign memory.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch import Tensor
 from ..backend import accumulation_dtype
 from ..triton_launcher import launch
 
-# Channels of a tile, and its tokens where it is convolved, by four warps, and where weights' gradients are added up, by
-# two, with a sum for each of some taps in registers.
+# Channels per tile; tokens per tile of the convolution (four warps), and of the weights' gradients (two warps, with one
+# sum per tap in registers).
 _LANES, _TOKENS, _GRADIENT_TOKENS = 64, 32, 8
-# Tokens whose contributions to weights' gradients one program adds up: a multiple of the tile's.
+# Tokens per program of the weights' gradients: a multiple of the tile's.
 _PART = 256
 
 
@@ -30,7 +30,7 @@ def convolve(
 ) -> Tensor:
     """See :func:`mmvssm.ops.sparse_depthwise_conv.pytorch.convolve`."""
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    # Channels adjacent, as those of the tokens are.
+    # Channels have to be adjacent, as in the tokens.
     taps = weight.flatten(1).t().to(accumulation_dtype(x, weight)).contiguous()
     arguments = dict(
         **_strided(x=x),
@@ -63,12 +63,12 @@ def weight_gradient(grad_y: Tensor, x: Tensor, neighbors: Tensor) -> Tensor:
 
 
 def _taps_of_a_program(taps: int) -> int:
-    """Of one that works out weights' gradients: all of a small kernel, or a row, for registers to hold the sums."""
+    """Taps per program of the weights' gradients: all of a small kernel, else a row, so that sums fit registers."""
     return taps if taps <= 9 else math.isqrt(taps)
 
 
 def _strided(**tensors: Tensor) -> dict[str, Any]:
-    """Tensors ``(B, K, C)``, copied only where channels are not adjacent, and their strides ``*_b, *_k``."""
+    """Return tensors ``(B, K, C)`` and their strides ``*_b, *_k``; copy them if channels are not adjacent."""
     arguments = {}
     for name, x in tensors.items():
         x = x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
@@ -96,7 +96,7 @@ def _launch(kernel: Any, grid: tuple[int, ...], values: dict[str, Any], num_warp
 
 
 def _kernels() -> ModuleType:
-    """Imported when they are first needed, which is where triton is."""
+    """Import the kernels on first use, since they need Triton."""
     from . import triton_kernels
 
     return triton_kernels
