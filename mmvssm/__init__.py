@@ -14,12 +14,12 @@ from importlib.util import find_spec
 from .version import __version__
 
 if find_spec("torch") is None:
-    raise ImportError("mmvssm needs torch, which is not installed here; see the README.")
+    raise ImportError("mmvssm needs torch, which is not installed; see the README.")
 
 import torch
 
-# The first that reads operators' signatures from annotations which are strings, and in which safe
-# loading of checkpoints can be extended for a while.
+# The first version that reads operators' signatures from string annotations and lets a context manager extend the
+# safe loading of checkpoints.
 _OLDEST_TORCH = (2, 5)
 if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _OLDEST_TORCH:
     raise ImportError(
@@ -43,7 +43,7 @@ if not _MISSING:
     list_models = import_module(".models.weights_table", __name__).list_models
     __all__ += ["get_model", "list_models"]
 elif find_spec("mmengine"):
-    # Somebody's config may be about to ask for a model by name.
+    # Warn, since a config may import this package for its models.
     warnings.warn(
         f"mmvssm: {_MISSING} is not installed here, so no model was registered; see the README.",
         stacklevel=2,

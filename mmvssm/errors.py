@@ -1,4 +1,4 @@
-"""Errors that a user can mend, reported in one line instead of a traceback."""
+"""Errors that the user can fix, reported in one line instead of a traceback."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ class UserError(Exception):
 
 
 class RunFailure(UserError):
-    """What the machine did to one process of a run (memory, disk, workers); that process reports it itself."""
+    """The machine failed one process of a run (memory, disk, workers); that process reports it, whatever its rank."""
 
 
 class Stopped(UserError):
     """A signal ended the run.
 
     Args:
-        message: One sentence.
-        signal_number: Of the signal; shells call such an end by 128 plus that number.
+        message: One line of text.
+        signal_number: Number of the signal; the exit code is 128 plus this number, as in shells.
     """
 
     def __init__(self, message: str, signal_number: int) -> None:
@@ -44,18 +44,18 @@ class Stopped(UserError):
 
 
 def is_interruption(error: BaseException) -> bool:
-    """Whether an error is Ctrl-C, or was raised while that was being handled, as mmengine does in formatting a config.
+    """Whether an error is Ctrl-C, or was raised while Ctrl-C was handled, as in mmengine's formatting of a config.
 
     Args:
-        error: What was raised.
+        error: The exception.
     """
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None
 
 
-def one_sentence(error: BaseException) -> str:
-    """The message of ``error`` on one line, without what the config machinery wraps around it.
+def one_line(error: BaseException) -> str:
+    """Return the message of ``error`` as one line, without the prefixes of mmengine's config and registry.
 
     Args:
         error: Any exception.
@@ -77,14 +77,14 @@ def one_sentence(error: BaseException) -> str:
 def user_mistakes(
     doing: str = "", kinds: tuple[type[Exception], ...] = (Exception,)
 ) -> Iterator[None]:
-    """Turn what is raised inside into a :class:`UserError`.
+    """Convert exceptions raised inside to :class:`UserError`.
 
-    For the steps that only read what the user gave (config, model definition, files), where
-    every exception is about that input.
+    For steps that only read the user's input (config, model definition, files), where every exception is about that
+    input.
 
     Args:
-        doing: What was being done, put before the message, such as ``"cannot build the model"``.
-        kinds: Which exceptions are about that input.
+        doing: Prefix of the message, such as ``"cannot build the model"``.
+        kinds: Exceptions to convert.
 
     Raises:
         UserError: In place of any of those exceptions.
@@ -94,19 +94,19 @@ def user_mistakes(
     except UserError:
         raise
     except kinds as error:
-        sentence = one_sentence(error)
+        sentence = one_line(error)
         raise UserError(f"{doing}: {sentence}" if doing else sentence) from error
 
 
 class _ShowTraceback(argparse.Action):
-    """Sets the variable that :func:`run_tool` looks for."""
+    """Sets the environment variable that :func:`run_tool` reads."""
 
     def __call__(self, *args: Any) -> None:
         os.environ[TRACEBACK_VARIABLE] = "1"
 
 
 def add_traceback_option(parser: argparse.ArgumentParser) -> None:
-    """Give a tool the option ``--traceback`` that :func:`run_tool` speaks of."""
+    """Add the option ``--traceback``, which :func:`run_tool` names in its output."""
     parser.add_argument(
         "--traceback",
         action=_ShowTraceback,
@@ -141,22 +141,22 @@ def run_tool(main: Callable[[], None]) -> None:
 
 
 def _is_first_process() -> bool:
-    """Whether this process is rank 0, also before the processes that torchrun started are joined to a group."""
+    """Whether this process is rank 0; also works before torchrun's processes form a group."""
     if is_distributed():
         return is_main_process()
     return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 _NAMES_SHOWN = 3
-_LONGEST_NAME = 60  # characters of what a file says that are repeated
+_LONGEST_NAME = 60  # characters of a file's content that a message repeats
 
 
 def shown(names: Sequence[Any]) -> str:
-    """A listing of the first few of ``names``, which may be anything that a file holds."""
+    """List the first few of ``names``, which may be any objects from a file."""
     return ", ".join(map(brief, names[:_NAMES_SHOWN])) + ", ..." * (len(names) > _NAMES_SHOWN)
 
 
 def brief(words: Any) -> str:
-    """``words`` out of a file, fit for a line of text: short and without control characters."""
+    """Shorten text from a file for a message and replace its control characters."""
     text = "".join(c if c.isprintable() else " " for c in str(words)[: _LONGEST_NAME + 1])
     return text if len(text) <= _LONGEST_NAME else f"{text[:_LONGEST_NAME]}..."

@@ -1,4 +1,4 @@
-"""Writing a file whole or not at all."""
+"""Write files atomically."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from typing import Union
 
 
 def write_whole(path: Union[str, Path], content: Union[str, bytes, memoryview]) -> None:
-    """Write a file that takes its name when it is complete and on the disk.
+    """Write a temporary file, flush it to disk, and rename it to ``path``.
 
-    A process that is killed, or a disk that is full, leaves what was there before. A symbolic link is replaced, not
-    followed.
+    If the process is killed or the disk is full, the old file stays. A symbolic link is replaced, not followed.
 
     Args:
-        path: The file to write or replace; its folder is made where it is missing.
-        content: Text is written as UTF-8.
+        path: File to write or replace; a missing folder is created.
+        content: Bytes, or text to write as UTF-8.
 
     Raises:
-        OSError: If it cannot be written, with the file's name.
+        OSError: If the file cannot be written; the error has the file's name.
     """
     path = Path(path)
     data = content.encode() if isinstance(content, str) else content
@@ -31,7 +30,7 @@ def write_whole(path: Union[str, Path], content: Union[str, bytes, memoryview]) 
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes files that only their owner reads.
+        # mkstemp makes files that only their owner can read.
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(partial, 0o666 & ~umask)
@@ -39,6 +38,6 @@ def write_whole(path: Union[str, Path], content: Union[str, bytes, memoryview]) 
     except BaseException as error:
         if partial:
             Path(partial).unlink(missing_ok=True)
-        if isinstance(error, OSError):  # errors of writing name no file
+        if isinstance(error, OSError):  # write errors do not name the file
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise

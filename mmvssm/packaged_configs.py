@@ -1,6 +1,6 @@
-"""Configs of this package by name: ``_base_ = 'mmvssm::groupmamba_maskrcnn_coco.py'``.
+"""Let configs inherit this package's configs by name: ``_base_ = 'mmvssm::groupmamba_maskrcnn_coco.py'``.
 
-They lie in ``mmvssm/.mim/configs``, where packages of OpenMMLab have theirs.
+They are in ``mmvssm/.mim/configs``, as in OpenMMLab's packages.
 """
 
 from mmengine.utils import is_installed
@@ -9,26 +9,25 @@ from .private_names import config_lookup, replace_config_lookup
 
 SCOPE = "mmvssm"
 
-# mmengine finds the distribution's files by pkg_resources, which points into site-packages even
-# where the installation is editable. A module's name it looks up as Python does, and takes the
-# folder that its file is in.
+# Given a distribution, mmengine asks pkg_resources, which points into site-packages even for an editable installation.
+# Given a module, it imports it and takes the folder of its file.
 _MODULE = "mmvssm.version"
 
 _package_and_path = config_lookup()
 
 
 def _get_package_and_cfg_path(cfg_path: str) -> tuple[str, str]:
-    """Split ``package::path``; mmengine's own function knows OpenMMLab's distributions alone."""
+    """Split ``package::path``; mmengine's own function knows only OpenMMLab's distributions."""
     module, _, path = cfg_path.partition("::")
     if module == SCOPE:
         return _MODULE, path
     package, path = _package_and_path(cfg_path)
-    # mmseg is in mmsegmentation, but with the forks in onedl-mmsegmentation. Where it is in
-    # neither, mmengine's sentence names the former.
+    # mmseg comes from mmsegmentation or from the fork onedl-mmsegmentation. If neither is installed, mmengine's error
+    # names the former.
     forked = is_installed(module) and not is_installed(package)
     return (module if forked else package), path
 
 
 def register_configs() -> None:
-    """Let every config that is read from now on name those of this package. Idempotent."""
+    """Make ``mmvssm::`` names work in every config read from now on. Idempotent."""
     replace_config_lookup(_get_package_and_cfg_path)

@@ -1,6 +1,6 @@
-"""Private names of other packages that we use, all of them: look here first when one of these packages moves.
+"""All private names of other packages that we use: check these first when such a package changes.
 
-Each function says whose name it is, in which versions we saw it, and why the public interface does not do.
+Each docstring names the package, the versions that we checked, and why the public interface does not suffice.
 """
 
 from __future__ import annotations
@@ -16,52 +16,53 @@ from mmengine.runner.checkpoint import CheckpointLoader
 
 
 def config_lookup() -> Callable[[str], tuple[str, str]]:
-    """Mmengine 0.10.x: splits ``package::path``. It knows OpenMMLab's packages alone and has no registration."""
+    """Mmengine 0.10.x: splits ``package::path``. It knows only OpenMMLab's packages, and none can be registered."""
     return _config._get_package_and_cfg_path
 
 
 def replace_config_lookup(function: Callable[[str], tuple[str, str]]) -> None:
-    """Let mmengine call ``function`` in place of :func:`config_lookup`."""
+    """Make mmengine call ``function`` instead of :func:`config_lookup`."""
     _config._get_package_and_cfg_path = function
 
 
 def checkpoint_loaders() -> dict[str, Callable]:
-    """Mmengine 0.10.x: its loaders by the beginning of an address. Public functions add loaders but list none."""
+    """Mmengine 0.10.x: checkpoint loaders by address prefix. Public functions add loaders but do not list them."""
     return CheckpointLoader._schemes
 
 
 def forget_train_loop(runner: Runner) -> None:
     """Mmengine 0.10.x: make ``runner.train_loop`` None in a test.
 
-    mmseg's visualization hook asks it for the iteration, and the runner would build the training data set to answer.
+    mmseg's visualization hook reads the iteration from it, for which the runner would build the training data set.
     """
     runner._train_loop = None
 
 
 def build_schedulers(runner: Runner, configs: Any, wrapper: OptimWrapper) -> list[_ParamScheduler]:
-    """Mmengine 0.10.x: schedulers of one optimizer; the public method takes all optimizers of a runner at once."""
+    """Mmengine 0.10.x: build schedulers of one optimizer; the public method takes all optimizers of a runner."""
     schedulers = runner._build_param_scheduler(configs, wrapper)
-    # It warns of schedulers that step before the optimizer does, which here they are meant to.
+    # Suppress the warning about schedulers that step before the optimizer: ours do so on purpose.
     wrapper._global_step = 0
     return schedulers
 
 
 def set_scheduler_values(scheduler: _ParamScheduler, values: list[float]) -> None:
-    """Mmengine 0.10.x: what ``scheduler.get_last_value()`` returns, which only a step sets."""
+    """Mmengine 0.10.x: set what ``scheduler.get_last_value()`` returns; publicly only a step sets it."""
     scheduler._last_value = values
 
 
 def on_queue_feeder_error(function: Callable[[Any, Exception, Any], None]) -> None:
-    """Python 3.10 to 3.13: call ``function(queue, error, item)`` where a process cannot send an item.
+    """Python 3.10 to 3.13: call ``function(queue, error, item)`` if a process cannot send an item.
 
-    Python prints a traceback there and drops the item, for which the other end waits for ever.
+    Python itself prints a traceback and drops the item, and the receiver hangs.
     """
     multiprocessing.queues.Queue._on_queue_feeder_error = function
 
 
 def place_class_names(visualizer: Any, function: Callable) -> None:
-    """Mmseg 1.x: place a class's name on its map by ``function(mask)``; mmseg's own
-    sorts all pixels of a class in Python, which takes longer than the prediction.
+    """Mmseg 1.x: place class names on a map by ``function(mask)``.
+
+    mmseg's own function sorts all pixels of a class in Python, which takes longer than the prediction.
     """
     if hasattr(visualizer, "_get_center_loc"):
         visualizer._get_center_loc = function

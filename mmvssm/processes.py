@@ -1,4 +1,4 @@
-"""Functions that the processes of a run call together, and one that ties a worker to its parent."""
+"""Collectives between the ranks of a run, and a link between a worker and its parent."""
 
 import ctypes
 import os
@@ -17,26 +17,26 @@ from mmengine.dist import (
     is_main_process,
 )
 
-from .errors import UserError, one_sentence
+from .errors import UserError, one_line
 
 _PATIENCE = timedelta(days=7)
 _PR_SET_PDEATHSIG = 1
 
 
 def any_process(condition: bool) -> bool:
-    """Whether ``condition`` holds in at least one process; a collective of one number.
+    """Whether ``condition`` holds on at least one rank; an all-reduce of one number.
 
     Args:
-        condition: What this process found.
+        condition: This rank's condition.
     """
     return any_process_each(condition)[0]
 
 
 def any_process_each(*conditions: bool) -> list[bool]:
-    """:func:`any_process` of each of several conditions, in one collective of as many numbers.
+    """Apply :func:`any_process` to several conditions in one all-reduce.
 
     Args:
-        conditions: What this process found; as many in every process.
+        conditions: This rank's conditions; every rank has to pass the same number.
     """
     if get_world_size() == 1:
         return [bool(condition) for condition in conditions]
@@ -46,21 +46,21 @@ def any_process_each(*conditions: bool) -> list[bool]:
 
 
 def on_first_process(function: Callable[..., Any], *args: Any) -> Any:
-    """Call ``function`` in the first of several processes; all of them get what it returns.
+    """Call ``function`` on rank 0 and return its result on all ranks.
 
-    The others wait for days, not for the few minutes after which other collectives fail.
+    The other ranks wait for days, where other collectives fail after minutes.
 
     Raises:
-        UserError: In every other process, whatever was raised in the first.
+        UserError: On every other rank, if ``function`` raises anything on rank 0.
     """
     if not is_distributed():
         return function(*args)
-    group = _patient_group()  # before the wait: its making is not patient
+    group = _patient_group()  # before the wait: creating it has a short timeout
     result = failure = error = None
     if is_main_process():
         try:
             result = function(*args)
-        except BaseException as raised:  # the others must not wait for ever, whatever it is
+        except BaseException as raised:  # of any kind, else the other ranks hang
             error = raised
             failure = (_reason(error), getattr(error, "exit_code", 1))
     outcome = [result, failure]
@@ -81,19 +81,19 @@ def on_first_process(function: Callable[..., Any], *args: Any) -> Any:
 def _reason(error: BaseException) -> str:
     if isinstance(error, UserError):
         return str(error)
-    return f"the first process ended with {type(error).__name__} ({one_sentence(error)})"
+    return f"rank 0 ended with {type(error).__name__} ({one_line(error)})"
 
 
 @lru_cache(maxsize=1)
 def _patient_group() -> torch.distributed.ProcessGroup:
-    """All processes once more, over gloo, which also waits longer than NCCL's watchdog lets it."""
+    """Group all ranks over gloo, which can wait longer than NCCL's watchdog allows."""
     return torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
 
 
 def end_with_parent() -> None:
-    """Ask the kernel, on Linux, to end this worker process when its parent ends, however that does."""
+    """On Linux, ask the kernel to end this worker when its parent ends for any reason."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         parent = torch.multiprocessing.parent_process()
-        if parent is not None and os.getppid() != parent.pid:  # it was already gone
+        if parent is not None and os.getppid() != parent.pid:  # it has already ended
             os._exit(1)

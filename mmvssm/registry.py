@@ -1,7 +1,7 @@
-"""The registries of the ``mmvssm`` scope.
+"""Registries of the ``mmvssm`` scope.
 
-Each is a child of the mmengine root registry of the same name, so that ``type='mmvssm.GroupMamba'`` resolves from
-the config of any mm* project once ``custom_imports = dict(imports=['mmvssm'])`` has run.
+Each is a child of mmengine's root registry of the same name, so ``type='mmvssm.GroupMamba'`` resolves in the config of
+any mm* project after ``custom_imports = dict(imports=['mmvssm'])``.
 """
 
 from mmengine import registry as root

@@ -1,14 +1,12 @@
-"""Loading checkpoints without ever running code from them.
+"""Load checkpoints without running code from them.
 
-PyTorch loads with ``weights_only=True``, which knows tensors and plain containers and refuses
-everything else. A training checkpoint of mmengine holds a little more: the history of its scalars
-(:class:`mmengine.logging.HistoryBuffer`) and NumPy numbers. :func:`register_safe_globals` admits
-exactly those, with NumPy's own reconstruction replaced: a pickled dtype can be given fields and
-sizes that make NumPy read and free memory that is not its own.
+``torch.load(..., weights_only=True)`` accepts tensors and plain containers only. mmengine's training checkpoints also
+hold the history of scalars (:class:`mmengine.logging.HistoryBuffer`) and NumPy numbers.
+:func:`register_safe_globals` allows exactly those and replaces NumPy's own reconstruction, since a pickled dtype can
+have fields and sizes that make NumPy read and free foreign memory.
 
-A checkpoint also carries the text of its config, which mmengine reads as Python when it resumes
-(``meta['config']``) or infers from a checkpoint alone (``message_hub``, ``meta['cfg']``).
-:func:`guard_checkpoint_loader` takes that text out before mmengine sees it.
+A checkpoint also holds the text of its config. mmengine runs it as Python when it resumes (``meta['config']``) or
+infers from a checkpoint alone (``message_hub``, ``meta['cfg']``). :func:`guard_checkpoint_loader` removes that text.
 """
 
 import functools
@@ -29,7 +27,7 @@ from mmengine.runner.checkpoint import CheckpointLoader
 
 from .private_names import checkpoint_loaders
 
-# Files and whatever pickles them name NumPy's internals by both the old and the new module path.
+# Pickles name NumPy's internals by the old or the new module path.
 _NUMPY_MODULES = ("numpy.core.multiarray", "numpy._core.multiarray")
 _NUMBER_KINDS = "biuf"
 _FORCE, _FORBID = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
@@ -37,14 +35,14 @@ _REFUSED_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
 
 
 class UnsafeCheckpointError(ValueError):
-    """A checkpoint file that was refused; the message is one clear sentence."""
+    """A checkpoint file was rejected; the message is one line."""
 
 
 def _history_buffer_method(owner: Any, name: str) -> Any:
-    """Stand-in for ``builtins.getattr``, which pickles of HistoryBuffer name to reach its methods.
+    """Replace ``builtins.getattr``, by which pickles of HistoryBuffer reach its methods.
 
     Raises:
-        pickle.UnpicklingError: If asked for anything else.
+        pickle.UnpicklingError: For any other attribute.
     """
     if owner is not HistoryBuffer or name not in {"min", "max", "current", "mean"}:
         raise pickle.UnpicklingError(f"Unsupported global: GLOBAL builtins.getattr of {name}")
@@ -52,7 +50,7 @@ def _history_buffer_method(owner: Any, name: str) -> Any:
 
 
 class _Dtype:
-    """Stand-in for ``numpy.dtype``: a plain number's, which a pickle can only give a byte order."""
+    """Replaces ``numpy.dtype``: plain numbers only; a pickle can only set the byte order."""
 
     def __init__(self, code: str, align: bool = False, copy: bool = False) -> None:
         dtype = np.dtype(code) if isinstance(code, str) else None
@@ -68,7 +66,7 @@ class _Dtype:
 
 
 class _Array(np.ndarray):
-    """Stand-in for ``numpy.ndarray`` while it is unpickled; what is computed from it is plain."""
+    """Replaces ``numpy.ndarray`` during unpickling; results computed from it are plain arrays."""
 
     __array_priority__ = -1.0
 
@@ -86,14 +84,14 @@ class _Array(np.ndarray):
 
 
 def _reconstruct(kind: Any, shape: Any, code: Any) -> _Array:
-    """Stand-in for NumPy's function of that name, the first step of unpickling an array."""
+    """Replace NumPy's ``_reconstruct``, the first step of unpickling an array."""
     if kind is not _Array:
         raise pickle.UnpicklingError("Unsupported global: GLOBAL numpy._reconstruct of a class")
     return np.ndarray.__new__(_Array, (0,), "b")
 
 
 def _scalar(dtype: Any, data: Any) -> np.generic:
-    """Stand-in for NumPy's function of that name, which unpickles a number."""
+    """Replace NumPy's ``scalar``, which unpickles a number."""
     if not isinstance(dtype, _Dtype) or not isinstance(data, bytes):
         raise pickle.UnpicklingError("Unsupported global: GLOBAL numpy.scalar of an object")
     (number,) = np.frombuffer(data, dtype.dtype)
@@ -103,9 +101,8 @@ def _scalar(dtype: Any, data: Any) -> np.generic:
 def register_safe_globals() -> None:
     """Let ``torch.load(..., weights_only=True)`` read mmengine's own training checkpoints.
 
-    Admits HistoryBuffer with its four statistics, and NumPy's arrays of numbers and numbers.
-    Idempotent. It does nothing under PyTorch older than 2.5, which cannot register a function by
-    another's name.
+    Allows HistoryBuffer with its four statistics, NumPy numbers, and arrays of numbers. Idempotent. Does nothing before
+    PyTorch 2.5, which cannot register a function under another's name.
     """
     allowed: list[Any] = [
         HistoryBuffer,
@@ -122,8 +119,7 @@ def register_safe_globals() -> None:
 def force_weights_only() -> None:
     """Make every ``torch.load`` of this process and its children load weights only.
 
-    For tools: a library that falls back on full unpickling, or a PyTorch whose default that is,
-    cannot get around it.
+    For tools: it also covers libraries that fall back on full unpickling and versions of PyTorch that default to it.
     """
     os.environ[_FORCE] = "1"
     os.environ.pop(_FORBID, None)
@@ -132,7 +128,7 @@ def force_weights_only() -> None:
 
 @contextmanager
 def _weights_only() -> Iterator[None]:
-    """:func:`force_weights_only` for a while."""
+    """Apply :func:`force_weights_only` inside the context."""
     before = {name: os.environ.get(name) for name in (_FORCE, _FORBID)}
     force_weights_only()
     try:
@@ -146,11 +142,11 @@ def _weights_only() -> Iterator[None]:
 
 
 def guard_checkpoint_loader(extend: Callable[[Callable], Callable] = lambda load: load) -> None:
-    """Make mmengine's CheckpointLoader load weights only, and without the text of a config.
+    """Make mmengine's CheckpointLoader load weights only and drop the text of configs.
 
-    Everything of OpenMMLab's that reads a checkpoint goes through it: the runner's ``load_from``
-    and ``resume``, ``init_cfg``, ``init_detector``, ``init_model``, the inferencers. An inferencer
-    that was given weights alone then finds no config, and needs one named. Idempotent.
+    All of OpenMMLab reads checkpoints through it: the runner's ``load_from`` and ``resume``, ``init_cfg``,
+    ``init_detector``, ``init_model`` and the inferencers. Inferencers then need a config besides the weights.
+    Idempotent.
 
     Args:
         extend: Applied to each loader that is guarded, such as to convert what it loads.
@@ -167,7 +163,7 @@ def _load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
 
 
 def _guarded(loader: Callable) -> Callable:
-    """A loader of mmengine's that cannot fall back on full unpickling."""
+    """Wrap a loader of mmengine so that it cannot fall back on full unpickling."""
 
     @functools.wraps(loader)  # mmengine logs its name
     def load(filename: str, *args: Any, **kwargs: Any) -> Any:
@@ -178,7 +174,7 @@ def _guarded(loader: Callable) -> Callable:
 
 
 def without_config_text(checkpoint: Any) -> Any:
-    """``checkpoint`` less what mmengine would run as a config; changed in place."""
+    """Remove from ``checkpoint``, in place, the text that mmengine would run as a config."""
     if isinstance(checkpoint, dict):
         hub = checkpoint.get("message_hub")
         for notes in (
@@ -196,14 +192,14 @@ def load_checkpoint_safely(path: Union[str, Path], map_location: Any = "cpu") ->
 
     Args:
         path: A local file.
-        map_location: Where to, as for :func:`torch.load`.
+        map_location: Device to load to, as for :func:`torch.load`.
 
     Returns:
         The dictionary in the file.
 
     Raises:
-        UnsafeCheckpointError: If there is no such file, if it is damaged or no checkpoint, or if
-            it holds code or objects; nothing in it was run.
+        UnsafeCheckpointError: If the file is missing, damaged or no checkpoint, or holds code or objects. We run
+            nothing from it.
     """
     register_safe_globals()
     path = Path(path).expanduser()
@@ -222,7 +218,7 @@ def load_checkpoint_safely(path: Union[str, Path], map_location: Any = "cpu") ->
 
 
 def _strip_attributes(content: dict[str, Any]) -> None:
-    """Take from dictionaries the attributes that a pickle can give them, which would hide their methods.
+    """Remove attributes that a pickle has set on dictionaries, since they could hide the methods.
 
     PyTorch's own ``_metadata`` of a state dict stays.
     """
@@ -242,14 +238,14 @@ def _strip_attributes(content: dict[str, Any]) -> None:
 
 
 def _why_refused(path: Path, error: Exception) -> str:
-    """One sentence on why ``torch.load`` would not read ``path``."""
+    """Explain in one line why ``torch.load`` rejected ``path``."""
     found = _REFUSED_GLOBAL.search(str(error))
-    # In a zip archive of PyTorch's, whatever the restricted unpickler stumbles on is an object.
+    # In PyTorch's zip archives, any error of the restricted unpickler is about an object.
     foreign = isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path)
     if found or foreign or "TorchScript" in str(error):
         what = f" ({found.group(1)})" if found else ""
         return (
-            f"{path} was refused because it carries code or objects besides weights{what}; nothing "
-            "in it was run, and a file holding only tensors and plain values is needed"
+            f"{path} was refused because it carries code or objects besides weights{what}; we ran nothing "
+            "from it; use a file with only tensors and plain values"
         )
     return f"{path} is not a readable PyTorch checkpoint; it may be damaged or incomplete"

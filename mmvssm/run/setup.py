@@ -21,7 +21,7 @@ from torch import nn
 
 from ..datasets.check import check_data
 from ..datasets.root import SPLIT_OF_LOADER, apply_data_root
-from ..errors import UserError, one_sentence, user_mistakes
+from ..errors import UserError, one_line, user_mistakes
 from ..processes import on_first_process
 from ..registry import TASK_UTILS
 from ..safe_checkpoint import force_weights_only
@@ -41,7 +41,7 @@ _DENSE = ("mmdet", "mmseg")
 LIBRARIES = (*_DENSE, "mmpretrain")
 # mmengine's words for a missing config, and Python's for a missing module.
 _NO_MMPRETRAIN = re.compile(r"\bmmpretrain is not installed|No module named '?mmpretrain\b")
-_SETUP_PRETRAIN = "`make setup-pretrain` sets up an environment of versions that work together, and says how to use it"
+_SETUP_PRETRAIN = "`make setup-pretrain` sets up compatible versions and prints how to use them"
 
 
 def open_config(
@@ -50,14 +50,14 @@ def open_config(
     """Read the config file, apply the command line to it, check both, and join the processes.
 
     Args:
-        args: Of the command line.
+        args: Parsed command line.
         needs: Parts that the config must have.
-        libraries: Those whose configs the tool takes, as ``default_scope`` names them.
+        libraries: Values of ``default_scope`` that the tool supports.
 
     Raises:
         UserError: If the config cannot be read, lacks a part or has a setting that cannot work.
     """
-    if args.launcher in ("none", "pytorch"):  # the others have variables of their own
+    if args.launcher in ("none", "pytorch"):  # other launchers set their own variables
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     force_weights_only()
     if not torch.cuda.is_available():
@@ -99,17 +99,17 @@ def _check_runner(cfg: Config) -> None:
     found = find_type(kind)
     if isinstance(found, type) and not issubclass(found, Runner):
         raise UserError(
-            f"runner_type={kind}: that is another kind than mmengine's Runner, which our resuming and saving need; "
-            "remove runner_type and strategy"
+            f"runner_type={kind} is not supported: our resuming and saving need mmengine's Runner; remove runner_type "
+            "and strategy"
         )
 
 
 @contextmanager
 def explain_missing_mmpretrain() -> Iterator[None]:
-    """Explain failures of mmpretrain, which only classifiers need, while a config or what it names is read.
+    """Explain errors from importing mmpretrain, which only classifiers need, while reading a config.
 
     Raises:
-        UserError: If it is needed, and is not installed or does not load, most often because of torchvision.
+        UserError: If the config needs mmpretrain, and it is not installed or does not load, mostly due to torchvision.
     """
     try:
         yield
@@ -118,14 +118,14 @@ def explain_missing_mmpretrain() -> Iterator[None]:
         text = "".join(traceback.format_exception(error))
         if _NO_MMPRETRAIN.search(text) and find_spec("mmpretrain") is None:
             raise UserError(
-                f"this config is one for mmpretrain, which is not installed here; {_SETUP_PRETRAIN}"
+                f"this config needs mmpretrain, which is not installed; {_SETUP_PRETRAIN}"
             ) from error
         for name in ("torchvision", "mmpretrain") if f"{os.sep}mmpretrain{os.sep}" in text else ():
             try:
                 import_module(name)
             except Exception as reason:
                 raise UserError(
-                    f"this config is one for mmpretrain, and {name} does not load here ({one_sentence(reason):.200}); "
+                    f"this config needs mmpretrain, but {name} does not load ({one_line(reason):.200}); "
                     f"{_SETUP_PRETRAIN}"
                 ) from error
         raise
@@ -137,13 +137,13 @@ def prepare_data(
     loaders: Sequence[str],
     checkpoint: Optional[Checkpoint],
 ) -> None:
-    """Choose the data set, generate it if the config says how, and check it.
+    """Apply ``--data-root``, generate the data set if the config has a generator, and check the data.
 
     Args:
         cfg: Changed in place, to use ``--data-root``.
-        args: Of the command line.
-        loaders: The data loaders that the run will use.
-        checkpoint: Its classes are those of ``--data-root`` where ``--classes`` is not given.
+        args: Parsed command line.
+        loaders: Data loaders that the run will use.
+        checkpoint: Gives the classes of ``--data-root`` if ``--classes`` is not given.
 
     Raises:
         UserError: If the data cannot be trained on or tested with.
@@ -156,7 +156,7 @@ def prepare_data(
                 "--classes: a classifier's classes are named by their folders in --data-root"
             )
         classes = args.classes or (checkpoint.classes if checkpoint else None)
-        # Every loader of those splits changes, so that the config saved in the work dir names one data set.
+        # Change all loaders of those splits, so that the config saved in the work dir names one data set.
         here = {SPLIT_OF_LOADER[loader] for loader in loaders}
         following = [name for name, split in SPLIT_OF_LOADER.items() if split in here]
         say(apply_data_root(cfg, args.data_root, following, classes, args.reduce_zero_label))
@@ -172,17 +172,17 @@ def generate_data(generator: ConfigDict) -> None:
     """Generate the data set that a config's ``prepare_data`` describes, unless it exists.
 
     Raises:
-        UserError: If that is not possible.
+        UserError: If the data cannot be generated.
     """
     with user_mistakes("cannot prepare the data set"):
         TASK_UTILS.build(generator).ensure()
 
 
 def build_model(cfg: Config) -> nn.Module:
-    """Build the model, which checks its config before there is a work dir.
+    """Build the model, which checks its config before a work dir exists.
 
     Raises:
-        UserError: If that is not possible.
+        UserError: If the model cannot be built.
     """
     model = deepcopy(cfg.model)
     if cfg.get("data_preprocessor"):  # as the runner does
@@ -192,17 +192,17 @@ def build_model(cfg: Config) -> nn.Module:
 
 
 def build_runner(cfg: Config) -> Runner:
-    """Build the runner that the config asks for, which makes the work dir.
+    """Build the config's runner, which creates the work dir.
 
     Raises:
-        UserError: If that is not possible.
+        UserError: If the runner cannot be built.
     """
     with user_mistakes("cannot set up the run"), suggest_similar_name():
         return RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
 
 
 def say(text: Optional[str]) -> None:
-    """Print ``text``, if there is one, from the first process."""
+    """Print ``text``, if any, on rank 0."""
     if text and is_main_process():
         print(text, flush=True)
 

@@ -8,7 +8,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.hooks import CheckpointHook
 from mmengine.runner import Runner
 
-from ..errors import UserError, one_sentence, user_mistakes
+from ..errors import UserError, one_line, user_mistakes
 from ..processes import on_first_process
 from .failures import run_failures
 from .hooks.reproducible import make_reproducible
@@ -52,7 +52,7 @@ def train(args: argparse.Namespace) -> None:
     In the run:
 
     7. Exact resuming: samplers, loops and seeds that depend on the iteration alone (:mod:`~.hooks.reproducible`).
-    8. Checkpoints that are written whole or not at all (``AtomicCheckpointHook`` in place of ``CheckpointHook``).
+    8. Checkpoints that are written atomically (``AtomicCheckpointHook`` in place of ``CheckpointHook``).
     9. A stop at the first loss or weight that is not finite (``NonFiniteGuardHook``).
     10. A checkpoint when Ctrl-C or a signal ends the run (``InterruptionHook``).
     11. Data workers that end with the run and report why they fail (``init_worker``).
@@ -112,10 +112,10 @@ def train(args: argparse.Namespace) -> None:
 
 
 def prepare_training(cfg: Config) -> None:
-    """Add what every training run of ours has: exact resuming, whole checkpoints, and hooks that end it properly.
+    """Add exact resuming, atomic checkpoints and our hooks to a training config.
 
     Args:
-        cfg: Changed in place. Parts of these kinds that it has already stay as they are.
+        cfg: Changed in place. Parts of these types that it already has stay unchanged.
     """
     hook = cfg.get("default_hooks", {}).get("checkpoint")
     if hook and find_type(hook.get("type")) is CheckpointHook:
@@ -141,7 +141,7 @@ def use_amp(cfg: Config) -> None:
 
 
 def use_tensorboard(cfg: Config) -> None:
-    """Log for TensorBoard as well.
+    """Also log for TensorBoard.
 
     Args:
         cfg: Changed in place.
@@ -153,7 +153,7 @@ def use_tensorboard(cfg: Config) -> None:
         import torch.utils.tensorboard  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f"--tensorboard needs a package that is not installed ({one_sentence(error)}); pip install tensorboard"
+            f"--tensorboard needs a package that is not installed ({one_line(error)}); pip install tensorboard"
         ) from error
     visualizer = cfg.setdefault("visualizer", ConfigDict(type="mmengine.Visualizer"))
     backends = list(visualizer.get("vis_backends") or [ConfigDict(type="LocalVisBackend")])

@@ -37,8 +37,8 @@ def test_what_one_process_does_all_learn(tmp_path):
     ("error", "first", "other"),
     [
         (UserError("no such folder"), "UserError: no such folder", "no such folder"),
-        (ValueError("a bug"), "ValueError: a bug", "the first process ended with ValueError (a bug)"),
-        (KeyboardInterrupt(), "KeyboardInterrupt: ", "the first process ended with KeyboardInterrupt"),
+        (ValueError("a bug"), "ValueError: a bug", "rank 0 ended with ValueError (a bug)"),
+        (KeyboardInterrupt(), "KeyboardInterrupt: ", "rank 0 ended with KeyboardInterrupt"),
     ],
     ids=["mistake", "bug", "Ctrl-C"],
 )  # fmt: skip

@@ -6,7 +6,7 @@ import sys
 import pytest
 from mmengine.config import Config
 
-from mmvssm.errors import HINT, UserError, one_sentence, run_tool, user_mistakes
+from mmvssm.errors import HINT, UserError, one_line, run_tool, user_mistakes
 from mmvssm.run.distributed import adapt_to_machine, init_processes
 
 
@@ -14,10 +14,10 @@ def test_one_sentence():
     wrapped = (
         "class `MaskRCNN` in mmdet/models/x.py: class `GroupMamba` in mmvssm.y: no arch\n 'huge'"
     )
-    assert one_sentence(ValueError(wrapped)) == "no arch 'huge'"
-    assert one_sentence(KeyError("X is not in the registry")) == "X is not in the registry"
-    assert one_sentence(KeyError("model")) == "the config lacks the key 'model'"
-    assert one_sentence(AssertionError()) == "AssertionError"
+    assert one_line(ValueError(wrapped)) == "no arch 'huge'"
+    assert one_line(KeyError("X is not in the registry")) == "X is not in the registry"
+    assert one_line(KeyError("model")) == "the config lacks the key 'model'"
+    assert one_line(AssertionError()) == "AssertionError"
 
 
 def fail():

@@ -17,7 +17,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 def test_tools_say_how_to_get_it(in_folder, capsys, tool, arguments):
     config = CONFIGS / "groupmamba_cifar10.py"
     sentence = sentence_of_refusal(capsys, tool, config, *arguments)
-    assert "one for mmpretrain, which is not installed here; `make setup-pretrain`" in sentence
+    assert "this config needs mmpretrain, which is not installed; `make setup-pretrain`" in sentence
 
 
 def fail_inside(file, message):
@@ -34,7 +34,7 @@ def test_what_keeps_it_from_loading_is_named(monkeypatch):
             raise RuntimeError("operator torchvision::nms does not exist")
 
     monkeypatch.setattr(setup, "import_module", import_module)
-    words = r"torchvision does not load here \(operator torchvision::nms .*make setup-pretrain"
+    words = r"torchvision does not load \(operator torchvision::nms .*make setup-pretrain"
     with pytest.raises(UserError, match=words), setup.explain_missing_mmpretrain():
         fail_inside("/env/mmpretrain/models/__init__.py", "it fails")
 

@@ -1,4 +1,4 @@
-"""Parts that a run registers inside mmengine: hooks, samplers, a training loop, an optimizer wrapper."""
+"""Hooks, samplers, a training loop and an optimizer wrapper that our runs add to mmengine's."""
 
 from .checkpoint_hook import AtomicCheckpointHook, AtomicLocalBackend
 from .cpu_amp import BFloat16OptimWrapper

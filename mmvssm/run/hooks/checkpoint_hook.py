@@ -1,4 +1,4 @@
-"""Writing checkpoints so that a process killed at any moment leaves one to resume from."""
+"""Write checkpoints atomically, so that a run killed at any moment can resume."""
 
 import os
 from collections.abc import Collection, Iterator
@@ -23,23 +23,23 @@ INTERRUPTED = "interrupted.pth"
 
 @register_backend(_BACKEND, force=True)
 class AtomicLocalBackend(LocalBackend):
-    """The local disk, where a file appears whole or not at all."""
+    """Local disk with atomic writes."""
 
     def put(self, obj: Union[bytes, memoryview], filepath: Union[str, Path]) -> None:
-        """Write ``obj`` beside ``filepath`` and then rename it, which is atomic.
+        """Write ``obj`` to a temporary file beside ``filepath`` and rename it.
 
         Args:
-            obj: What to write.
-            filepath: The file to write or replace.
+            obj: Content of the file.
+            filepath: File to write or replace.
 
         Raises:
-            OSError: If it cannot be written, with the file's name; what was there before still is.
+            OSError: If the file cannot be written; the error has its name, and the old file stays.
         """
         write_whole(filepath, obj)
 
 
-class _RemovingLater:
-    """A file backend that keeps what it is told to remove until :meth:`flush`."""
+class _DeferredRemoval:
+    """A file backend that defers removals until :meth:`flush`."""
 
     def __init__(self, backend: Any) -> None:
         self._backend = backend
@@ -55,7 +55,7 @@ class _RemovingLater:
         self._pending.append((self._backend.rmtree, path))
 
     def flush(self, keep: Collection[str]) -> None:
-        """Remove it all, apart from files that have been written anew in the meantime."""
+        """Remove the collected files, except those in ``keep``."""
         for remove, path in self._pending:
             if path not in keep:
                 remove(path)
@@ -63,18 +63,15 @@ class _RemovingLater:
 
 @HOOKS.register_module()
 class AtomicCheckpointHook(CheckpointHook):
-    """mmengine's CheckpointHook, safe against being killed while it writes, and against NaN.
+    """mmengine's CheckpointHook with atomic writes and a check for NaN.
 
-    mmengine writes straight into the final file, and removes the oldest checkpoint (with
-    ``max_keep_ckpts``) and the best one so far (with ``save_best``) before it writes the new one.
-    Here a checkpoint on a local disk is written to a temporary file and renamed, and old ones go
-    only when the new one is complete. A state with NaN or infinity in it is not saved: resuming
-    from it is of no use, and it would push out a good one. Since neither weights nor running
-    statistics recover from that, the run ends.
+    mmengine writes straight into the final file. It removes the oldest checkpoint (``max_keep_ckpts``) and the best one
+    (``save_best``) before it writes the new one. This hook writes to a temporary file on a local disk and renames it,
+    and removes old checkpoints only when the new one is complete. It does not save a state with NaN or infinity, which
+    would replace a good checkpoint and cannot be resumed from. The run ends, since such a state never recovers.
 
     Raises:
-        NonFiniteError: If what is to be saved is not finite. Buffers that were not when training
-            began may stay so.
+        NonFiniteError: If the state is not finite. Buffers that were not finite before training are ignored.
     """
 
     def before_train(self, runner: Runner) -> None:
@@ -89,16 +86,16 @@ class AtomicCheckpointHook(CheckpointHook):
         self._meant_to_be = set(non_finite_states(runner)) - parameters
 
     def save_interrupted(self, runner: Runner, meta: dict[str, int]) -> str:
-        """Save a checkpoint out of turn, in place of the one that an earlier interruption left.
+        """Save ``interrupted.pth``, replacing that of an earlier interruption.
 
         Args:
-            runner: The one that is interrupted.
-            meta: ``epoch`` and ``iter`` with which it is to go on.
+            runner: The interrupted runner.
+            meta: ``epoch`` and ``iter`` to resume at.
 
         Returns:
-            The file, ``interrupted.pth``, which ``last_checkpoint`` names from now on.
+            The file, which ``last_checkpoint`` names from now on.
         """
-        self._insist_on_finite(runner, meta["iter"])
+        self._check_finite(runner, meta["iter"])
         rotation, self.max_keep_ckpts = self.max_keep_ckpts, -1
         template, self.filename_tmpl = self.filename_tmpl, INTERRUPTED
         try:
@@ -108,21 +105,21 @@ class AtomicCheckpointHook(CheckpointHook):
         return str(self.last_ckpt)
 
     def _save_checkpoint(self, runner: Runner) -> None:
-        self._insist_on_finite(runner, runner.iter + (not self.by_epoch))
+        self._check_finite(runner, runner.iter + (not self.by_epoch))
         super()._save_checkpoint(runner)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Let a checkpoint name only this run's own files as those that a better or newer one replaces.
+        """Ignore a checkpoint's paths to old checkpoints if they are outside this run's folder.
 
-        mmengine removes what a resumed checkpoint calls the best so far, file or folder, wherever
-        it is; of another run's checkpoint that would be the other run's best, of a hostile one anything.
+        mmengine later removes the file or folder that a resumed checkpoint names as the best so far. That could be the
+        best checkpoint of another run or, in a hostile file, any path.
         """
         hub = checkpoint.get("message_hub")
         notes = hub.get("runtime_info") if isinstance(hub, dict) else None
         if not isinstance(notes, dict):
             return
         folder = str(runner.work_dir)
-        if self.out_dir is not None:  # before_train adds the last part of the work dir to it
+        if self.out_dir is not None:  # before_train appends the work dir's name
             folder = os.path.join(self.out_dir, os.path.basename(folder.rstrip(os.sep)))
         for name in [name for name in notes if str(name).startswith("best_ckpt")]:
             file = os.path.basename(str(notes.pop(name)))
@@ -133,20 +130,20 @@ class AtomicCheckpointHook(CheckpointHook):
             del notes["keep_ckpt_ids"]
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: Optional[dict]) -> None:
-        with self._removing_later():
+        with self._deferred_removal():
             super()._save_checkpoint_with_step(runner, step, meta)
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
         if self.save_best:
-            self._insist_on_finite(runner, runner.iter)
-            with self._removing_later():
+            self._check_finite(runner, runner.iter)
+            with self._deferred_removal():
                 super()._save_best_checkpoint(runner, metrics)
 
     @contextmanager
-    def _removing_later(self) -> Iterator[None]:
-        """Remove at the end, if it is reached, what is to be removed."""
+    def _deferred_removal(self) -> Iterator[None]:
+        """Defer removals until the end of the context; skip them after an exception."""
         backend = self.file_backend
-        self.file_backend = later = _RemovingLater(backend)
+        self.file_backend = later = _DeferredRemoval(backend)
         try:
             yield
             best = [getattr(self, "best_ckpt_path", None)]
@@ -155,22 +152,18 @@ class AtomicCheckpointHook(CheckpointHook):
         finally:
             self.file_backend = backend
 
-    def _insist_on_finite(self, runner: Runner, iterations: int) -> None:
+    def _check_finite(self, runner: Runner, iterations: int) -> None:
         names = [name for name in non_finite_states(runner) if name not in self._meant_to_be]
         if any_process(bool(names)):
-            what = f"{names[0]}{f' and {len(names) - 1} others' * (len(names) > 1)}" if names else (
-                "something on another process"
-            )  # fmt: skip
-            last = f"the last one before is {self.last_ckpt}" if self.last_ckpt else (
-                "none had been saved before"
-            )  # fmt: skip
+            others = f" and {len(names) - 1} others" * (len(names) > 1)
+            what = f"{names[0]}{others}" if names else "a tensor on another rank"
             raise NonFiniteError(
-                f"the state after {iterations} iterations holds NaN or infinity in {what}, and no "
-                f"checkpoint of it was saved ({last}); {advice(runner)}"
+                f"the state after {iterations} iterations holds NaN or infinity in {what}; we did not "
+                f"save it (last checkpoint: {self.last_ckpt or 'none'}); {advice(runner)}"
             )
 
 
 def _remove_partial_files(folder: Path) -> None:
-    """Remove what a run killed in the middle of a write left behind."""
+    """Remove temporary files of a run that was killed during a write."""
     for partial in folder.glob(".*.pth.*"):
         partial.unlink(missing_ok=True)

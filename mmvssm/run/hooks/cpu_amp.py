@@ -1,4 +1,4 @@
-"""Mixed precision without a GPU."""
+"""Mixed precision on CPUs."""
 
 from __future__ import annotations
 
@@ -20,9 +20,8 @@ from ...registry import OPTIM_WRAPPERS
 class BFloat16OptimWrapper(OptimWrapper):
     """Train a detector's or segmenter's backbone and neck in bfloat16 on a CPU, by autocast.
 
-    The heads get float32 maps: operators such as RoIAlign and NMS have no bfloat16 version for
-    CPUs. Parameters, gradients and the optimiser stay float32, and bfloat16's range needs no loss
-    scaling. mmengine's ``AmpOptimWrapper`` is for GPUs only.
+    The heads get float32 maps, since RoIAlign, NMS and others have no bfloat16 version for CPUs. Parameters, gradients
+    and the optimizer stay float32; bfloat16 needs no loss scaling. mmengine's ``AmpOptimWrapper`` is for GPUs only.
 
     Takes the arguments of :class:`mmengine.optim.OptimWrapper`.
     """
@@ -32,14 +31,13 @@ class BFloat16OptimWrapper(OptimWrapper):
         """Compute the feature maps of this training step in bfloat16.
 
         Raises:
-            UserError: If the model has no ``extract_feat``, so that it is not clear what its
-                feature maps are.
+            UserError: If the model has no ``extract_feat``, so its feature maps are unknown.
         """
         network = model.module if is_model_wrapper(model) else model
         extract_feat = getattr(network, "extract_feat", None)
         if extract_feat is None:
             raise UserError(
-                f"--amp on a CPU computes what extract_feat does in bfloat16, which {type(network).__name__} "
+                f"--amp on a CPU runs the model's extract_feat in bfloat16, which {type(network).__name__} "
                 "does not have; train without --amp, or on a GPU"
             )
 
@@ -53,9 +51,9 @@ class BFloat16OptimWrapper(OptimWrapper):
             with super().optim_context(model):
                 yield
         finally:
-            del network.extract_feat  # the class's own is seen again
+            del network.extract_feat  # uncovers the class's method
 
 
 def _in_float32(maps: Any) -> Any:
-    """Tensors in nested tuples, lists and dictionaries, as the head is to get them."""
+    """Convert tensors in nested tuples, lists and dictionaries to float32."""
     return apply_to(maps, lambda item: isinstance(item, Tensor), Tensor.float)

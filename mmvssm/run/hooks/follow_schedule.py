@@ -1,4 +1,4 @@
-"""Resume a run with another schedule than its checkpoint has."""
+"""Resume a run with a schedule that differs from its checkpoint's."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _INITIAL = "initial_"
 
 @HOOKS.register_module()
 class FollowSchedule(Hook):
-    """Give a resumed run the learning rates that its own config has at that point.
+    """Give a resumed run the learning rates of its own config.
 
-    mmengine loads schedulers from the checkpoint, with the lengths that they had there, whatever ``param_scheduler``
-    says now. With this hook, learning rates and momenta are those of a run that had this config from its beginning.
-    If the config is the same, so are they.
+    mmengine loads schedulers from the checkpoint and ignores changes of ``param_scheduler``. With this hook, learning
+    rates and momenta are those of a run that had this config from its first iteration. With an unchanged config they
+    equal the checkpoint's.
 
     The hook cannot repeat schedulers that depend on metrics, such as ``ReduceOnPlateauLR``.
     """
 
-    # Before hooks that log or change rates.
+    # Run before hooks that log or change rates.
     priority = "VERY_HIGH"
 
     def before_train(self, runner: Runner) -> None:
@@ -60,14 +60,14 @@ def _wrappers(optim_wrapper: Any) -> Iterator[tuple[Any, OptimWrapper]]:
 
 
 def _rates(optim_wrapper: Any) -> float:
-    """The learning rate of the first optimizer, as the log shows it."""
+    """Return the learning rate of the first optimizer, as the log shows it."""
     _, wrapper = next(_wrappers(optim_wrapper))
     rates = wrapper.get_lr()
     return rates.get("base_lr", rates["lr"])[0]
 
 
 def _repeat(runner: Runner, wrapper: OptimWrapper, configs: Any) -> list[_ParamScheduler]:
-    """Step new schedulers, and with them the optimizer's values, through all iterations and epochs so far."""
+    """Step new schedulers through all past iterations and epochs; this updates the optimizer's values."""
     for group in wrapper.param_groups:
         for key in [key for key in group if key.startswith(_INITIAL)]:
             group[key.removeprefix(_INITIAL)] = group[key]
@@ -86,7 +86,7 @@ def _repeat(runner: Runner, wrapper: OptimWrapper, configs: Any) -> list[_ParamS
                 epochs_done += 1
                 for scheduler in by_epoch:
                     scheduler.step()
-        for _ in range(epochs - epochs_done):  # if epochs had fewer iterations before
+        for _ in range(epochs - epochs_done):  # if epochs used to have fewer iterations
             for scheduler in by_epoch:
                 scheduler.step()
     for scheduler in schedulers:
@@ -98,9 +98,9 @@ def _repeat(runner: Runner, wrapper: OptimWrapper, configs: Any) -> list[_ParamS
 
 @contextmanager
 def _one_group_of_each_kind(wrapper: OptimWrapper) -> Iterator[None]:
-    """Keep one parameter group of an optimizer for all that have the same settings.
+    """Reduce an optimizer to one parameter group for each distinct setting.
 
-    An optimizer may have a group for each of hundreds of parameters, and a schedule a hundred thousand steps.
+    Otherwise hundreds of groups would each take a hundred thousand scheduler steps.
     """
     groups = wrapper.optimizer.param_groups
     kinds = [repr({k: v for k, v in group.items() if k != "params"}) for group in groups]

@@ -1,4 +1,4 @@
-"""A training run that is told to end saves where it is."""
+"""Save a checkpoint and stop when a training run receives SIGTERM."""
 
 from __future__ import annotations
 
@@ -19,26 +19,25 @@ from .reproducible import ResumableEpochLoop
 
 @HOOKS.register_module()
 class InterruptionHook(Hook):
-    """At SIGTERM, which Slurm and Kubernetes send some time before they kill, save and end.
+    """Save and stop at SIGTERM, which Slurm and Kubernetes send some time before they kill a job.
 
-    The iteration under way is finished (with gradient accumulation, the step), a checkpoint is saved
-    by :class:`AtomicCheckpointHook`, and :class:`Stopped` raised. With what
-    :func:`make_reproducible` adds, the resumed run repeats an uninterrupted one exactly, in the
-    middle of an epoch too. A validation under way is not finished, and not repeated by the resumed run.
+    The run finishes the current iteration (with gradient accumulation, the step), :class:`AtomicCheckpointHook` saves a
+    checkpoint, and the hook raises :class:`Stopped`. With :func:`make_reproducible`, the resumed run repeats an
+    uninterrupted one exactly, even from the middle of an epoch. An interrupted validation is neither finished nor
+    repeated.
 
-    In a distributed run it is enough that one process gets the signal: all of them ask each other
-    after every iteration, by an all-reduce of one number; in a validation as long as all of them have
-    samples left, and again after the next iteration of training.
+    In a distributed run one rank needs to get the signal: after every iteration the ranks share it by an all-reduce of
+    one number. During validation they do so while all ranks have samples left, then after the next training iteration.
 
-    Ctrl-C ends a run at once, as everywhere in Python, or after the iteration under way where something made away with
-    it: a bare ``except`` does, and what is raised while Python collects garbage.
+    Ctrl-C stops a run at once, or after the current iteration if the KeyboardInterrupt got lost: in a bare ``except``,
+    or because it was raised during garbage collection.
 
     Raises:
-        Stopped: With exit code 143, when SIGTERM was received.
+        Stopped: After SIGTERM, with exit code 143.
         KeyboardInterrupt: After Ctrl-C.
     """
 
-    # When everything else has seen the iteration.
+    # Run after all other hooks.
     priority = "LOWEST"
 
     def __init__(self) -> None:
@@ -47,7 +46,7 @@ class InterruptionHook(Hook):
         self._common_val_iterations = 0
 
     def before_train(self, runner: Runner) -> None:
-        """Listen from now on, if this is the main thread; signals go to no other."""
+        """Install signal handlers, if this is the main thread; Python allows no other."""
         if threading.current_thread() is threading.main_thread():
             self._previous[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._note)
             if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -64,8 +63,8 @@ class InterruptionHook(Hook):
         data_batch: Optional[Any] = None,
         outputs: Optional[dict] = None,
     ) -> None:
-        """Save and end, if told to and if no gradients are being accumulated."""
-        self._insist_on_interruption()
+        """Save and stop after a signal, unless gradients are being accumulated."""
+        self._raise_if_interrupted()
         if not any_process(self._received):
             return
         complete = getattr(runner.optim_wrapper, "should_update", lambda: True)
@@ -73,7 +72,7 @@ class InterruptionHook(Hook):
             self._stop(runner, runner.iter + 1, batch_idx + 1)
 
     def before_val_epoch(self, runner: Runner) -> None:
-        """Find out how many iterations all processes have; samplers may give some of them more."""
+        """Find the number of iterations that all ranks have; samplers may give some ranks more."""
         self._common_val_iterations = min(all_gather_object(_length(runner.val_dataloader)))
 
     def after_val_iter(
@@ -83,11 +82,11 @@ class InterruptionHook(Hook):
         data_batch: Optional[Any] = None,
         outputs: Optional[Any] = None,
     ) -> None:
-        """Save and end, if told to."""
-        self._insist_on_interruption()
+        """Save and stop after a signal."""
+        self._raise_if_interrupted()
         if batch_idx < self._common_val_iterations and any_process(self._received):
             for hook in runner.hooks:
-                if isinstance(hook, EMAHook):  # validates averaged weights, and swaps them back
+                if isinstance(hook, EMAHook):  # swaps the raw weights back before we save
                     hook.after_val_epoch(runner)
             self._stop(runner, runner.iter, 0)
 
@@ -98,7 +97,7 @@ class InterruptionHook(Hook):
         self._interrupted = True
         raise KeyboardInterrupt
 
-    def _insist_on_interruption(self) -> None:
+    def _raise_if_interrupted(self) -> None:
         if self._interrupted:
             self._restore()
             raise KeyboardInterrupt
@@ -111,7 +110,7 @@ class InterruptionHook(Hook):
         saving = next((h for h in runner.hooks if isinstance(h, AtomicCheckpointHook)), None)
         loop = runner.train_loop
         if saving is None:
-            saved = "nothing was saved, since default_hooks.checkpoint is none of mmengine's"
+            saved = "nothing was saved, since default_hooks.checkpoint is no CheckpointHook"
         elif isinstance(loop, (ResumableEpochLoop, IterBasedTrainLoop)) or not batches_of_epoch:
             if isinstance(loop, ResumableEpochLoop) and batches_of_epoch:
                 loop.remember(batches_of_epoch)
@@ -119,16 +118,16 @@ class InterruptionHook(Hook):
             saved = f"--resume with the same --work-dir continues from {path}"
         else:
             saved = (
-                f"a {type(loop).__name__} cannot go on within an epoch, so that epoch {runner.epoch + 1} "
-                f"is repeated from its beginning, by --resume from {saving.last_ckpt}"
+                f"a {type(loop).__name__} cannot resume within an epoch, so --resume repeats epoch {runner.epoch + 1} "
+                f"from {saving.last_ckpt}"
             )
-        barrier()  # a launcher ends the others as soon as the first has ended
+        barrier()  # a launcher ends all ranks as soon as one has ended
         self._restore()
         raise Stopped(f"stopped by SIGTERM after iteration {iteration}; {saved}", signal.SIGTERM)
 
 
 def _length(loader: Any) -> int:
-    """The batches of a data loader, 0 where it cannot tell."""
+    """Return the number of batches of a data loader, 0 if unknown."""
     try:
         return len(loader)
     except TypeError:
@@ -137,4 +136,4 @@ def _length(loader: Any) -> int:
 
 @HOOKS.register_module()
 class UnfinishedValidationHook(Hook):
-    """A hook that does nothing. Configs that version 0.1 saved name it."""
+    """Does nothing; kept for configs saved by version 0.1."""

@@ -21,57 +21,56 @@ _SCALING_PATIENCE = 32
 
 
 class NonFiniteError(UserError):
-    """Losses, gradients or weights are NaN or infinite; the message says where, and what to do."""
+    """Losses, gradients or weights are NaN or infinite; the message tells where and what to change."""
 
 
 @HOOKS.register_module()
 class NonFiniteGuardHook(Hook):
-    """Skips training steps that are not finite, and stops a run that does nothing else.
+    """Skips training steps that are not finite and stops the run after too many in a row.
 
-    A step whose gradients hold NaN or infinity would destroy the weights for good. The hook skips it: parameters and
-    the optimizer's state stay as they are, and buffers (batch norm's running statistics) go back to what they were
-    before it. After ``patience`` such steps in a row it ends the run and names the losses that were not finite.
+    A step with NaN or infinite gradients would destroy the weights. The hook skips it: parameters and the optimizer's
+    state stay, and buffers (batch norm's running statistics) are restored. After ``patience`` such steps in a row it
+    stops the run and names the losses that were not finite.
     :func:`mmvssm.analysis.non_finite.find_origin` finds the module where they begin.
 
     The hook checks losses in every iteration and gradients before every step, and counts both separately, since
     gradients may be accumulated. Loss scaling finds infinite gradients now and then and skips such steps itself; while
-    the losses are finite, the run ends only after 32 of these in a row.
+    the losses are finite, the run stops only after 32 of these in a row.
 
-    In a distributed run every process decides alike.
+    In a distributed run all ranks decide alike.
 
-    Cost: before each step one norm over the gradients, which the CPU waits for (mmengine waits for
-    the losses in every iteration anyway, a little later), and a copy of the buffers; with several
-    processes, one all-reduce of three numbers.
+    Cost: before each step a norm over the gradients, for which the CPU waits (mmengine waits for the losses anyway, a
+    little later), and a copy of the buffers; with several ranks, one all-reduce of three numbers.
 
     Args:
-        patience: After how many skipped iterations, or steps, in a row the run ends.
+        patience: Number of skipped iterations, or steps, in a row after which the run stops.
 
     Raises:
         ValueError: If ``patience`` is not positive.
-        NonFiniteError: From ``after_train_iter``, as described.
+        NonFiniteError: From ``after_train_iter``, after ``patience`` of them.
     """
 
-    # Before any hook that uses what the step left behind, such as EMAHook.
+    # Run before hooks that use the step's result, such as EMAHook.
     priority = "VERY_HIGH"
 
     def __init__(self, patience: int = 3) -> None:
         if patience < 1:
             raise ValueError(f"NonFiniteGuardHook: patience must be at least 1; got {patience}.")
         self.patience = patience
-        # In a row: losses that were not finite, steps left out here, steps left out by loss scaling.
+        # Counts in a row: losses that were not finite, steps skipped here, steps skipped by loss scaling.
         self._losses = self._steps = self._scaled = 0
         self._stepped = self._step_skipped = False
         self._buffers: list[Tensor] = []
 
     def before_train(self, runner: Runner) -> None:
-        """Look at gradients before every step of every optimizer."""
+        """Register a check of the gradients before every step of every optimizer."""
         for optimizer in _optimizers(runner):
             optimizer.register_step_pre_hook(self._skip_if_not_finite)
 
     def before_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Optional[Any] = None
     ) -> None:
-        """Remember what a bad iteration would spoil."""
+        """Copy the buffers, to restore them after a bad iteration."""
         self._stepped = self._step_skipped = False
         self._buffers = [buffer.detach().clone() for buffer in network_of(runner).buffers()]
 
@@ -82,7 +81,7 @@ class NonFiniteGuardHook(Hook):
         data_batch: Optional[Any] = None,
         outputs: Optional[dict] = None,
     ) -> None:
-        """Count, warn, and stop the run when it is too many."""
+        """Count bad iterations, warn, and stop the run after too many."""
         names = [
             name
             for name, value in (outputs or {}).items()
@@ -119,16 +118,16 @@ class NonFiniteGuardHook(Hook):
         else:
             return
         messages: list = all_gather_object((names, what, _images(data_batch)))
-        names, what, images = max(messages, key=lambda m: bool(m[0]))  # from a process that met it
+        names, what, images = max(messages, key=lambda m: bool(m[0]))  # from a rank with bad losses
         data = f", or look at the data ({images})" if images else ""
         raise NonFiniteError(
             f"training stopped at iteration {runner.iter + 1}: {what}, {count} times in a row; we skipped these steps, "
-            f"so the weights stay as they were; {advice(runner)}{data}; to find the module where it begins, call "
+            f"so the weights are unchanged; {advice(runner)}{data}; to find the module where it begins, call "
             "mmvssm.analysis.non_finite.find_origin(model, batch)"
         )
 
     def _skip_if_not_finite(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Called by the optimizer before a step: without gradients, the step does nothing."""
+        """Drop gradients that are not finite, as a pre-hook of the step; without gradients the step does nothing."""
         gradients = [
             parameter.grad
             for group in optimizer.param_groups
@@ -142,7 +141,7 @@ class NonFiniteGuardHook(Hook):
             self._step_skipped = True
 
     def _skipped_by_scaling(self, runner: Runner) -> bool:
-        """Whether this iteration should have ended with a step, which the loss scaler did not take."""
+        """Whether the loss scaler skipped a step that was due in this iteration."""
         wrapper = runner.optim_wrapper
         if getattr(wrapper, "loss_scaler", None) is None or self._step_skipped:
             return False
@@ -150,7 +149,7 @@ class NonFiniteGuardHook(Hook):
 
 
 def non_finite_states(runner: Runner) -> list[str]:
-    """Names of the parameters, buffers and optimizer states that hold NaN or infinity."""
+    """List names of the parameters, buffers and optimizer states that hold NaN or infinity."""
     states = dict(network_of(runner).state_dict())
     for number, optimizer in enumerate(_optimizers(runner)):
         for index, state in optimizer.state_dict()["state"].items():
@@ -165,7 +164,7 @@ def non_finite_states(runner: Runner) -> list[str]:
 
 
 def advice(runner: Runner) -> str:
-    """What to change about a run whose numbers grew out of bounds, its own settings in mind."""
+    """Suggest changes for a diverged run, given its current settings."""
     rates = [rate for rates in _learning_rates(runner) for rate in rates]
     advice = f"lower the learning rate (optim_wrapper.optimizer.lr, now {max(rates):.3g})"
     wrapper = runner.optim_wrapper
@@ -187,7 +186,7 @@ def _images(data_batch: Any) -> str:
 
 
 def network_of(runner: Runner) -> nn.Module:
-    """The model without what wraps it in a distributed run."""
+    """Return the model without the wrapper of a distributed run."""
     return runner.model.module if is_model_wrapper(runner.model) else runner.model
 
 

@@ -1,10 +1,9 @@
-"""Training that, killed and resumed, continues as if nothing had happened.
+"""Make resumed training equal uninterrupted training.
 
-Two things make a run depend on its own past: the state of the random number generators, and how
-far data workers had come. Both are replaced by functions of where the run *is*: an image's
-augmentation follows from (seed, rank, epoch, position in the epoch), whatever worker makes it, and
-the randomness of a training step (dropout, drop path, sampling of proposals) from
-(seed, rank, iteration).
+A run depends on its past through the random number generators and the position of the data workers. We derive both from
+the run's position instead. An image's augmentation follows from (seed, rank, epoch, position in the epoch), whichever
+worker loads it. The randomness of a training step (dropout, drop path, sampling of proposals) follows from (seed, rank,
+iteration).
 """
 
 import random
@@ -24,12 +23,12 @@ from torch.utils.data import BatchSampler, Sampler
 
 from ...registry import DATA_SAMPLERS, HOOKS, LOOPS
 
-# Keep the two families of seeds apart.
+# These tags keep the two families of seeds apart.
 _SAMPLE, _STEP = 0, 1
 
 
 def derive_seed(*path: int) -> int:
-    """A 32-bit seed that depends on every number in ``path`` and on their order."""
+    """Derive a 32-bit seed from the numbers in ``path`` and their order."""
     return int(np.random.SeedSequence([int(part) for part in path]).generate_state(1)[0])
 
 
@@ -45,8 +44,7 @@ class SeededIndex(int):
 
     Args:
         index: The index.
-        path: What the seed is derived from, where it is needed: most of the samples that a resumed
-            run jumps over never need it.
+        path: Numbers from which the seed is derived on first use; samples that a resumed run skips never use it.
     """
 
     path: tuple[int, ...]
@@ -67,9 +65,9 @@ class SeededIndex(int):
 
 
 class _SeededFetch:
-    """Fetches a batch of samples, each under its own seed.
+    """Fetches a batch of samples, each with its own seed.
 
-    A dataset's ``__getitems__``, where it has one, is how PyTorch's data loader asks for a batch.
+    It provides ``__getitems__`` of a data set, by which PyTorch's data loader requests a batch.
     """
 
     def __init__(self, dataset: Sequence[Any]) -> None:
@@ -89,9 +87,9 @@ class SeededSampler(Sampler):
     """Gives every sample that another sampler draws a seed for its augmentation.
 
     Args:
-        dataset: The data set to draw from.
-        sampler: Config of the sampler that decides which samples, and in which order.
-        seed: Base of all seeds. Defaults to the inner sampler's.
+        dataset: Data set to draw from.
+        sampler: Config of the sampler that chooses the samples and their order.
+        seed: Base of all seeds; defaults to the inner sampler's.
     """
 
     def __init__(self, dataset: Any, sampler: dict, seed: Optional[int] = None) -> None:
@@ -99,8 +97,8 @@ class SeededSampler(Sampler):
         self._config = dict(sampler)
         self._config.setdefault("seed", seed)
         self.sampler = self._build()
-        # Where seeds differ between ranks, or none was given, the inner sampler agreed on one;
-        # keep it so that a rebuilt sampler draws the same samples.
+        # If ranks had different seeds or none, the inner sampler has chosen one for all ranks. We keep it, so that a
+        # rebuilt sampler draws the same samples.
         if self._config["seed"] is None:
             self._config["seed"] = getattr(self.sampler, "seed", 0)
         self.seed = self._config["seed"]
@@ -116,7 +114,7 @@ class SeededSampler(Sampler):
         return len(self.sampler)
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw as in the given epoch from the next iteration on."""
+        """Use the given epoch from the next iteration over the sampler on."""
         self.epoch = epoch
         if hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(epoch)
@@ -127,7 +125,7 @@ class SeededSampler(Sampler):
         return isinstance(self.sampler, InfiniteSampler)
 
     def restart(self) -> None:
-        """Begin the next iteration at the beginning, whatever was drawn before."""
+        """Start the next iteration over the sampler at its first sample."""
         self.sampler = self._build()
         self.set_epoch(self.epoch)
 
@@ -137,14 +135,13 @@ class SeededSampler(Sampler):
 
 @DATA_SAMPLERS.register_module()
 class ResumableBatchSampler(Sampler):
-    """Gives the batches of another batch sampler, from anywhere on.
+    """Yields the batches of another batch sampler, starting at any batch.
 
     Args:
-        sampler: What to draw from.
+        sampler: Sampler to draw from.
         batch_size: Samples in a batch.
-        batch_sampler: Config of the batch sampler that makes the batches. Defaults to PyTorch's,
-            which takes samples as they come.
-        drop_last: For the default: whether to leave out a last batch that is smaller.
+        batch_sampler: Config of the batch sampler that makes the batches; defaults to PyTorch's, which keeps the order.
+        drop_last: Whether PyTorch's batch sampler drops a smaller last batch.
     """
 
     def __init__(
@@ -162,8 +159,7 @@ class ResumableBatchSampler(Sampler):
         self._skip = 0
 
     def __iter__(self) -> Iterator[list[SeededIndex]]:
-        # A generator, which begins when the first batch is asked for: PyTorch makes two iterators
-        # and uses one.
+        # A generator starts at the first request: PyTorch makes two iterators and uses one.
         skip, self._skip = self._skip, 0
         yield from islice(self.batch_sampler, skip, None)
 
@@ -171,7 +167,7 @@ class ResumableBatchSampler(Sampler):
         return len(self.batch_sampler)
 
     def restart_at(self, batch: int) -> None:
-        """Begin the next iteration at this batch, as if those before had been drawn."""
+        """Start the next iteration over the sampler at this batch."""
         self.sampler.restart()
         self.batch_sampler = self._build()
         self._skip = batch
@@ -185,7 +181,7 @@ class ResumableBatchSampler(Sampler):
 
 @LOOPS.register_module()
 class ResumableEpochLoop(EpochBasedTrainLoop):
-    """mmengine's loop over epochs, which can go on in the middle of one.
+    """mmengine's loop over epochs, able to resume in the middle of one.
 
     Takes the arguments of :class:`mmengine.runner.EpochBasedTrainLoop`; the batch sampler has to be
     a :class:`ResumableBatchSampler`.
@@ -194,11 +190,11 @@ class ResumableEpochLoop(EpochBasedTrainLoop):
     _KEY = "batches_of_interrupted_epoch"
 
     def remember(self, done: int) -> None:
-        """Note, for the checkpoint, how many batches of the current epoch were trained on."""
+        """Store the number of finished batches of the current epoch for the checkpoint."""
         self.runner.message_hub.update_info(self._KEY, [done, len(self.dataloader)])
 
     def run_epoch(self) -> None:
-        """Train on what is left of the epoch."""
+        """Train on the remaining batches of the epoch."""
         self.runner.call_hook("before_train_epoch")
         self.runner.model.train()
         done = self._recall()
@@ -218,7 +214,7 @@ class ResumableEpochLoop(EpochBasedTrainLoop):
             return int(done)
         self.runner.logger.warning(
             f"The run was interrupted after {done} of {total} batches of an epoch, which now has "
-            f"{len(self.dataloader)}: it is begun anew"
+            f"{len(self.dataloader)}; we restart the epoch"
         )
         return 0
 
@@ -227,13 +223,12 @@ class ResumableEpochLoop(EpochBasedTrainLoop):
 class ReproducibleResumeHook(Hook):
     """Seeds every training iteration, and every validation, from (seed, rank, iteration).
 
-    With :class:`SeededSampler` (:func:`make_reproducible` adds both to a config) a resumed run
-    repeats an uninterrupted one exactly, for epoch-based and iteration-based loops. Iteration-based
-    resuming also becomes quick: mmengine loads and discards all the data seen so far, here the
-    sampler jumps over it wherever the stream never ends.
+    With :class:`SeededSampler` (:func:`make_reproducible` adds both to a config) a resumed run repeats an uninterrupted
+    one exactly, for epoch-based and iteration-based loops. Iteration-based resuming is also quick: mmengine loads and
+    discards all earlier data, whereas our sampler skips it if the stream is endless.
     """
 
-    # Before anything else may draw a random number.
+    # Run before anything else may draw a random number.
     priority = "VERY_HIGH"
 
     def before_train_epoch(self, runner: Runner) -> None:
@@ -250,31 +245,31 @@ class ReproducibleResumeHook(Hook):
         seed_all(derive_seed(_STEP, runner.seed, get_rank(), runner.iter))
 
     def before_val_epoch(self, runner: Runner) -> None:
-        """Seed the validation, which may have to be repeated."""
+        """Seed the validation, so that repeating it gives the same result."""
         seed_all(derive_seed(_STEP, runner.seed, get_rank(), runner.iter))
 
 
 def _fast_forward(loop: IterBasedTrainLoop) -> None:
-    """Make the loop's own advance over ``loop.iter`` batches free, if they can be counted.
+    """Make the loop's own advance over ``loop.iter`` batches free, if the stream is endless.
 
-    They can where the stream never ends, so that it has no epochs.
+    Only then do batches follow from their number alone, without epochs.
     """
     batches = loop.dataloader.batch_sampler
     if isinstance(batches, ResumableBatchSampler) and batches.sampler.endless:
         batches.restart_at(loop.iter)
-        # What the loop began to load when it was built are the batches of the beginning.
-        advances = not getattr(loop, "fast_forward_on_resume", False)  # which the forks have
+        # The loop has begun to load the first batches when it was built.
+        advances = not getattr(loop, "fast_forward_on_resume", False)  # only the forks have this
         loop.dataloader_iterator = _AdvancedBatches(loop.dataloader, loop.iter * advances)
 
 
 class _AdvancedBatches(Iterator[Any]):
-    """Batches of a loader that stands where it should, for a loop that is about to advance it.
+    """Batches of a loader that is already at the right batch, for a loop that will still skip batches.
 
-    mmengine's loop takes a batch for each of the iterations that are done; that of the forks calls ``skip_iter``.
+    mmengine's loop takes a batch for each finished iteration; the forks' loop calls ``skip_iter``.
 
     Args:
-        loader: What to load from, when the first batch is wanted.
-        num_iters: By how many batches the loop will advance.
+        loader: Loader whose iteration starts at the first batch that is used.
+        num_iters: Number of batches that the loop will skip.
     """
 
     def __init__(self, loader: Iterable[Any], num_iters: int) -> None:
@@ -291,18 +286,18 @@ class _AdvancedBatches(Iterator[Any]):
         return next(self._batches)
 
     def skip_iter(self, num_iters: int) -> None:
-        """Advance by so many at once."""
+        """Skip ``num_iters`` batches at once."""
         self._to_advance -= num_iters
 
 
 def make_reproducible(cfg: Config) -> None:
-    """Let a training config repeat itself exactly, also when it is interrupted and resumed.
+    """Make a training config exactly reproducible, also when the run is interrupted and resumed.
 
-    Adds :class:`SeededSampler`, :class:`ResumableBatchSampler`, :class:`ReproducibleResumeHook`
-    and, to a training by epochs, :class:`ResumableEpochLoop`.
+    Adds :class:`SeededSampler`, :class:`ResumableBatchSampler`, :class:`ReproducibleResumeHook` and, to epoch-based
+    training, :class:`ResumableEpochLoop`.
 
     Args:
-        cfg: Changed in place. What it has of them already is left as it is.
+        cfg: Config, changed in place. Parts of these types that it already has stay unchanged.
     """
     hooks = list(cfg.get("custom_hooks") or [])
     if not any(hook.get("type") == "mmvssm.ReproducibleResumeHook" for hook in hooks):

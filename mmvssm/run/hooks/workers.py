@@ -1,4 +1,4 @@
-"""Data-loading worker processes."""
+"""Set up the worker processes of data loaders."""
 
 import multiprocessing.queues
 import os
@@ -16,21 +16,19 @@ from ...registry import FUNCTIONS
 
 @FUNCTIONS.register_module()
 def init_worker(worker_id: int) -> None:
-    """Let a worker say what goes wrong, and end when its parent does, not before.
+    """Make a worker report errors to the trainer, and end with it and not earlier.
 
-    - A batch that cannot be handed over (a full ``/dev/shm``, most often) reaches the training
-      process as an exception. Python would print a traceback and drop the batch, and the training
-      process would wait for it for ever: mmengine's ``pseudo_collate`` leaves tensors to be put into
-      shared memory on the way out, by a thread whose errors nobody sees.
-    - Ctrl-C and a cluster's SIGTERM reach every process of a run. What they mean is for the training
-      process to decide, which may need the next batch to finish properly.
-    - When the training process is killed, its workers can be left waiting for a reader that will
-      never come, each holding its memory. On Linux the kernel is asked to end them too.
-    - A training process that stops in the middle of taking over a batch is no news to report from here: it has said
-      why it stops.
+    - A batch that cannot be sent (usually ``/dev/shm`` is full) raises an exception in the trainer. Otherwise Python
+      prints a traceback, drops the batch, and the trainer hangs: with mmengine's ``pseudo_collate``, a background
+      thread moves tensors to shared memory.
+    - Ctrl-C and a cluster's SIGTERM reach every process of a run. Workers ignore them, since the trainer decides what
+      to do and may need the next batch.
+    - When the trainer is killed, workers could wait for it forever and hold their memory. On Linux the kernel ends
+      them too.
+    - Connection errors after the trainer exits are not reported; the trainer has already printed the cause.
 
-    Random numbers are seeded by PyTorch itself: Python's, NumPy's and its own, by worker and epoch.
-    (mmengine's default repeats one seed each time workers start.)
+    PyTorch itself seeds Python's, NumPy's and its own random numbers by worker and epoch; mmengine's default repeats
+    one seed each time workers start.
 
     Args:
         worker_id: Number of the worker within its data loader.
@@ -41,23 +39,23 @@ def init_worker(worker_id: int) -> None:
     end_with_parent()
     if sys.platform == "linux":
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_heed_parent_only, daemon=True).start()
+        threading.Thread(target=_exit_on_parent_sigterm, daemon=True).start()
 
 
 def _send_error(queue: multiprocessing.queues.Queue, error: Exception, item: Any) -> None:
-    """Send ``error`` in place of the ``(number, batch)`` that could not be sent."""
+    """Send ``error`` instead of the ``(number, batch)`` that could not be sent."""
     wrapped = ExceptionWrapper((type(error), error, error.__traceback__), where="in a data worker")
     queue.put((item[0], wrapped))
 
 
 def _report_unless_parent_left(kind: type, error: BaseException, traceback: Any) -> None:
-    """What the thread that hands over tensors calls when its connection breaks."""
+    """Handle exceptions of the thread that sends tensors; ignore a connection that the trainer closed."""
     if not issubclass(kind, (ConnectionError, EOFError)):
         sys.__excepthook__(kind, error, traceback)
 
 
-def _heed_parent_only() -> None:
-    """End at the parent's SIGTERM, and at nobody else's."""
+def _exit_on_parent_sigterm() -> None:
+    """End at a SIGTERM from the parent; ignore those from others."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)

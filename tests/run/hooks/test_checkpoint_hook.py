@@ -173,7 +173,7 @@ def test_nothing_that_is_not_finite_is_saved_and_nothing_good_removed(tmp_path, 
     with pytest.raises(NonFiniteError) as caught:
         run.train()
     assert f"the state after 12 iterations holds NaN or infinity in {name}" in str(caught.value)
-    assert f"the last one before is {tmp_path / 'epoch_1.pth'}" in str(caught.value)
+    assert f"last checkpoint: {tmp_path / 'epoch_1.pth'}" in str(caught.value)
     assert [path.name for path in tmp_path.glob("*.pth")] == ["epoch_1.pth"]
 
 
