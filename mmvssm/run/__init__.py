@@ -1,4 +1,4 @@
-"""The annex: what train, test, predict and export do around mmengine. No other room imports it.
+"""Train, test, predict and export: our tools' code around mmengine. No other folder imports it.
 
 Importing it makes every checkpoint of this process load with ``weights_only=True`` and without the config text that
 mmengine and the libraries' inferencers would execute; see :func:`mmvssm.safe_checkpoint.guard_checkpoint_loader`. A

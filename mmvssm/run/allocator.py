@@ -1,4 +1,4 @@
-"""Memory that is freed and asked for again, on CPUs."""
+"""Keep freed memory for reuse on CPUs."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ _LARGEST = 2**31 - 1  # bytes; mallopt takes an int
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep large pieces of memory that it frees, for what it asks for next.
+    """Make this process keep large blocks of memory that it frees, for its next allocations.
 
-    By default glibc hands them back to the system at once, and every large tensor then consists of
-    fresh pages, which the system has to clear first: a third of GroupMamba's training step at
-    800x1280. As with PyTorch's allocator for GPUs, the process goes on holding as much memory as it
-    ever needed.
+    By default glibc returns them to the system at once. Every large tensor then consists of fresh pages, which the
+    system first clears: a third of GroupMamba's training step at 800x1280. As with PyTorch's allocator for GPUs, the
+    process keeps its peak memory.
 
     Returns:
-        Whether that was possible: on Linux with glibc.
+        Whether it worked: only on Linux with glibc.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -26,5 +25,5 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
-    # Not M_MMAP_MAX: with mapping switched off altogether, evaluation was slower.
+    # Not M_MMAP_MAX: without any mapping, evaluation was slower.
     return all(mallopt(option, _LARGEST) for option in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD))

@@ -22,7 +22,7 @@ def train_parser() -> argparse.ArgumentParser:
         "the learning rate continues as in a run of N epochs",
     )
     length.add_argument(
-        "--iters", type=int, metavar="N", help="the same for a config that counts iterations"
+        "--iters", type=int, metavar="N", help="as --epochs, for a config that counts iterations"
     )
     parser.add_argument(
         "--from-scratch",
@@ -71,7 +71,7 @@ def test_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--show-dir",
         metavar="DIR",
-        help="write pictures of predictions to this folder; of several processes, rank 0 draws its share",
+        help="write pictures of predictions to this folder; in a distributed run, only rank 0's share",
     )
     parser.add_argument(
         "--wait-time",
@@ -91,7 +91,7 @@ def test_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--native",
         action="store_true",
-        help="for an .onnx file: run the scans by mmvssm's compiled operator for onnxruntime",
+        help="for an .onnx file: run the scans with mmvssm's compiled operator for onnxruntime",
     )
     return parser
 
@@ -121,7 +121,7 @@ def predict_parser() -> argparse.ArgumentParser:
         "--score-thr",
         type=float,
         metavar="SCORE",
-        help="omit detections with lower scores from pictures and JSON (default: 0.3)",
+        help="drop detections with lower scores from pictures and JSON (default: 0.3)",
     )
     parser.add_argument(
         "--batch-size",
@@ -166,7 +166,7 @@ def _parser(
     checkpoint: Optional[str] = None,
     epilog: Optional[str] = None,
 ) -> argparse.ArgumentParser:
-    """A parser with what all of these tools take; ``config`` and ``checkpoint`` are help texts."""
+    """Make a parser with the arguments that all tools share; ``config`` and ``checkpoint`` are help texts."""
     parser = argparse.ArgumentParser(
         description=f"{description} The config says which.", epilog=epilog
     )
@@ -188,13 +188,13 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         "--launcher",
         choices=["none", "pytorch", "slurm", "mpi"],
         default="none",
-        help="what started the processes of a distributed run",
+        help="launcher of a distributed run",
     )
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
-    """Give a tool the options that name a data set."""
+    """Add the options that choose a data set."""
     parser.add_argument(
         "--data-root",
         metavar="DIR",
@@ -223,7 +223,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_cfg_options(parser: argparse.ArgumentParser) -> None:
-    """Give a tool ``--cfg-options``."""
+    """Add ``--cfg-options``."""
     parser.add_argument(
         "--cfg-options",
         nargs="+",

@@ -24,10 +24,10 @@ _RUN_STATE = dict(meta=("epoch", "iter"), optimizer=("state", "param_groups"), m
 
 
 class Checkpoint:
-    """What a checkpoint holds. Nothing in it is trusted: any entry may be absent or of another type.
+    """Content of a checkpoint. We trust none of it: any entry may be missing or of another type.
 
     Args:
-        path: Its file or URL, for messages.
+        path: File or URL, for messages.
         content: The dictionary in the file.
     """
 
@@ -55,7 +55,7 @@ class Checkpoint:
 
     @property
     def meta(self) -> dict[str, Any]:
-        """What the run noted beside the weights, or an empty dictionary."""
+        """The run's ``meta``, or an empty dictionary."""
         meta = self.content.get("meta")
         return meta if isinstance(meta, dict) else {}
 
@@ -67,17 +67,17 @@ class Checkpoint:
 
     @property
     def classes(self) -> Optional[list[str]]:
-        """The names of the classes that the model was trained on, if the checkpoint has them."""
+        """Names of the classes that the model was trained on, if the checkpoint has them."""
         return as_names(self.dataset_meta.get("classes"))
 
     def weights(self, strip_module: bool = True) -> dict[str, Any]:
         """The weights by name.
 
         Args:
-            strip_module: Whether to leave out the prefix ``module.`` of distributed training.
+            strip_module: Whether to drop the prefix ``module.`` of distributed training.
 
         Raises:
-            UserError: If the checkpoint has no dictionary of names where its weights should be.
+            UserError: If ``state_dict`` is not a dictionary of names.
         """
         weights = self.content.get("state_dict", self.content)
         if not isinstance(weights, dict) or not all(isinstance(key, str) for key in weights):
@@ -92,7 +92,7 @@ class Checkpoint:
         return renamed
 
     def settings(self, variable: str, *names: str) -> dict[str, Any]:
-        """Part of the config that the checkpoint carries as text, which we parse and never run.
+        """Read part of the config text in the checkpoint. We parse the text and never run it.
 
         Args:
             variable: The variable of the config, such as ``"model"``.
@@ -129,16 +129,16 @@ class Checkpoint:
             model: Built for this check; its weights are overwritten.
 
         Raises:
-            UserError: If they belong to another model.
+            UserError: If the weights belong to another model.
         """
         weights = self.weights()
         try:
             load_state_dict(model, weights, strict=True)
-        except Exception as error:  # a weight that is no tensor fails in many ways
+        except Exception as error:  # a weight that is no tensor may raise anything
             raise UserError(self._misfit(model.state_dict(), weights)) from error
 
     def count_shared(self, model: nn.Module) -> str:
-        """A line that counts the weights of ``model`` that training takes from here (``load_from``).
+        """Return a line that counts the weights that ``model`` takes from this checkpoint (``load_from``).
 
         Raises:
             UserError: If there are none.
@@ -159,7 +159,7 @@ class Checkpoint:
         if missing:
             reason = f"it lacks the state of a training run ({', '.join(missing)})"
         elif malformed := next(self._malformed(), None):
-            reason = f"its {malformed} is not what a training run writes"
+            reason = f"its {malformed} is malformed"
         else:
             return
         raise UserError(
@@ -168,7 +168,7 @@ class Checkpoint:
         )
 
     def _malformed(self) -> Iterator[str]:
-        """The entries that mmengine could not resume from; each check assumes that those before it passed."""
+        """Yield entries that mmengine cannot resume from; each check assumes that those before it passed."""
         for name, keys in _RUN_STATE.items():
             if not _is_dict(self.content[name]) or not all(k in self.content[name] for k in keys):
                 yield name
@@ -187,7 +187,7 @@ class Checkpoint:
                 yield "message_hub['log_scalars']"
 
     def _misfit(self, own: dict[str, Tensor], weights: dict[str, Any]) -> str:
-        """One line on how ``weights`` differ from ``own``, a model's."""
+        """Describe in one line how ``weights`` differ from a model's own."""
         missing = [k for k in own if k not in weights and "num_batches_tracked" not in k]
         unexpected = [k for k in weights if k not in own]
         reshaped = [
@@ -209,7 +209,7 @@ class Checkpoint:
         return f"{line}; it was trained {origin}" if origin else line
 
     def _origin(self) -> Iterator[str]:
-        """The config, backbone and classes that the checkpoint was trained with, as far as it has them."""
+        """Yield the config, backbone and classes of the checkpoint's training, if it has them."""
         # mmengine names an experiment <config>_<date>_<time>.
         name = re.sub(r"_?\d{8}_\d{6}$", "", brief(self.meta.get("experiment_name", "")))
         if name:
@@ -226,14 +226,14 @@ class Checkpoint:
 def find_last(work_dir: str) -> tuple[Optional[Checkpoint], list[str]]:
     """Find the newest checkpoint of a training run that loads.
 
-    That is the one that ``last_checkpoint`` names, unless the run was killed while it wrote the checkpoint or before
-    it named it.
+    That is the one that ``last_checkpoint`` names, unless the run was killed during the write or before it updated
+    ``last_checkpoint``.
 
     Args:
-        work_dir: Where the run wrote.
+        work_dir: Work dir of the run.
 
     Returns:
-        The checkpoint, or None if there is none at all; and the newer files that do not load.
+        The checkpoint, or None if there is none; and the newer files that do not load.
 
     Raises:
         UserError: If there are checkpoints but none of them loads.
@@ -250,25 +250,25 @@ def find_last(work_dir: str) -> tuple[Optional[Checkpoint], list[str]]:
     if skipped:
         raise UserError(
             f"none of the {len(skipped)} checkpoints in {work_dir} can be resumed from; name another with --resume "
-            "FILE, or train afresh in another --work-dir"
+            "FILE, or start a new run in another --work-dir"
         )
     return None, []
 
 
 def named_checkpoint(work_dir: Path) -> Optional[Path]:
-    """The checkpoint that a run's ``last_checkpoint`` names, if it exists."""
+    """Return the checkpoint that a run's ``last_checkpoint`` names, if it exists."""
     marker = work_dir / "last_checkpoint"
     if not marker.is_file():
         return None
     named = Path(marker.read_text(errors="replace").strip() or ".")
-    # A work dir that was moved or copied has a file of that name itself.
+    # If the work dir was moved or copied, take the file of that name in it.
     here = work_dir / named.name
     named = here if here.is_file() else named
     return named if named.is_file() else None
 
 
 def shapes_of(model: nn.Module) -> dict[str, Size]:
-    """The shapes of a model's weights by name, without BatchNorm's counters, which old checkpoints lack."""
+    """Return the shapes of a model's weights by name, without BatchNorm's counters, which old checkpoints lack."""
     return {k: v.shape for k, v in model.state_dict().items() if "num_batches_tracked" not in k}
 
 
@@ -278,7 +278,7 @@ def as_names(classes: Any) -> Optional[list[str]]:
 
 
 def _by_recency(work_dir: Path) -> Iterator[Path]:
-    """Training checkpoints: first the one that the run named its last, then by step, newest first."""
+    """Yield training checkpoints: first the one in ``last_checkpoint``, then by step, newest first."""
     named = named_checkpoint(work_dir)
     if named is not None:
         yield named
@@ -302,12 +302,12 @@ def _is_dict(value: Any) -> bool:
 
 
 def _shape_of(value: Any) -> Any:
-    """The shape of a tensor, or the type of what a checkpoint holds instead of one."""
+    """Return the shape of a tensor, or the type of any other value."""
     return tuple(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 def _entries(node: Optional[ast.expr]) -> dict[str, ast.expr]:
-    """The entries of ``dict(name=value)`` or ``{'name': value}``."""
+    """Return the entries of ``dict(name=value)`` or ``{'name': value}``."""
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict":
         return {keyword.arg: keyword.value for keyword in node.keywords if keyword.arg}
     if isinstance(node, ast.Dict):

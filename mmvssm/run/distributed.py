@@ -1,4 +1,4 @@
-"""Training on several processes, with or without GPUs."""
+"""Set up distributed training, with or without GPUs."""
 
 import os
 from typing import Any
@@ -17,11 +17,11 @@ _SYNCHRONISED_NORMS = ("SyncBN", "MMSyncBN")
 def init_processes(cfg: Config) -> None:
     """Join the processes that ``cfg.launcher`` started into one group.
 
-    On GPUs this is mmengine's own initialisation. Without any, mmengine would still ask CUDA for a
-    device, so the group is made here, over gloo; mmengine then leaves it as it is.
+    On GPUs this is mmengine's own initialisation. Without GPUs, mmengine would still ask CUDA for a device, so we
+    create the group over gloo; mmengine then keeps it.
 
     Args:
-        cfg: Training or test config. Without GPUs its model wrapper is set to one for the CPU.
+        cfg: Training or test config. Without GPUs, we set a model wrapper for CPUs.
 
     Raises:
         UserError: If the launcher's environment is missing.
@@ -35,7 +35,7 @@ def init_processes(cfg: Config) -> None:
     if torch.cuda.is_available():
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         if cfg.launcher == "pytorch" and local_rank >= torch.cuda.device_count():
-            raise RunFailure(  # which only the processes without a GPU meet
+            raise RunFailure(  # only on the ranks without a GPU
                 f"more processes than GPUs were started: this machine has "
                 f"{torch.cuda.device_count()}"
             )
@@ -60,11 +60,11 @@ def init_processes(cfg: Config) -> None:
 
 
 def adapt_to_machine(cfg: Config) -> None:
-    """Replace what this machine cannot do, and add what several processes need.
+    """Replace layers that need a GPU, and add a hook that several ranks need.
 
-    Synchronised batch norm exists on GPUs only; without one it becomes plain batch norm. Where
-    processes keep batch norm statistics of their own, these are averaged at the end of each epoch
-    and before validation, so that all ranks evaluate the same model.
+    Synchronised batch norm exists on GPUs only; without one it becomes plain batch norm. If ranks have separate batch
+    norm statistics, they are averaged after each epoch and before validation, so that all ranks evaluate the same
+    model.
 
     Args:
         cfg: Changed in place.
@@ -81,8 +81,8 @@ def adapt_to_machine(cfg: Config) -> None:
 def _replace_norms(node: Any) -> None:
     """Turn synchronised norms in a model config into plain ones, in place.
 
-    mmengine's ``revert_sync_batchnorm`` does it to a model, which comes too late: its runner builds
-    and wraps the model in one go, and PyTorch's wrapper refuses ``SyncBatchNorm`` on CPUs.
+    mmengine's ``revert_sync_batchnorm`` acts on a model. That is too late: the runner builds and wraps the model in one
+    step, and PyTorch's wrapper rejects ``SyncBatchNorm`` on CPUs.
     """
     if isinstance(node, dict):
         if node.get("type") in _SYNCHRONISED_NORMS:

@@ -62,7 +62,7 @@ def _check_first(out: Path) -> None:
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
-            f"exporting needs {' and '.join(missing)}, not installed here; run: pip install onnx onnxscript "
+            f"exporting needs {' and '.join(missing)}, not installed; run: pip install onnx onnxscript "
             "onnxruntime"
         )
     if out.suffix != ".onnx":

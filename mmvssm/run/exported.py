@@ -22,13 +22,13 @@ def is_exported(path: str) -> bool:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Check that the given options go with a checkpoint, or with an exported file.
+    """Check that the options fit a checkpoint or an exported file, whichever is tested.
 
     Args:
         args: Parsed by :func:`~.arguments.test_parser`.
 
     Raises:
-        UserError: If one does not, or a package is missing.
+        UserError: If an option does not fit, or a package is missing.
     """
     path = args.checkpoint
     if not is_exported(path):
@@ -64,7 +64,7 @@ def load_exported(path: str, cfg: Config) -> Checkpoint:
     Raises:
         UserError: If tools/export_onnx.py did not write it, or it is for another task.
     """
-    import onnx  # not at the top: it may be missing, and most tests do without
+    import onnx  # not at the top: optional, and not needed to test checkpoints
 
     from ..export.onnx_model import metadata_of
 
@@ -76,7 +76,7 @@ def load_exported(path: str, cfg: Config) -> Checkpoint:
     scope = cfg.default_scope
     if scope not in _TASKS:
         raise UserError(
-            f"{path} cannot be tested with a config of {scope}'s: detectors and segmenters are what is exported"
+            f"{path} cannot be tested with a config of {scope}: only detectors and segmenters are exported"
         )
     outputs = {output.name for output in model.graph.output}
     tasks = [name for name in _TASKS if _OUTPUTS[name] <= outputs]
@@ -90,10 +90,10 @@ def load_exported(path: str, cfg: Config) -> Checkpoint:
 
 
 def use_exported(cfg: Config, path: str, native: bool) -> None:
-    """Put an exported file in the place of a config's model.
+    """Replace a config's model with an exported file.
 
     Args:
-        cfg: Changed in place. Its custom hooks are dropped, since they look into PyTorch's models.
+        cfg: Changed in place. Its custom hooks are dropped, since they read PyTorch models.
         path: The file.
         native: Whether mmvssm's compiled operator runs the scans.
 

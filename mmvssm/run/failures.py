@@ -1,4 +1,4 @@
-"""Explain in one line what ends a run from outside: memory, shared memory, disk, data workers, ports, Ctrl-C."""
+"""Explain in one line failures of the machine: memory, shared memory, disk, data workers, ports, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ _LOADERS = "train_dataloader, val_dataloader and test_dataloader"
 
 @contextmanager
 def run_failures(work_dir: Optional[str] = None) -> Iterator[None]:
-    """Turn what ends a run from outside into one line; mistakes in the code keep their traceback.
+    """Convert failures of the machine to one-line errors; bugs keep their traceback.
 
     Args:
-        work_dir: Where a training run writes; lines then say which checkpoint to resume from.
+        work_dir: Work dir of a training run; errors then name the checkpoint to resume from.
 
     Raises:
-        UserError: In place of exceptions that are about the machine. Its ``exit_code`` is 130 for Ctrl-C, as in shells.
+        UserError: In place of exceptions about the machine. Its ``exit_code`` is 130 for Ctrl-C, as in shells.
     """
     try:
         yield
     except BaseException as error:
-        # torch's handler raises what it learns of a dead worker wherever the main thread then is: nowhere below.
+        # torch's signal handler reports a dead worker by an exception at any point of the main thread.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if is_interruption(error):
@@ -51,7 +51,7 @@ def run_failures(work_dir: Optional[str] = None) -> Iterator[None]:
 
 
 def explain_failure(error: BaseException) -> Optional[str]:
-    """What ended a run and what to do, in one line; None if ``error`` is of another kind.
+    """Explain what ended a run and what to do, in one line; return None for other kinds of errors.
 
     Args:
         error: The exception.
@@ -75,9 +75,9 @@ def explain_failure(error: BaseException) -> Optional[str]:
         return None
     if _ONE_VALUE in text:
         return (
-            "a batch of one image is too small for BatchNorm, which a head applies to maps of one pixel (UPerHead's "
-            "pooling does); use a train_dataloader.batch_size of at least 2, with drop_last=True where an epoch may "
-            "end in a batch of one, or another norm_cfg: SyncBN on several GPUs, GN on one"
+            "a batch of one image is too small for BatchNorm on maps of one pixel, as in UPerHead's pooling; use a "
+            "train_dataloader.batch_size of at least 2, with drop_last=True if an epoch may end in a batch of one, or "
+            "another norm_cfg: SyncBN on several GPUs, GN on one"
         )
     if _SHARED_MEMORY.search(text) and ("worker" in text or "shm" in text):
         return _about_shared_memory()
@@ -102,34 +102,34 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _is_of_a_worker(error: BaseException) -> bool:
-    """Whether an error was raised while a batch was taken over from a data worker."""
+    """Whether an error was raised while receiving a batch from a data worker."""
     frames = traceback.walk_tb(error.__traceback__)
     return any(f.f_globals.get("__name__") == "multiprocessing.resource_sharer" for f, _ in frames)
 
 
 def _about_worker(how: str) -> str:
     return (
-        f"a data worker {how}, most often because memory ran out; use fewer of them (num_workers of {_LOADERS}, 0 for "
+        f"a data worker {how}, most often because memory ran out; use fewer workers (num_workers of {_LOADERS}, 0 for "
         "none), or a smaller batch_size"
     )
 
 
 def _about_disk(error: OSError) -> str:
     if error.filename is None:
-        # Semaphores lie in shared memory, and their errors name no file.
+        # Semaphores are in shared memory, and their errors name no file.
         full = os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free == 0
         return _about_shared_memory() if full else "the disk is full; make room"
     return (
-        f"the disk is full: {error.filename} could not be written; make room, or write to another disk; what was saved "
-        "before is still there"
+        f"the disk is full: {error.filename} could not be written; make room, or write to another disk; earlier files "
+        "are intact"
     )
 
 
 def _about_shared_memory() -> str:
     size = shutil.disk_usage("/dev/shm").total / 2**20 if os.path.isdir("/dev/shm") else 0
     return (
-        f"shared memory is full (/dev/shm holds {size:.1f} MiB), through which data workers hand over their batches; "
-        f"set num_workers=0 and persistent_workers=False in {_LOADERS}, or give a container more (docker run "
+        f"shared memory is full (/dev/shm holds {size:.1f} MiB); data workers send batches through it: set "
+        f"num_workers=0 and persistent_workers=False in {_LOADERS}, or give a container more (docker run "
         "--shm-size=8g)"
     )
 

@@ -1,4 +1,4 @@
-"""Train by mmengine alone, to tell whether a problem is ours or that of mmengine and its libraries."""
+"""Train with mmengine alone, to find out whether a problem is ours or mmengine's."""
 
 import argparse
 import os
@@ -19,11 +19,11 @@ _NOT_PLAIN = ("epochs", "iters", "tensorboard", *_DATA_OPTIONS)
 
 
 def train_plain(args: argparse.Namespace) -> None:
-    """Do what mmdet's own tools/train.py does, and nothing that :func:`~.train.train` lists.
+    """Train as mmdet's own tools/train.py does, without the additions that :func:`~.train.train` lists.
 
-    Two things remain. Checkpoints still load with ``weights_only=True`` and without their config text, because we never
-    evaluate what is handed in. And if the config has a generator (``prepare_data``), we generate its data unless it
-    exists, because mmengine could not run the config otherwise. Mistakes end in mmengine's own tracebacks.
+    Two additions remain. Checkpoints still load with ``weights_only=True`` and without their config text. And if the
+    config has a generator (``prepare_data``), we generate missing data, because mmengine could not run the config
+    otherwise. Mistakes end in mmengine's own tracebacks.
 
     Args:
         args: Parsed by :func:`~.arguments.train_parser`.
@@ -36,7 +36,7 @@ def train_plain(args: argparse.Namespace) -> None:
     if given:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise UserError(
-            f"--plain runs the config by mmengine alone, which has no {options}; put it into the config, or leave out "
+            f"--plain runs the config with mmengine alone, which has no {options}; set it in the config, or drop "
             "--plain"
         )
     if args.launcher in ("none", "pytorch"):

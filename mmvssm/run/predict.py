@@ -93,7 +93,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
 
 @contextmanager
 def _exit_on_sigterm() -> Iterator[None]:
-    """Turn SIGTERM into an exception, so that files are completed on the way out."""
+    """Turn SIGTERM into an exception, so that open files are completed."""
 
     def end(number: int, frame: object) -> None:
         raise SystemExit(128 + number)
@@ -113,7 +113,7 @@ class _Run:
 
     Attributes:
         skipped: Files that could not be read.
-        notes: How many images each note is about.
+        notes: Number of images by note.
     """
 
     def __init__(self, predictor: Predictor) -> None:

@@ -1,4 +1,4 @@
-"""Check that pretrained weights, which an ``init_cfg`` names, load into the model; or drop them."""
+"""Check that the pretrained weights of every ``init_cfg`` load into the model, or drop them."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -34,9 +34,9 @@ def start_from_scratch(cfg: Config) -> str:
 
 
 def check_pretrained(model: nn.Module) -> Iterator[str]:
-    """Check that the weights which ``init_cfg``s name are for the modules that they initialise.
+    """Check that the weights of every ``init_cfg`` fit its module.
 
-    mmengine only warns where no weight fits, and then trains from random weights.
+    If no weight fits, mmengine only warns and trains from random weights.
 
     Args:
         model: Built for this check; its weights are overwritten.
@@ -45,7 +45,7 @@ def check_pretrained(model: nn.Module) -> Iterator[str]:
         A line on each file that fits in part.
 
     Raises:
-        UserError: If no weight in a file fits, or more of them would under another prefix.
+        UserError: If no weight in a file fits, or if more would fit with another prefix.
     """
     for name, module, init_cfg in _pretrained(model):
         where, prefix = f"model.{name}".rstrip("."), init_cfg.get("prefix")
@@ -53,7 +53,7 @@ def check_pretrained(model: nn.Module) -> Iterator[str]:
             raise UserError(f"{where}.init_cfg needs the checkpoint's file name")
         checkpoint = Checkpoint.load(init_cfg["checkpoint"])
         weights = checkpoint.weights(strip_module=not prefix)
-        # A module with an init_weights of its own has its own names and way of loading.
+        # A module that defines init_weights loads in its own way.
         if type(module).init_weights is BaseModule.init_weights:
             line = _compare(module, f"{where}.init_cfg", weights, checkpoint.path, prefix)
             if line:
@@ -61,7 +61,7 @@ def check_pretrained(model: nn.Module) -> Iterator[str]:
 
 
 def _pretrained(model: nn.Module) -> Iterator[tuple[str, nn.Module, dict]]:
-    """Modules that load a file when they are initialised: name, module, its ``init_cfg``."""
+    """Yield modules that load a file when they are initialised: name, module, its ``init_cfg``."""
     for name, module in model.named_modules():
         init_cfgs = getattr(module, "init_cfg", None) or []
         for init_cfg in [init_cfgs] if isinstance(init_cfgs, dict) else init_cfgs:
@@ -72,7 +72,7 @@ def _pretrained(model: nn.Module) -> Iterator[tuple[str, nn.Module, dict]]:
 def _compare(
     module: nn.Module, where: str, weights: dict[str, Any], path: str, prefix: Optional[str]
 ) -> Optional[str]:
-    """Refuse weights that are not for ``module``; return a line if they are for a part of it."""
+    """Reject weights that are not for ``module``; return a line if they cover a part of it."""
     own = shapes_of(module)
     chosen = f"{prefix.rstrip('.')}." if prefix else ""
     given = {k.removeprefix(chosen): v for k, v in weights.items() if k.startswith(chosen)}
@@ -83,14 +83,14 @@ def _compare(
         if not left_out:
             return None
         return (
-            f"{where}: {matching} of its {len(own)} weights come from {path}; {shown(sorted(left_out))} stay as "
-            "they are initialised"
+            f"{where}: {matching} of its {len(own)} weights come from {path}; {shown(sorted(left_out))} keep their "
+            "random initialisation"
         )
     under = f" with prefix={prefix!r}" if prefix else ""
     if count > matching:
         remedy = f"with {f'prefix={best!r}' if best else 'no prefix'} {count} would"
     else:
-        remedy = f"under no prefix would any ({_CONVERT})"
+        remedy = f"none would with any prefix ({_CONVERT})"
     raise UserError(f"{where}: {matching} of its {len(own)} weights match {path}{under}; {remedy}")
 
 
@@ -113,7 +113,7 @@ def _load(module: nn.Module, weights: dict[str, Any]) -> set[str]:
 
 
 def _best_prefix(own: dict[str, Size], weights: dict[str, Any]) -> tuple[str, int]:
-    """The prefix under which ``weights`` hold most of ``own``, and how many."""
+    """Find the prefix under which ``weights`` hold most of ``own``; also return how many."""
     counts: Counter[str] = Counter()
     for key, value in weights.items():
         parts = key.split(".")

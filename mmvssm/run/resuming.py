@@ -19,13 +19,13 @@ from .work_dir import check_unused
 
 
 def choose_start(cfg: Config, model: nn.Module, resume: Optional[str], new_schedule: bool) -> None:
-    """Choose between a new run, one from given weights and one that resumes, and check that the checkpoint fits.
+    """Start from random or given weights or resume, as the options ask, and check that the checkpoint fits.
 
     Args:
-        cfg: Its ``resume``, ``load_from`` and seed are set.
+        cfg: We set its ``resume``, ``load_from`` and seed.
         model: Built for this check; its weights are overwritten.
-        resume: The checkpoint to resume from, ``"auto"`` for the last one in the work dir; None to follow the config.
-        new_schedule: Whether the learning rates will follow the config, and not the schedule that the run began with.
+        resume: Checkpoint to resume from, ``"auto"`` for the last one in the work dir; None to follow the config.
+        new_schedule: Whether learning rates follow the config instead of the checkpoint's schedule.
 
     Raises:
         UserError: If the checkpoint does not fit, or the run would overwrite another.
@@ -52,7 +52,7 @@ def choose_start(cfg: Config, model: nn.Module, resume: Optional[str], new_sched
     check_same_classes(cfg, "train_dataloader", checkpoint)
     for line in _compare_progress(cfg, checkpoint, new_schedule):
         say(line)
-    # mmengine restores a seed that it chose itself only after the order of the data is settled.
+    # mmengine restores a seed that it chose itself only after it has fixed the order of the data.
     randomness = cfg.setdefault("randomness", ConfigDict())
     if randomness.get("seed") is None:
         randomness.seed = checkpoint.meta.get("seed")
@@ -60,7 +60,7 @@ def choose_start(cfg: Config, model: nn.Module, resume: Optional[str], new_sched
 
 
 def _find_last(work_dir: str) -> Optional[Checkpoint]:
-    """:func:`find_last`, decided by the first process."""
+    """Call :func:`find_last` on rank 0 and load its choice on all ranks."""
     found: list[Optional[Checkpoint]] = []
 
     def find() -> Optional[str]:
@@ -83,7 +83,7 @@ def check_same_classes(cfg: Config, loader: str, checkpoint: Checkpoint) -> None
         checkpoint: Compared if it has its classes.
 
     Raises:
-        UserError: If the weights would mean other classes.
+        UserError: If the classes or their order differ.
     """
     path, trained = checkpoint.path, checkpoint.classes
     here = as_names(metainfo_of_data(cfg, loader).get("classes"))
@@ -92,23 +92,23 @@ def check_same_classes(cfg: Config, loader: str, checkpoint: Checkpoint) -> None
     if sorted(trained) == sorted(here):
         old, new = next(pair for pair in zip(trained, here) if pair[0] != pair[1])
         raise UserError(
-            f"{path} was trained on these classes in another order (where it has {shown([old])}, there "
-            f"is {shown([new])} here), so its weights would mean other classes; give them in its order, "
-            "with --data-root and --classes or in the config's metainfo"
+            f"{path} was trained on these classes in another order (it has {shown([old])} where this "
+            f"data set has {shown([new])}); give them in its order, with --data-root and --classes or "
+            "in the config's metainfo"
         )
     raise UserError(
-        f"{path} was trained on other classes: {len(trained)} ({shown(trained)}), and here are "
-        f"{len(here)} ({shown(here)}); use the data set it was trained on, or train anew from its "
+        f"{path} was trained on other classes: {len(trained)} ({shown(trained)}); this data set has "
+        f"{len(here)} ({shown(here)}); use the data set it was trained on, or start a new run from its "
         f"weights with --cfg-options load_from={path}"
     )
 
 
 def metainfo_of_data(cfg: Config, loader: str) -> dict[str, Any]:
-    """The metainfo of a loader's data set, such as its classes, without reading annotations.
+    """Return the metainfo of a loader's data set, such as its classes, without reading annotations.
 
     Args:
         cfg: Config with the data set.
-        loader: The data loader. Without one, the metainfo is empty.
+        loader: Name of the data loader; if the config lacks it, the metainfo is empty.
     """
     if not cfg.get(loader):
         return {}
@@ -121,10 +121,10 @@ def metainfo_of_data(cfg: Config, loader: str) -> dict[str, Any]:
 
 
 def _compare_progress(cfg: Config, checkpoint: Checkpoint, new_schedule: bool) -> Iterator[str]:
-    """Lines on how the length and batch size of a run differ from what it was trained with until now.
+    """Yield lines on how the length and batch size of a run differ from those of its checkpoint.
 
     Raises:
-        UserError: If it has already trained for longer than it shall.
+        UserError: If it has already trained for longer than the config asks for.
     """
     unit = "iter" if "max_iters" in cfg.train_cfg else "epoch"
     limit, option = f"max_{unit}s", f"--{unit}s"
@@ -135,10 +135,10 @@ def _compare_progress(cfg: Config, checkpoint: Checkpoint, new_schedule: bool) -
         )
         if done > wanted:
             raise UserError(
-                f"{progress}, more than train_cfg.{limit}={wanted}; set that to more, or resume an earlier checkpoint"
+                f"{progress}, more than train_cfg.{limit}={wanted}; raise that, or resume an earlier checkpoint"
             )
         if done == wanted:
-            yield f"{progress}, all that train_cfg.{limit} asks for: there is nothing left to train"
+            yield f"{progress}, all that train_cfg.{limit} asks for: nothing is left to train"
         planned = checkpoint.settings("train_cfg").get(limit)
         if isinstance(planned, int) and planned != wanted and not new_schedule:
             yield (
@@ -150,6 +150,6 @@ def _compare_progress(cfg: Config, checkpoint: Checkpoint, new_schedule: bool) -
     now = cfg.train_dataloader.get("batch_size")
     if isinstance(before, int) and before != now:
         yield (
-            f"The run had a batch size of {before} and continues with {now}: it will not repeat what it would have "
-            "done uninterrupted, and the learning rate stays as configured"
+            f"The run had a batch size of {before} and resumes with {now}: it will differ from an uninterrupted run, "
+            "and the learning rate stays as configured"
         )

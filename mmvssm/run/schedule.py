@@ -1,8 +1,8 @@
-"""Train for more or fewer epochs or iterations than a config says, with its whole schedule.
+"""Change the length of a training together with its whole schedule.
 
-Points of the schedule (milestones, begins, ends, intervals, switches of hooks) keep their share of the run: what
-happened after two thirds of the old run happens after two thirds of the new one. Only a warm-up in iterations keeps
-its length, because it depends on the optimizer and not on the run.
+Points of the schedule (milestones, begins, ends, intervals, switches of hooks) keep their share of the run: a milestone
+at two thirds stays at two thirds. Only a warm-up in iterations keeps its length, because it depends on the optimizer
+and not on the run.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from ..errors import UserError
 from .settings import find_type
 
 _WORDS = {"epochs": "epochs", "iters": "iterations"}
-# mmengine's loops validate this often where the config does not say.
+# mmengine's default validation interval.
 _VAL_INTERVAL = {"epochs": 1, "iters": 1000}
-# With fewer steps, mmengine's warm-ups never reach the full rate: only their last step has it.
+# With fewer steps, mmengine's warm-ups never reach the full rate, which only their last step has.
 _SHORTEST_WARM_UP = 2
 _LONGEST_WARM_UP = Fraction(1, 2)  # of the run
 
@@ -51,32 +51,32 @@ Number = Union[int, float]
 
 
 def change_length(cfg: Config, option: str, length: int, given: Collection[str] = ()) -> str:
-    """Make a training last for another number of epochs or iterations.
+    """Change the number of epochs or iterations of a training.
 
     Args:
         cfg: Changed in place: ``train_cfg``, ``param_scheduler``, the interval of checkpoints, and times in hooks.
         option: ``"epochs"`` or ``"iters"``.
-        length: How many.
-        given: Dotted keys of settings that stay as they are, such as those of ``--cfg-options``.
+        length: The new number.
+        given: Dotted keys of settings to keep, such as those of ``--cfg-options``.
 
     Returns:
         A line that lists the changes.
 
     Raises:
-        UserError: If the config counts the other way, or has a scheduler that we cannot change, or one that is too
-            short in the new run.
+        UserError: If the config counts in the other unit, or has a scheduler that we cannot change or that does not
+            fit the new run.
     """
     loop, limit = cfg.get("train_cfg") or {}, f"max_{option}"
     _check_unit(loop, option, length)
     if f"train_cfg.{limit}" in given:
         raise UserError(
-            f"--{option} {length} and --cfg-options train_cfg.{limit} both say how long to train; give "
+            f"--{option} {length} and --cfg-options train_cfg.{limit} both set the length; give "
             f"one of them (--{option} changes the schedule as well)"
         )
     _check_kinds(cfg, option)
     old, loop[limit] = loop[limit], length
     ratio, changes = Fraction(length, old), _Changes(given)
-    changes.notes.append(f"{length} {_WORDS[option]} in place of {old}")
+    changes.notes.append(f"{length} {_WORDS[option]} instead of {old}")
     if old == length:
         return f"--{option} {length}: that is the config's own schedule"
     _follow_loop(cfg, option, ratio, changes)
@@ -92,15 +92,15 @@ def change_length(cfg: Config, option: str, length: int, given: Collection[str] 
 
 
 def shorten_warm_ups(runner: Runner, old_epochs: int, given: Collection[str] = ()) -> Optional[str]:
-    """Shorten warm-ups in iterations that would take most of a run by epochs.
+    """Shorten warm-ups in iterations that would take most of an epoch-based run.
 
-    Only the data loader tells how many iterations a run by epochs has. We shorten the warm-ups of learning rates, and
-    those of hooks such as ``KeepRatioWarmup``, after which a pruned model needs more training. A warm-up in epochs
-    that steps at every iteration is removed if it would have fewer than two steps.
+    Only the data loader tells how many iterations an epoch has. We shorten the warm-ups of learning rates and of hooks
+    such as ``KeepRatioWarmup``, after which a pruned model needs more training. We remove a warm-up in epochs that
+    steps at every iteration if it would have fewer than two steps.
 
     Args:
-        runner: Before training, with its training loop built.
-        old_epochs: The length of the config's own run.
+        runner: Runner before training, with its training loop built.
+        old_epochs: Length of the config's own run.
         given: As for :func:`change_length`.
 
     Returns:
@@ -143,12 +143,12 @@ def _remove_shortest(schedulers: list, epoch_length: int, changes: _Changes) -> 
 
 
 def hint_at_options(cfg: Config, given: Collection[str]) -> Optional[str]:
-    """A hint at ``--epochs`` or ``--iters`` if ``--cfg-options`` changes a run's length but not its schedule."""
+    """Return a hint at ``--epochs`` or ``--iters`` if ``--cfg-options`` changes a run's length but not its schedule."""
     for option in _WORDS:
         key = f"train_cfg.max_{option}"
         if key in given and not any(name.startswith("param_scheduler") for name in given):
             return (
-                f"{key} alone leaves learning rate and intervals as they are; --{option} "
+                f"{key} alone does not change learning rates and intervals; --{option} "
                 f"{cfg.train_cfg[f'max_{option}']} makes the whole schedule follow"
             )
     return None
@@ -159,7 +159,7 @@ def _check_kinds(cfg: Config, option: str) -> None:
         for index, scheduler in enumerate(schedulers):
             if _base(scheduler) is None:
                 raise UserError(
-                    f"--{option} cannot change {path}.{index} (type={scheduler.get('type')!r}); leave out "
+                    f"--{option} cannot change {path}.{index} (type={scheduler.get('type')!r}); drop "
                     f"--{option}, and change that scheduler and train_cfg.max_{option} in the config"
                 )
 
@@ -167,7 +167,7 @@ def _check_kinds(cfg: Config, option: str) -> None:
 def _check_unit(loop: dict, option: str, length: int) -> None:
     limit, other = f"max_{option}", {"epochs": "iters", "iters": "epochs"}[option]
     if length < 1:
-        raise UserError(f"--{option} {length}: a training has at least 1 of them")
+        raise UserError(f"--{option} {length}: must be at least 1")
     if limit in loop:
         return
     if f"max_{other}" in loop:
@@ -175,7 +175,7 @@ def _check_unit(loop: dict, option: str, length: int) -> None:
             f"--{option} {length}: this config counts {_WORDS[other]} "
             f"(train_cfg.max_{other}={loop[f'max_{other}']}); give --{other}"
         )
-    raise UserError(f"--{option} {length}: train_cfg has no {limit} that could be changed")
+    raise UserError(f"--{option} {length}: train_cfg has no {limit} to change")
 
 
 class _Changes:
@@ -240,7 +240,7 @@ def _follow_loop(cfg: Config, option: str, ratio: Fraction, changes: _Changes) -
 
 
 def _hooks(cfg: Config) -> Iterator[tuple[str, dict, Any, tuple[str, ...]]]:
-    """The custom hooks of a config that have times: path, settings, class, and names of the settings."""
+    """Yield custom hooks of a config that have times: path, settings, class, and names of the times."""
     for index, hook in enumerate(cfg.get("custom_hooks") or []):
         kind = find_type(hook.get("type")) if isinstance(hook, dict) else None
         times = getattr(kind, "schedule_settings", _HOOKS.get(getattr(kind, "__name__", "")))
@@ -259,7 +259,7 @@ def _follow_hooks(cfg: Config, ratio: Fraction, changes: _Changes) -> None:
 
 
 def _shorten_hooks(runner: Runner, total: int, changes: _Changes) -> None:
-    """Let warm-ups by hooks of ours end in the first half of ``total`` iterations."""
+    """Make warm-ups by our hooks end in the first half of ``total`` iterations."""
     built = list(runner.hooks)
     for path, hook, kind, times in _hooks(runner.cfg):
         if not hasattr(kind, "schedule_settings"):
@@ -279,7 +279,7 @@ def _shorten_hooks(runner: Runner, total: int, changes: _Changes) -> None:
 
 
 def _scheduler_lists(cfg: Config) -> Iterator[tuple[str, list]]:
-    """The lists of schedulers of a config, one for each optimizer; a single scheduler becomes a list."""
+    """Yield the lists of schedulers of a config, one per optimizer; a single scheduler becomes a list."""
     schedulers = cfg.get("param_scheduler")
     if isinstance(schedulers, dict) and "type" not in schedulers:
         parent, path = schedulers, "param_scheduler."
@@ -294,7 +294,7 @@ def _scheduler_lists(cfg: Config) -> Iterator[tuple[str, list]]:
 
 
 def _base(scheduler: dict) -> Optional[str]:
-    """The base class of a scheduler, or None if we cannot change its kind."""
+    """Return the base class of a scheduler, or None if we cannot change its kind."""
     bases = getattr(find_type(scheduler.get("type")), "__mro__", ())
     return next((base.__name__ for base in bases if base.__name__ in _TIMES), None)
 
@@ -319,7 +319,7 @@ def _is_warm_up(scheduler: dict) -> bool:
 def _fitting_warm_up(
     schedulers: list, total: Optional[int], ratio: Fraction, changes: _Changes, path: str
 ) -> Optional[tuple[int, int]]:
-    """The old and the new length of the warm-up in iterations; one that is too short is removed from ``schedulers``.
+    """Return the old and the new length of the warm-up in iterations; remove it from ``schedulers`` if too short.
 
     It keeps its length unless that is more than half of the run. Then it keeps its share of the run, up to half. It
     also keeps its length if ``total``, the iterations of the run, is None.
@@ -345,7 +345,7 @@ class _Follower:
         ratio: The new run's length over the old one's.
         option: The run's unit, ``"epochs"`` or ``"iters"``.
         old: The old run's length.
-        warm_up: Its length in iterations, old and new.
+        warm_up: Length of the warm-up in iterations, old and new.
         changes: Where to note the changes.
     """
 
@@ -363,7 +363,7 @@ class _Follower:
         new_end = None if end is None else self._move(scheduler, end)
         if new_end is not None and new_end <= new_begin:
             raise UserError(
-                f"--{self.option}: {path} ({name}), from {begin} to {end}, is too long for so short a run; "
+                f"--{self.option}: {path} ({name}), from {begin} to {end}, does not fit so short a run; "
                 "train for longer, or change it with --cfg-options"
             )
         values = {}
@@ -382,14 +382,14 @@ class _Follower:
         self.changes.set(scheduler, path, values, name)
 
     def _end(self, scheduler: dict) -> Optional[int]:
-        """The scheduler's end or else the run's; None if the run counts in the other unit."""
+        """Return the scheduler's end or else the run's; None if the run counts in the other unit."""
         end = scheduler.get("end", INF)
         if end < INF:
             return end
         return self.old if scheduler.get("by_epoch", True) == (self.option == "epochs") else None
 
     def _move(self, scheduler: dict, point: Number, whole: bool = False) -> Number:
-        """The new place of a point of a scheduler."""
+        """Return the new position of a point of a scheduler."""
         by_epoch = scheduler.get("by_epoch", True)
         if not by_epoch and self.warm_up is not None:
             old, new = self.warm_up
@@ -425,7 +425,7 @@ class _Follower:
     def _new_steps(
         self, scheduler: dict, path: str, begin: Number, new_begin: Number, end: Optional[Number]
     ) -> dict[str, Any]:
-        """The new ``step_size``, or milestones if the new steps are not all of the same length."""
+        """Return the new ``step_size``, or milestones if the new steps are not all of the same length."""
         old = scheduler["step_size"]
         exact = old * self.ratio
         unequal = str(scheduler["type"]).replace("Step", "MultiStep")

@@ -1,7 +1,7 @@
 """Check settings before a run starts: ``--cfg-options``, registered types, and values that cannot work.
 
-mmengine takes any key from ``--cfg-options``; a misspelt one is saved with the config and has no effect. We refuse a
-new key if the constructor that would get it lacks it, and report every other new key.
+mmengine accepts any key in ``--cfg-options``; a misspelt one is saved with the config and has no effect. We reject a
+new key that the constructor does not accept, and report every other new key.
 """
 
 import argparse
@@ -24,23 +24,23 @@ from torch.utils.data import DataLoader
 from ..errors import UserError, shown, user_mistakes
 
 _CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-_DELETE = "_delete_"  # mmengine's key to replace a dict in place of merging into it
-_SLIP = 0.85  # Names at least this similar are taken for a slip; difflib's default of 0.6 is for suggestions.
+_DELETE = "_delete_"  # mmengine's key to replace a dict instead of merging into it
+_SLIP = 0.85  # names at least this similar count as typos; difflib suggests from 0.6 on
 
-# Read from the top of a config, by mmengine or our tools, besides the arguments of Runner. All other names there are
-# variables, which the config file has used already.
+# Top-level names that mmengine or our tools read, besides the arguments of Runner. All other names are variables, which
+# the config file has used already.
 _READ = {
     *("runner_type", "model_wrapper_cfg", "sync_bn", "find_unused_parameters", "compile"),
     *("activation_checkpointing", "efficient_conv_bn_eval", "custom_imports"),
     *("prepare_data", "check_data", "tta_model", "tta_pipeline"),
 }
-# mmengine takes these out of a part of a config before it calls the part's constructor.
+# mmengine removes these keys before it calls a part's constructor.
 _TAKEN_OUT = {
     *("type", "priority", "convert_to_iter_based", "constructor", "paramwise_cfg"),
     *("num_batch_per_epoch",),
 }
-# Parts of a config that a registry builds as they are. Of a ``type`` elsewhere, as in a model's test_cfg or clip_grad,
-# only the class that receives it knows what it stands for and which settings it takes out.
+# Parts of a config that a registry builds directly. Elsewhere, as in a model's test_cfg or clip_grad, only the class
+# that receives a ``type`` knows its meaning and the settings that it removes.
 _BUILT = re.compile(
     "|".join(
         (
@@ -62,9 +62,9 @@ _DICT = re.compile(r"""[\[(](.*[\[(,])?(\{|dict\()|\{["'}]|dict\(""")
 
 
 class SettingsAction(DictAction):
-    """Read ``--cfg-options`` as mmengine does, and refuse in one line what cannot be read.
+    """Read ``--cfg-options`` as mmengine does, and reject malformed options in one line.
 
-    mmengine drops spaces and makes lists of values with commas; a value that is an existing path stays as it is.
+    mmengine drops spaces and makes lists of values with commas; we keep a value that is an existing path.
     """
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
@@ -83,8 +83,8 @@ class SettingsAction(DictAction):
                 continue
             if _DICT.match(value.replace(" ", "")):
                 raise UserError(
-                    f"--cfg-options {text}: a dict cannot be given here; set one of its values with {key}.NAME=VALUE, "
-                    "or write it in a config file that has this one as its _base_"
+                    f"--cfg-options {text}: values cannot be dicts; set one entry with {key}.NAME=VALUE, "
+                    "or write the dict in a config file that has this one as its _base_"
                 )
             one = argparse.Namespace()
             try:
@@ -111,7 +111,7 @@ def check_config_file(path: str) -> None:
         known.update({file.stem: os.path.relpath(file) for file in folder.glob("*.py")})
     near = difflib.get_close_matches(Path(path).stem, known, n=1)
     raise UserError(
-        f"there is no config file {path}" + (f"; {known[near[0]]} is one" if near else "")
+        f"there is no config file {path}" + (f"; did you mean {known[near[0]]}?" if near else "")
     )
 
 
@@ -127,11 +127,11 @@ def check_options(cfg: Config, options: dict[str, Any], amp: bool = False) -> li
         amp: Whether ``--amp`` makes the optimizer wrapper an ``AmpOptimWrapper`` later.
 
     Returns:
-        The new keys that no constructor confirms, each with the most similar name, if there is one.
+        New keys that no constructor confirms, each with the most similar name, if there is one.
 
     Raises:
-        UserError: If a closed constructor lacks a key, if a key is a variable of the config file, or if a value is of
-            the wrong kind.
+        UserError: If a constructor does not accept a key, if a key is a variable of the config file, or if a value is
+            of the wrong kind.
     """
     init_default_scope(cfg.get("default_scope", "mmengine"))
     top, unchecked = dict(cfg.items()), []
@@ -146,8 +146,8 @@ def check_options(cfg: Config, options: dict[str, Any], amp: bool = False) -> li
                 node = _item(node, part, path)
             elif not isinstance(node, dict):
                 raise UserError(
-                    f"--cfg-options {key}: {path} is {node!r} in the config, which has no settings; to "
-                    f"put some in its place add {path}.{_DELETE}=True"
+                    f"--cfg-options {key}: {path} is {node!r} in the config and has no settings; to "
+                    f"replace it, add {path}.{_DELETE}=True"
                 )
             elif part in node:
                 if not path:
@@ -165,12 +165,12 @@ def check_options(cfg: Config, options: dict[str, Any], amp: bool = False) -> li
 
 
 def _item(node: Sequence, part: str, path: str) -> Any:
-    """The element of a list that a key names by its number."""
+    """Return the element of a list by its number in a key."""
     if not len(node):
         raise UserError(f"--cfg-options {path}.{part}: {path} is an empty list; give all of it")
     if not part.isdigit() or int(part) >= len(node):
         raise UserError(
-            f"--cfg-options {path}.{part}: {path} is a list of {len(node)}, whose elements are called "
+            f"--cfg-options {path}.{part}: {path} is a list of {len(node)}; its elements are "
             f"{path}.0 to {path}.{len(node) - 1}"
         )
     if isinstance(node, tuple):
@@ -181,14 +181,14 @@ def _item(node: Sequence, part: str, path: str) -> Any:
 
 
 def _check_is_read(name: str, top: dict) -> None:
-    """Refuse a variable of the config file: setting it after the file was read has no effect."""
+    """Reject a variable of the config file: setting it after the file was read has no effect."""
     if name in _top_level():
         return
     places = list(_places(top, name))
     remedy = f"set {shown(places)}" if places else "set what it was used for"
     raise UserError(
-        f"--cfg-options {name} has no effect: it is a variable of the config file, used when that was "
-        f"read; {remedy}"
+        f"--cfg-options {name} has no effect: it is a variable that the config file has used already; "
+        f"{remedy}"
     )
 
 
@@ -196,11 +196,11 @@ def _check_new(top: dict, node: dict, key: str, path: str, part: str, kind: Any)
     """Check a key whose ``part`` is new in ``node``, which is at ``path`` in a config.
 
     Returns:
-        What to report: nothing if the constructor takes the setting.
+        The key to report; empty if the constructor accepts it.
 
     Raises:
-        UserError: If the constructor takes neither this setting nor any other name. Outside of ``_BUILT`` the class
-            around ``node`` may take the setting out, so there we refuse only a slip.
+        UserError: If the constructor does not accept the key. Outside of ``_BUILT`` the class around ``node`` may use
+            it, so there we reject only likely typos.
     """
     names, is_closed = _arguments(path, kind)
     if part in names:
@@ -216,14 +216,12 @@ def _check_new(top: dict, node: dict, key: str, path: str, part: str, kind: Any)
             hint = (
                 f"the nearest is {suggestions[0]}" if suggestions else f"there are {shown(known)}"
             )
-            raise UserError(
-                f"--cfg-options {where}{part}: nothing reads a setting of that name; {hint}"
-            )
+            raise UserError(f"--cfg-options {where}{part}: unknown setting; {hint}")
     return [f"{key} (did you mean {suggestions[0]}?)" if near else key]
 
 
 def _arguments(path: str, kind: Any) -> tuple[set[str], bool]:
-    """The names that the constructor of a part of a config takes, and whether it takes no others."""
+    """Return the argument names of a part's constructor, and whether it accepts no others."""
     if not path:
         return _top_level(), True
     if kind is None and re.fullmatch(r"\w+_dataloader", path):
@@ -254,7 +252,7 @@ def _top_level() -> set[str]:
 
 
 def _places(node: Any, name: str, path: str = "") -> Iterator[str]:
-    """Where in the parts of a config that are read there is a setting called ``name``."""
+    """Yield the paths of settings called ``name`` in the parts of a config that are read."""
     for key, value in node.items() if isinstance(node, dict) else ():
         if path or key in _top_level():
             where = f"{path}.{key}" if path else key
@@ -264,7 +262,7 @@ def _places(node: Any, name: str, path: str = "") -> Iterator[str]:
 
 
 def _check_kind(key: str, old: Any, new: Any) -> None:
-    """Refuse words in the place of a number or of true and false."""
+    """Reject a string where the config has a number or a boolean."""
     if isinstance(old, bool) and isinstance(new, str):
         raise UserError(
             f"--cfg-options {key}={new}: this is {old} in the config; give True or False"
@@ -281,7 +279,7 @@ def check_values(cfg: Config) -> None:
     """Check numbers that would raise only after training is set up.
 
     Raises:
-        UserError: On the first that is not a whole number or is too small, or if a scheduler ends before it begins.
+        UserError: If a number is not whole or too small, or if a scheduler ends before it begins.
     """
     for part in ("train_dataloader", "val_dataloader", "test_dataloader", "train_cfg"):
         node = cfg.get(part) or {}
@@ -293,7 +291,7 @@ def check_values(cfg: Config) -> None:
             )
             if not is_whole or value < least:
                 raise UserError(
-                    f"{part}.{name} is {value!r}; it has to be a whole number from {least} on"
+                    f"{part}.{name} is {value!r}; it must be a whole number of at least {least}"
                 )
     schedulers = cfg.get("param_scheduler")
     for index, scheduler in enumerate(schedulers if isinstance(schedulers, list) else []):
@@ -301,7 +299,7 @@ def check_values(cfg: Config) -> None:
         begin, end = settings.get("begin", 0), settings.get("end")
         if isinstance(begin, int) and isinstance(end, int) and end <= begin:
             raise UserError(
-                f"param_scheduler.{index} begins at {begin} and ends at {end}; the end has to be later"
+                f"param_scheduler.{index} begins at {begin} and ends at {end}; the end must be later"
             )
 
 
@@ -309,7 +307,7 @@ def check_types(cfg: Config) -> None:
     """Check that the parts of a config that registries build have a registered ``type``.
 
     Raises:
-        UserError: On the first that has not, with the most similar registered name.
+        UserError: If a type is not registered; the message suggests the most similar name.
     """
     for path, kind in _types({name: cfg[name] for name in cfg if name in _top_level()}):
         if _BUILT.fullmatch(path) and find_type(kind) is None:
@@ -321,7 +319,7 @@ def suggest_similar_name() -> Iterator[None]:
     """Add the most similar registered name to mmengine's error for a ``type`` that is not registered.
 
     Raises:
-        KeyError: In place of mmengine's.
+        KeyError: In place of mmengine's error.
     """
     try:
         yield
@@ -333,7 +331,7 @@ def suggest_similar_name() -> Iterator[None]:
 
 
 def find_type(kind: Any) -> Optional[Any]:
-    """The class or function that ``type=kind`` stands for in the default scope, or None."""
+    """Return the class or function of ``type=kind`` in the default scope, or None."""
     if not isinstance(kind, str):
         return kind
     scope = DefaultScope.get_current_instance()
@@ -352,14 +350,11 @@ def find_type(kind: Any) -> Optional[Any]:
 def _explain_unregistered(kind: str) -> str:
     near = _nearest_type(kind)
     hint = f"; the nearest is {near!r}" if near else ""
-    return (
-        f"{kind!r} is not registered{hint}; a class of your own has to be imported by "
-        "custom_imports in the config"
-    )
+    return f"{kind!r} is not registered{hint}; import a class of your own by custom_imports in the config"
 
 
 def _nearest_type(kind: str) -> Optional[str]:
-    """The registered name most like ``kind``, with the scope that registers it or without."""
+    """Return the registered name most similar to ``kind``, with or without its scope."""
     names = _registered_names()
     names |= {name.rpartition(".")[2] for name in names}
     near = difflib.get_close_matches(kind, sorted(names), n=1)
@@ -367,7 +362,7 @@ def _nearest_type(kind: str) -> Optional[str]:
 
 
 def _types(node: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Every ``type`` that is a name, with the path of the part that it is the type of."""
+    """Yield every ``type`` that is a name, with the path of its part."""
     if isinstance(node, dict):
         kind = node.get("type")
         if isinstance(kind, str):
@@ -390,7 +385,7 @@ def _registries() -> list[Registry]:
 
 
 def _registered_names() -> set[str]:
-    """All registered names; those of other scopes than mmengine's begin with the scope."""
+    """Return all registered names; names outside mmengine's scope begin with their scope."""
     names: set[str] = set()
     pending = [(registry, "") for registry in _registries()]
     while pending:

@@ -46,8 +46,8 @@ def test(args: argparse.Namespace) -> dict[str, Any]:
         args: Parsed by :func:`test_parser`.
 
     Returns:
-        The metrics. ``test_results.json`` has them too; it is in the work dir, or, if a training wrote there, in its
-        sub-folder ``test``.
+        The metrics. We also write them to ``test_results.json`` in the work dir, or in its sub-folder ``test`` if a
+        training wrote there.
 
     Raises:
         UserError: If the config, the data or the checkpoint cannot be used, before anything is written.
@@ -93,7 +93,7 @@ def test(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _work_dir_of_test(work_dir: str, config: str) -> str:
-    """The work dir, or ``test`` inside it if a training wrote there: mmengine overwrites the config in a work dir."""
+    """Return the work dir, or ``test`` inside it if a training wrote there: mmengine overwrites a work dir's config."""
     folder = Path(work_dir)
     has_config = Path(config).resolve().parent == folder.resolve()
     if has_config or any(file for pattern in _OF_TRAINING for file in folder.glob(pattern)):
@@ -102,7 +102,7 @@ def _work_dir_of_test(work_dir: str, config: str) -> str:
 
 
 def _check_writable(option: str, where: Optional[str]) -> None:
-    """Check before the evaluation that its pictures or predictions can be written."""
+    """Check before the evaluation that we can write its pictures or predictions."""
     if not where:
         return
     path = Path(where).absolute()
@@ -140,14 +140,14 @@ def _draw_predictions(cfg: Config, args: argparse.Namespace) -> None:
 
 
 def _warning_of_equal_names(dataset: Any) -> Optional[str]:
-    """A warning if images share a file name, by which alone mmpretrain names its pictures."""
+    """Warn if images share a file name, since mmpretrain names its pictures by file name alone."""
     paths = [dataset.get_data_info(i).get("img_path") for i in range(len(dataset))]
     names = {os.path.basename(path) for path in paths if path}
     if len(names) == len(paths):
         return None
     return (
-        f"warning: the {len(paths)} images have {len(names)} file names between them, by which mmpretrain names its "
-        "pictures; of images of one name, only the last one's picture was kept"
+        f"warning: the {len(paths)} images have only {len(names)} different file names, by which mmpretrain names its "
+        "pictures; of images of one name, only the last picture was kept"
     )
 
 
@@ -187,7 +187,7 @@ def _write_predictions(cfg: Config, out: str) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """``value`` for JSON: numbers of NumPy and PyTorch as Python's, and None for NaN and infinity."""
+    """Convert ``value`` for JSON: numbers of NumPy and PyTorch to Python's, NaN and infinity to None."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""Allow one run per work dir: none over the results of an earlier one, none beside another."""
+"""Allow one run per work dir: no overwriting of earlier runs, no two runs at once."""
 
 import errno
 import os
@@ -16,21 +16,21 @@ from ..processes import on_first_process
 from .checkpoints import named_checkpoint
 
 LOCK = "training.lock"
-_PATIENCE = 1.0  # seconds that another run may take to look at a lock
-# What file systems without locks say: NFS without its lock service, Lustre mounted without "flock".
+_PATIENCE = 1.0  # seconds that another run may hold a lock just to check it
+# Errors of file systems without locks: NFS without its lock service, Lustre mounted without "flock".
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 _held: dict[str, FileLock] = {}
 
 
 def check_unused(work_dir: str, resumed: Optional[str]) -> None:
-    """Check that a run does not overwrite, or mix with, what another left in its work dir.
+    """Check that a run does not overwrite, or mix with, the files of another in its work dir.
 
     Args:
-        work_dir: Where the run will write.
-        resumed: The checkpoint that it continues, if it continues one.
+        work_dir: Work dir of the run.
+        resumed: Checkpoint from which it resumes, if any.
 
     Raises:
-        UserError: If there are checkpoints of a run that it does not continue.
+        UserError: If the work dir has checkpoints of a run from which it does not resume.
     """
     folder = Path(work_dir)
     named = named_checkpoint(folder)
@@ -61,10 +61,10 @@ def _is_of_a_run(name: str) -> bool:
 
 @contextmanager
 def lock_work_dir(work_dir: str) -> Iterator[None]:
-    """Keep other runs out of a work dir, which is made, while this one writes there.
+    """Create a work dir and lock out other runs while this one writes there.
 
     The operating system holds the lock on the file ``training.lock`` and frees it when the process ends, even if it is
-    killed. Where a file system has no locks, the run continues with a warning. Rank 0 locks for all.
+    killed. On a file system without locks, the run warns and continues. Rank 0 locks for all.
 
     Raises:
         UserError: If another run holds the lock, or the folder cannot be written to.
@@ -109,7 +109,7 @@ def _acquire(work_dir: str) -> None:
         if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
             raise UserError(f"cannot write to the work dir {work_dir}: {error.strerror}") from error
         print(
-            f"warning: the file system of {path} has no locks ({error}): nothing keeps another run from the same "
+            f"warning: the file system of {path} has no locks ({error}); do not start another run with the same "
             "--work-dir",
             flush=True,
         )

@@ -71,7 +71,7 @@ def write_model(path, outputs, metadata):
 
 def test_a_config_for_classification(tmp_path):
     write_model(tmp_path / "m.onnx", ["logits", "labels"], {})
-    with pytest.raises(UserError, match="config of mmpretrain's: detectors and segmenters are"):
+    with pytest.raises(UserError, match="config of mmpretrain: only detectors and segmenters are"):
         load_exported(str(tmp_path / "m.onnx"), Config(dict(default_scope="mmpretrain")))
 
 
@@ -121,7 +121,7 @@ OURS = dict(mmvssm_version="0.1.0")
         (
             ["logits", "labels"],
             dict(OURS, classes='["a", "b"]'),
-            "model.onnx was trained on other classes: 2 (a, b), and here are 6",
+            "model.onnx was trained on other classes: 2 (a, b); this data set has 6",
         ),
         (["logits", "labels"], dict(OURS, classes="a, b"), "cannot be read as an ONNX model"),
     ],

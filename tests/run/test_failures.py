@@ -70,7 +70,7 @@ MET = {
     ),
     "quota": (
         OSError(errno.EDQUOT, "Disk quota exceeded", "work/epoch_3.pth"),
-        ["the disk is full: work/epoch_3.pth could not be written", "what was saved before"],
+        ["the disk is full: work/epoch_3.pth could not be written", "earlier files are intact"],
     ),
     "full disk, no name": (OSError(errno.ENOSPC, "No space left on device"), ["full"]),
 }  # fmt: skip

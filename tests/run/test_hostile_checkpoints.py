@@ -353,7 +353,7 @@ REFUSED = [
     (
         with_broken_history,
         RESUME,
-        "its message_hub['log_scalars'] is not what a training run writes",
+        "its message_hub['log_scalars'] is malformed",
     ),
 ]
 

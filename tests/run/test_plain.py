@@ -90,7 +90,7 @@ def test_it_generates_the_data_that_a_config_describes(config, in_folder):
 )  # fmt: skip
 def test_options_that_mmengine_lacks_are_refused(in_folder, capsys, options, named):
     sentence = sentence_of_refusal(capsys, "train.py", "any.py", "--plain", *options)
-    assert f"--plain runs the config by mmengine alone, which has {named}" in sentence
+    assert f"--plain runs the config with mmengine alone, which has {named}" in sentence
 
 
 def test_code_in_a_checkpoint_is_refused_and_not_run(config, in_folder):

@@ -588,7 +588,7 @@ REFUSED = {
     "score of a segmenter": (["in", "--score-thr", "0.5"], "--score-thr is for detectors"),
     "device": (["in", "--device", "abacus"], "cannot use --device abacus"),
     "tokens of a dense model": (["in", "--show-tokens"], "GroupMamba, prunes nothing"),
-    "option": (["in", "--cfg-options", "model.bacbone.arch=1"], "nothing reads a setting"),
+    "option": (["in", "--cfg-options", "model.bacbone.arch=1"], "unknown setting"),
     "loader": (
         ["in", "--cfg-options", "test_dataloader.dataset.pipeline.0.type=LoadAnnotations"],
         "does not begin with LoadImageFromFile",

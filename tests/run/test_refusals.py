@@ -36,7 +36,7 @@ from support.tool_runs import call, sentence_of_refusal
 
 # --cfg-options that are refused: (option, words of the error).
 OPTIONS = [
-    ("train_datalader.batch_size=2", "nothing reads a setting of that name; the nearest is train_dataloader"),
+    ("train_datalader.batch_size=2", "unknown setting; the nearest is train_dataloader"),
     ("train_dataloader.batchsize=2", "the nearest is train_dataloader.batch_size"),
     ("train_dataloader.num_worker=2", "the nearest is train_dataloader.num_workers"),
     ("model.backbone.drop_path_rat=0.1", "the nearest is model.backbone.drop_path_rate"),
@@ -48,38 +48,38 @@ OPTIONS = [
     ("optim_wrapper.optimizer.beta=1", "the nearest is optim_wrapper.optimizer.betas"),
     ("test_evaluator.iou_metric=mIoU", "the nearest is test_evaluator.iou_metrics"),
     ("param_scheduler.0.ned=4", "the nearest is param_scheduler.0.end"),
-    ("param_scheduler.9.end=4", "param_scheduler is a list of 2, whose elements are called"),
+    ("param_scheduler.9.end=4", "param_scheduler is a list of 2; its elements are"),
     ("custom_hooks.0.priority=4", "custom_hooks is an empty list; give all of it"),
-    ("param_scheduler.first.end=4", "param_scheduler is a list of 2, whose elements are called"),
+    ("param_scheduler.first.end=4", "param_scheduler is a list of 2; its elements are"),
     ("train_dataloader.dataset.pipeline.4.prop=1", "the nearest is train_dataloader.dataset.pipeline.4.prob"),
-    ("train_dataloader.batch_size.x=1", "train_dataloader.batch_size is 2 in the config, which has no settings"),
+    ("train_dataloader.batch_size.x=1", "train_dataloader.batch_size is 2 in the config and has no settings"),
     ("lr=0.1", "the nearest is optim_wrapper.optimizer.lr"),
-    ("optim_wrapper.loss_scale=512", "optim_wrapper.loss_scale: nothing reads a setting of that name"),
+    ("optim_wrapper.loss_scale=512", "optim_wrapper.loss_scale: unknown setting"),
     ("batch_size=2", "the nearest is train_dataloader.batch_size"),
-    ("max_iters=3", "max_iters has no effect: it is a variable of the config file"),
-    ("image_size=32", "image_size has no effect: it is a variable of the config file"),
+    ("max_iters=3", "max_iters has no effect: it is a variable that the config file"),
+    ("image_size=32", "image_size has no effect: it is a variable that the config file"),
     ("train_dataloader.batch_size=two", "this is 2 in the config; give a number"),
-    ("train_dataloader.batch_size=0", "train_dataloader.batch_size is 0; it has to be a whole number from 1 on"),
+    ("train_dataloader.batch_size=0", "train_dataloader.batch_size is 0; it must be a whole number of at least 1"),
     ("train_dataloader.batch_size=2.5", "train_dataloader.batch_size is 2.5"),
     ("train_dataloader.batch_size=2,3", "train_dataloader.batch_size is [2, 3]"),
     ("train_cfg.max_iters=-1", "train_cfg.max_iters is -1"),
-    ("train_cfg.val_interval=2.5", "train_cfg.val_interval is 2.5; it has to be a whole number"),
+    ("train_cfg.val_interval=2.5", "train_cfg.val_interval is 2.5; it must be a whole number"),
     ("train_dataloader.persistent_workers=maybe", "this is False in the config; give True or False"),
     ("model.backbone.out_indices=(0,1", "the value cannot be read"),
     ("model.backbone.drop_path_rate", "options are KEY=VALUE, without spaces"),
     ("=3", "options are KEY=VALUE, without spaces"),
-    ('custom_hooks=[{"type":"EMAHook"}]', "a dict cannot be given here"),
-    ("custom_hooks=[{type:EMAHook}]", "a dict cannot be given here"),
-    ("custom_hooks=[dict(type='EMAHook')]", "a dict cannot be given here"),
-    ('param_scheduler=[ 1, {"type":"LinearLR"}]', "a dict cannot be given here"),
-    ("model.backbone={'arch':'tiny'}", "a dict cannot be given here"),
-    ("model.backbone={}", "a dict cannot be given here"),
+    ('custom_hooks=[{"type":"EMAHook"}]', "values cannot be dicts"),
+    ("custom_hooks=[{type:EMAHook}]", "values cannot be dicts"),
+    ("custom_hooks=[dict(type='EMAHook')]", "values cannot be dicts"),
+    ('param_scheduler=[ 1, {"type":"LinearLR"}]', "values cannot be dicts"),
+    ("model.backbone={'arch':'tiny'}", "values cannot be dicts"),
+    ("model.backbone={}", "values cannot be dicts"),
     ("model.backbone.type=mmvssm.GroupMambo", "the nearest is 'mmvssm.GroupMamba'"),
     ("model.type=EncoderDecodr", "the nearest is 'EncoderDecoder'"),
     ("optim_wrapper.optimizer.type=AdamV", "optim_wrapper.optimizer.type='AdamV' is not registered; the nearest is"),
     ("train_dataloader.dataset.pipeline.4.type=RandomFlap", "the nearest is 'RandomFlip'"),
     ("param_scheduler.0.type=LinearRL", "the nearest is 'LinearLR'"),
-    ("param_scheduler.1.end=4", "param_scheduler.1 begins at 50 and ends at 4; the end has to be later"),
+    ("param_scheduler.1.end=4", "param_scheduler.1 begins at 50 and ends at 4; the end must be later"),
     ("test_evaluator.type=IoUMetrics", "the nearest is 'IoUMetric'"),
     ("default_hooks.checkpoint.type=CheckpointHok", "the nearest is 'CheckpointHook'"),
 ]  # fmt: skip
@@ -88,9 +88,9 @@ OPTIONS_OF_THE_TOOL = [
     ("=3", "options are KEY=VALUE, without spaces"),
     ("train_dataloader.batchsize=2", "the nearest is train_dataloader.batch_size"),
     ("model.type=EncoderDecodr", "the nearest is 'EncoderDecoder'"),
-    ("train_dataloader.batch_size=0", "train_dataloader.batch_size is 0; it has to be a whole number from 1 on"),
+    ("train_dataloader.batch_size=0", "train_dataloader.batch_size is 0; it must be a whole number of at least 1"),
     ("model.backbone.arch=huge", "huge"),
-    ("runner_type=FlexibleRunner", "runner_type=FlexibleRunner: that is another kind than mmengine's Runner"),
+    ("runner_type=FlexibleRunner", "runner_type=FlexibleRunner is not supported: "),
     ("default_scope=mmfoo", "is not a config for mmdet or mmseg"),
 ]  # fmt: skip
 
@@ -357,9 +357,9 @@ def test_a_type_deep_in_a_model_is_told_when_it_is_built(tiny):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("tinny.py", "there is no config file tinny.py; tiny.py is one"),
-        ("configs/groupmamba_upernet_shape.py", "groupmamba_upernet_shapes.py is one"),
-        ("plainmamba_maskrcn_coco.py", "plainmamba_maskrcnn_coco.py is one"),
+        ("tinny.py", "there is no config file tinny.py; did you mean tiny.py?"),
+        ("configs/groupmamba_upernet_shape.py", "did you mean groupmamba_upernet_shapes.py?"),
+        ("plainmamba_maskrcn_coco.py", "did you mean plainmamba_maskrcnn_coco.py?"),
         ("zzz.py", "there is no config file zzz.py"),
     ],
 )
@@ -439,7 +439,7 @@ INIT_CFGS = [
     ("prefix of a wrapper", in_wrapper, of_backbone, PREFIX, "with prefix='module.backbone.' "),
     ("prefix where none is due", without_backbone, of_backbone, PREFIX, "with no prefix "),
     ("few match", stem_without_backbone, of_backbone, {}, "with prefix='backbone.' "),
-    ("other names", other_name, of_backbone, PREFIX, "under no prefix would any"),
+    ("other names", other_name, of_backbone, PREFIX, "none would with any prefix"),
     ("no weights at all", same, lambda key: False, {}, "model.backbone.init_cfg: 0 of its "),
 ]
 
@@ -544,7 +544,7 @@ RENAMED = (*NAMES[:-1], "torus")
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        (SWAPPED, "in another order (where it has disk, there is square here)"),
+        (SWAPPED, "in another order (it has disk where this data set has square)"),
         (RENAMED, "was trained on other classes: 6 (background, disk, square, ...)"),
     ],
     ids=["reordered", "renamed"],
@@ -639,7 +639,7 @@ def test_resuming_says_what_is_different(tiny, used, capsys):
     out = capsys.readouterr().out
     assert "out/iter_2.pth is damaged or incomplete and was skipped" in out
     assert "Resuming from out/iter_1.pth" in out
-    assert "The run had a batch size of 2 and continues with 4" in out
+    assert "The run had a batch size of 2 and resumes with 4" in out
     assert (used / "iter_3.pth").exists()
     call("train.py", "tiny.py", "--work-dir", used, "--resume", *options)
     assert "has done 3 iterations, all that train_cfg.max_iters asks for" in capsys.readouterr().out

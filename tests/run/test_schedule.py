@@ -98,7 +98,7 @@ class TestDemo:
         # Not before epoch 30 begins, and at its end.
         assert values[29 * 200] > 1.1e-5
         assert values[-1] == pytest.approx(1e-5, rel=1e-4)
-        assert "30 epochs in place of 6" in line and "T_max 6 -> 30" in line
+        assert "30 epochs instead of 6" in line and "T_max 6 -> 30" in line
 
     def test_as_before_the_rate_stays_at_its_floor(self, demo):
         """That is what --epochs is for."""
@@ -270,7 +270,7 @@ class TestSchedulers:
 
     def test_one_too_short_is_refused(self, tmp_path):
         cfg = config(tmp_path, [dict(type="PolyLR", begin=11, end=12)], 12)
-        with pytest.raises(UserError, match="from 11 to 12, is too long for so short a run"):
+        with pytest.raises(UserError, match="from 11 to 12, does not fit so short a run"):
             change_length(cfg, "epochs", 2)
 
 
@@ -499,7 +499,7 @@ class TestTool:
         [
             ("SEGMENTER", ["--epochs", 3], "this config counts iterations (train_cfg.max_iters=2); give --iters"),
             ("DETECTOR", ["--iters", 3], "this config counts epochs (train_cfg.max_epochs=1); give --epochs"),
-            ("SEGMENTER", ["--iters", 0], "a training has at least 1"),
+            ("SEGMENTER", ["--iters", 0], "must be at least 1"),
             ("SEGMENTER", ["--iters", 4, "--cfg-options", "train_cfg.max_iters=5"], "give one of them"),
         ],
     )  # fmt: skip
@@ -514,7 +514,7 @@ class TestTool:
         )
         call("train.py", path, "--iters", 4, "--work-dir", "run")
         said = capsys.readouterr().out
-        assert "Schedule: 4 iterations in place of 2; " in said and "PolyLR end 2 -> 4" in said
+        assert "Schedule: 4 iterations instead of 2; " in said and "PolyLR end 2 -> 4" in said
         assert "checkpoint interval 1 -> 2" in said
         saved = torch.load("run/iter_4.pth", weights_only=True)
         assert saved["param_schedulers"][0]["end"] == 4

@@ -1,1 +1,1 @@
-"""The parts of prediction: which files to read, the model with its pipeline, and what is written."""
+"""Parts of prediction: sources (files), predictor (model and pipeline), outputs."""

@@ -32,11 +32,11 @@ _SAVE_SECONDS = 60  # a killed run loses the records of at most so long
 
 
 class Outputs(AbstractContextManager):
-    """A folder of predictions, whose JSON files are whole at any moment.
+    """A folder of predictions; its JSON files are complete at any time.
 
-    It gets ``pictures``, for detectors ``predictions.json`` (COCO's results format), for segmenters
-    ``labels`` (PNG), and ``tokens`` if there are any. ``images.json`` is a COCO data set file without
-    annotations: the images by id, and the categories.
+    It contains ``pictures``, for detectors ``predictions.json`` (COCO's results format), for segmenters ``labels``
+    (PNG), and ``tokens`` if there are any. ``images.json`` is a COCO data set file without annotations: the images by
+    id, and the categories.
 
     Args:
         folder: The folder; it is made if it does not exist.
@@ -99,7 +99,7 @@ class Outputs(AbstractContextManager):
         Args:
             item: The image or frame.
             sample: The prediction.
-            tokens: A picture of the tokens that were kept.
+            tokens: Picture of the kept tokens.
 
         Raises:
             UserError: If the model predicts neither instances nor label maps, or a video cannot be written.

@@ -1,4 +1,4 @@
-"""Find the images and videos to predict on, and check what can be read of them."""
+"""Find the images and videos to predict on, and check that we can read them."""
 
 from __future__ import annotations
 
@@ -182,12 +182,12 @@ def open_video(path: str) -> mmcv.VideoReader:
 
 
 def fps_of(video: mmcv.VideoReader) -> float:
-    """Return the frames per second of a video; 25 if the file does not say."""
+    """Return the frames per second of a video; 25 if the file has none."""
     return float(video.fps) if 0 < video.fps < float("inf") else _DEFAULT_FPS
 
 
 def count_frames(source: Source) -> int:
-    """Return how many frames a video announces; 1 for an image or an unreadable video."""
+    """Return the number of frames in a video's header; 1 for an image or an unreadable video."""
     if not source.is_video:
         return 1
     try:

@@ -46,7 +46,7 @@ def test_training_and_testing(project, capsys):
     options = ["--data-root", "data", "--work-dir", "tested", "--show-dir", "pictures"]
     call("test.py", "plain.py", "run/epoch_2.pth", *options, "--out", "tested/results.pkl")
     output = capsys.readouterr().out
-    assert "warning: the 4 images have 2 file names between them" in output
+    assert "warning: the 4 images have only 2 different file names" in output
     assert results("tested").keys() == {"accuracy/top1"}
     assert len(list(Path("pictures").iterdir())) == 2 and Path("tested/results.pkl").exists()
 
