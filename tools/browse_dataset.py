@@ -36,7 +36,7 @@ from mmvssm.errors import UserError, add_traceback_option, run_tool, user_mistak
 from mmvssm.files import write_whole
 from mmvssm.run.arguments import add_data_options
 from mmvssm.run.hooks.reproducible import derive_seed, seed_all
-from mmvssm.run.setup import open_config, prepare_data, say
+from mmvssm.run.setup import open_config, prepare_data, print_once
 
 _MANY = 200  # from so many images on we show progress
 
@@ -100,12 +100,12 @@ def browse(args: argparse.Namespace) -> None:
         raise UserError(f"--out-dir {out_dir} is a file, not a folder")
     samples = Samples(cfg, loader, args.seed)
     text = "\n".join(_statistics(cfg, samples, args.max_images))
-    say(text)
+    print_once(text)
     with user_mistakes(f"cannot write to --out-dir {out_dir}", (OSError,)):
         for name, picture in _pictures(cfg, samples, args.num):
             mmcv.imwrite(picture[..., ::-1], str(out_dir / name))
         write_whole(out_dir / "statistics.txt", f"{text}\n")
-    say(f"Pictures and statistics: {out_dir}")
+    print_once(f"Pictures and statistics: {out_dir}")
 
 
 class Samples:

@@ -18,7 +18,7 @@ from mmvssm.files import write_whole
 from mmvssm.registry import TASK_UTILS
 from mmvssm.run.arguments import add_cfg_options, export_onnx_parser
 from mmvssm.run.export_onnx import export_onnx
-from mmvssm.run.setup import say
+from mmvssm.run.setup import print_once
 
 RUNTIME = "onnxruntime-web"
 """The folder beside the page that tools/install/onnxruntime_web.py fills."""
@@ -96,11 +96,11 @@ def web(args: argparse.Namespace, page: Path) -> None:
         )
     if args.build_only:
         build_site(site, page, models, args.cfg_options)
-        say(f"The page: {site} (any web server can show it)")
+        print_once(f"The page: {site} (any web server can show it)")
         return
     with PageServer(site, args.port) as server:  # first, as a port in use would waste the build
         build_site(site, page, models, args.cfg_options)
-        say(f"The page: {server.address} (Ctrl-C ends the server)")
+        print_once(f"The page: {server.address} (Ctrl-C ends the server)")
         server.serve()
 
 
@@ -182,9 +182,9 @@ def _export(model: Trained, cfg: Config, site: Path, cfg_options: Optional[dict[
     with user_mistakes(f"cannot read the checkpoint {model.checkpoint}", (OSError,)):
         fingerprint = _fingerprint(model, cfg)
     if out.is_file() and stamp.is_file() and stamp.read_text() == fingerprint:
-        say(f"{out}: up to date")
+        print_once(f"{out}: up to date")
         return
-    say(f"Exporting {model.checkpoint}")
+    print_once(f"Exporting {model.checkpoint}")
     args = export_onnx_parser().parse_args([str(model.config), str(model.checkpoint), str(out)])
     args.cfg_options = cfg_options
     export_onnx(args)
@@ -230,7 +230,7 @@ def _copy_examples(cfg: Config, site: Path) -> list[str]:
     source = Path(dataset.get("data_root") or "", prefix.get("img") or prefix.get("img_path") or "")
     pictures = _pictures_in(source) if source.is_dir() else []
     if not pictures:
-        say(f"No example pictures: {source} has none that browsers can show")
+        print_once(f"No example pictures: {source} has none that browsers can show")
     names = []
     for path in pictures:
         content = path.read_bytes()

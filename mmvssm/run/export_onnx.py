@@ -13,7 +13,7 @@ from ..errors import UserError, user_mistakes
 from ..files import write_whole
 from ..version import __version__
 from .checkpoints import Checkpoint
-from .setup import build_model, open_config, say
+from .setup import build_model, open_config, print_once
 
 _NEEDED = ("onnx", "onnxscript")
 
@@ -54,7 +54,7 @@ def export_onnx(args: argparse.Namespace) -> None:
         ", ".join(f"{x.name} {_shape_of(x)}" for x in values)
         for values in (onnx_model.graph.input, onnx_model.graph.output)
     )
-    say(f"{out}: {len(content) / 1e6:.1f} MB, opset {args.opset}; {inputs} -> {outputs}")
+    print_once(f"{out}: {len(content) / 1e6:.1f} MB, opset {args.opset}; {inputs} -> {outputs}")
 
 
 def _check_first(out: Path) -> None:

@@ -30,7 +30,7 @@ from .prediction.sources import (
     fps_of,
     open_video,
 )
-from .setup import open_config, say
+from .setup import open_config, print_once
 
 _SCORE_THR = 0.3
 
@@ -60,7 +60,7 @@ def predict(args: argparse.Namespace) -> None:
     if args.show_tokens:
         pruned_backbone(predictor.model)
     for warning in warnings:
-        say(f"warning: {warning}")
+        print_once(f"warning: {warning}")
     info = {
         "config": args.config,
         "checkpoint": args.checkpoint,
@@ -71,7 +71,7 @@ def predict(args: argparse.Namespace) -> None:
     outputs = Outputs(args.out_dir, cfg, predictor, score_thr, info)
     with _exit_on_sigterm(), run_failures(), outputs:
         run.predict(sources, outputs, args.batch_size, args.show_tokens)
-    say(f"Predictions: {args.out_dir}")
+    print_once(f"Predictions: {args.out_dir}")
     if run.skipped:
         rest = "the others were predicted" if outputs.num_written else "so nothing was predicted"
         raise FilesSkipped(
@@ -136,10 +136,10 @@ class _Run:
                     outputs.add(item, sample, self._tokens(item) if show_tokens else None)
                 progress.update(task, completed=outputs.num_written + len(self.skipped))
         for what, count in self.notes.items():
-            say(f"note: {_images(count)} {what}")
+            print_once(f"note: {_images(count)} {what}")
         count, seconds = outputs.num_written, time.perf_counter() - started
         if count:
-            say(
+            print_once(
                 f"{_images(count)} in {seconds:.1f} s, {count / seconds:.2f} images per second "
                 f"({count / model_seconds:.2f} by the model alone)"
             )
@@ -151,7 +151,7 @@ class _Run:
                 yield from self._frames(source) if source.is_video else self._image(source)
             except UnreadableError as error:
                 self.skipped.append(source.path)
-                say(f"warning: {source.path} {error}; we skip it")
+                print_once(f"warning: {source.path} {error}; we skip it")
 
     def _image(self, source: Source) -> Iterator[Item]:
         notes = describe_image(source.path, self._predictor.loading)
@@ -168,7 +168,7 @@ class _Run:
         if not count:
             raise UnreadableError("has no readable frame")
         if count < announced:
-            say(
+            print_once(
                 f"warning: {source.path} announces {announced} frames, but only {count} could be read; "
                 "it may be damaged"
             )

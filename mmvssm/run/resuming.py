@@ -14,7 +14,7 @@ from ..errors import UserError, shown, user_mistakes
 from ..processes import on_first_process
 from .checkpoints import Checkpoint, as_names, find_last
 from .settings import find_type
-from .setup import say
+from .setup import print_once
 from .work_dir import check_unused
 
 
@@ -38,25 +38,25 @@ def choose_start(cfg: Config, model: nn.Module, resume: Optional[str], new_sched
         cfg.resume, cfg.load_from = (True, checkpoint.path) if checkpoint else (False, weights)
         if not checkpoint:
             start = weights or "the beginning"
-            say(f"There is no checkpoint in {cfg.work_dir}; training starts from {start}")
+            print_once(f"There is no checkpoint in {cfg.work_dir}; training starts from {start}")
     path = cfg.get("load_from")
     check_unused(cfg.work_dir, path if cfg.get("resume") else None)
     if not path:
         return
     checkpoint = checkpoint or Checkpoint.load(path)
     if not cfg.get("resume"):
-        say(checkpoint.count_shared(model))
+        print_once(checkpoint.count_shared(model))
         return
     checkpoint.check_resumable()
     checkpoint.check_fits(model)
     check_same_classes(cfg, "train_dataloader", checkpoint)
     for line in _compare_progress(cfg, checkpoint, new_schedule):
-        say(line)
+        print_once(line)
     # mmengine restores a seed that it chose itself only after it has fixed the order of the data.
     randomness = cfg.setdefault("randomness", ConfigDict())
     if randomness.get("seed") is None:
         randomness.seed = checkpoint.meta.get("seed")
-    say(f"Resuming from {path}")
+    print_once(f"Resuming from {path}")
 
 
 def _find_last(work_dir: str) -> Optional[Checkpoint]:
@@ -66,7 +66,7 @@ def _find_last(work_dir: str) -> Optional[Checkpoint]:
     def find() -> Optional[str]:
         checkpoint, skipped = find_last(work_dir)
         for path in skipped:
-            say(f"{path} is damaged or incomplete and was skipped")
+            print_once(f"{path} is damaged or incomplete and was skipped")
         found.append(checkpoint)
         return checkpoint and checkpoint.path
 

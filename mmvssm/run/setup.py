@@ -90,7 +90,7 @@ def open_config(
     init_processes(cfg)
     adapt_to_machine(cfg)
     if unchecked:
-        say(f"Not in the config, passed on unchecked: {', '.join(unchecked)}")
+        print_once(f"Not in the config, passed on unchecked: {', '.join(unchecked)}")
     return cfg
 
 
@@ -159,13 +159,13 @@ def prepare_data(
         # Change all loaders of those splits, so that the config saved in the work dir names one data set.
         here = {SPLIT_OF_LOADER[loader] for loader in loaders}
         following = [name for name, split in SPLIT_OF_LOADER.items() if split in here]
-        say(apply_data_root(cfg, args.data_root, following, classes, args.reduce_zero_label))
+        print_once(apply_data_root(cfg, args.data_root, following, classes, args.reduce_zero_label))
     elif args.classes or args.reduce_zero_label is not None:
         raise UserError("--classes and --reduce-zero-label describe a --data-root; give that too")
     if cfg.get("prepare_data"):
         on_first_process(generate_data, cfg.prepare_data)
     for warning in on_first_process(check_data, cfg, loaders):
-        say(f"warning: {warning}")
+        print_once(f"warning: {warning}")
 
 
 def generate_data(generator: ConfigDict) -> None:
@@ -201,7 +201,7 @@ def build_runner(cfg: Config) -> Runner:
         return RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
 
 
-def say(text: Optional[str]) -> None:
+def print_once(text: Optional[str]) -> None:
     """Print ``text``, if any, on rank 0."""
     if text and is_main_process():
         print(text, flush=True)

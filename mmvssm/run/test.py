@@ -26,7 +26,7 @@ from .setup import (
     build_runner,
     open_config,
     prepare_data,
-    say,
+    print_once,
     use_worker_init,
 )
 from .work_dir import LOCK
@@ -83,12 +83,12 @@ def test(args: argparse.Namespace) -> dict[str, Any]:
         path = Path(runner.work_dir) / "test_results.json"
         content = {"config": args.config, "checkpoint": args.checkpoint, "metrics": _plain(metrics)}
         path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-        say(f"Results: {path}")
+        print_once(f"Results: {path}")
     if args.show_dir and cfg.default_scope == "mmpretrain":
-        say(_warning_of_equal_names(runner.test_dataloader.dataset))
+        print_once(_warning_of_equal_names(runner.test_dataloader.dataset))
     for what, where in (("Pictures", args.show_dir), ("Predictions", args.out)):
         if where:
-            say(f"{what}: {where}")
+            print_once(f"{what}: {where}")
     return metrics
 
 

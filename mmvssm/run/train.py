@@ -23,7 +23,7 @@ from .setup import (
     build_runner,
     open_config,
     prepare_data,
-    say,
+    print_once,
     use_worker_init,
 )
 from .work_dir import check_not_locked, check_unused, lock_work_dir
@@ -75,9 +75,9 @@ def train(args: argparse.Namespace) -> None:
     given, old_epochs = list(args.cfg_options or {}), cfg.train_cfg.get("max_epochs")
     option = next((name for name in ("epochs", "iters") if getattr(args, name) is not None), None)
     if option:
-        say(change_length(cfg, option, getattr(args, option), given))
+        print_once(change_length(cfg, option, getattr(args, option), given))
     else:
-        say(hint_at_options(cfg, given))
+        print_once(hint_at_options(cfg, given))
     _apply_options(cfg, args)
     on_first_process(check_not_locked, cfg.work_dir)
     if not (args.resume or cfg.get("resume")):
@@ -88,7 +88,7 @@ def train(args: argparse.Namespace) -> None:
     if option and cfg.get("resume"):
         _add_hooks(cfg, "mmvssm.FollowSchedule")
     for line in check_pretrained(model):
-        say(line)
+        print_once(line)
     if hasattr(model, "load_teacher"):
         with user_mistakes("cannot set up the teacher"), suggest_similar_name():
             model.load_teacher()
@@ -102,13 +102,13 @@ def train(args: argparse.Namespace) -> None:
             runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
         _explain_scheduler_errors(runner)
         if option == "epochs":
-            say(shorten_warm_ups(runner, old_epochs, given))
+            print_once(shorten_warm_ups(runner, old_epochs, given))
         with run_failures(runner.work_dir):
             runner.train()
-    say(f"Training is finished: checkpoints, logs and the config are in {runner.work_dir}")
-    say(f"Losses and metrics of this run: {runner.log_dir}/vis_data/scalars.json")
+    print_once(f"Training is finished: checkpoints, logs and the config are in {runner.work_dir}")
+    print_once(f"Losses and metrics of this run: {runner.log_dir}/vis_data/scalars.json")
     if args.tensorboard:
-        say(f"To look at them: tensorboard --logdir {runner.work_dir}")
+        print_once(f"To look at them: tensorboard --logdir {runner.work_dir}")
 
 
 def prepare_training(cfg: Config) -> None:

@@ -358,8 +358,8 @@ def test_a_type_deep_in_a_model_is_told_when_it_is_built(tiny):
     ("name", "said"),
     [
         ("tinny.py", "there is no config file tinny.py; did you mean tiny.py?"),
-        ("configs/groupmamba_upernet_shape.py", "did you mean groupmamba_upernet_shapes.py?"),
-        ("plainmamba_maskrcn_coco.py", "did you mean plainmamba_maskrcnn_coco.py?"),
+        ("configs/groupmamba_upernet_shape.py", "groupmamba_upernet_shapes.py?"),
+        ("plainmamba_maskrcn_coco.py", "plainmamba_maskrcnn_coco.py?"),
         ("zzz.py", "there is no config file zzz.py"),
     ],
 )

@@ -17,7 +17,7 @@ from typing import Any, Callable, NoReturn, Optional
 from mmvssm.analysis.training_log import read_run
 from mmvssm.errors import UserError
 from mmvssm.files import write_whole
-from mmvssm.run.setup import say
+from mmvssm.run.setup import print_once
 
 _RESULT, _OUTPUT, _PARTS, _ORIGIN = "result.json", "output.txt", "seconds.txt", "origin.json"
 _LOOK_EVERY = 0.2  # seconds
@@ -74,7 +74,9 @@ def run_tasks(tasks: Sequence[Task], jobs: int = 1) -> None:
     done = {task.name for task in tasks if task.result is not None}
     waiting = [task for task in tasks if task.name not in done]
     failed: list[Task] = []
-    say(f"{len(done)} of {len(tasks)} runs were done before" if done else f"{len(tasks)} runs")
+    print_once(
+        f"{len(done)} of {len(tasks)} runs were done before" if done else f"{len(tasks)} runs"
+    )
     with _processes() as running:
         told = time.monotonic()
         while True:
@@ -94,13 +96,15 @@ def run_tasks(tasks: Sequence[Task], jobs: int = 1) -> None:
                 if process.succeeded:
                     _write_result(task)
                     done.add(task.name)
-                    say(f"[{len(done)} of {len(tasks)}] {task.name}: {_in_words(task.result)}")
+                    print_once(
+                        f"[{len(done)} of {len(tasks)}] {task.name}: {_in_words(task.result)}"
+                    )
                 else:
                     failed.append(task)
-                    say(f"{task.name} failed, see {task.folder / _OUTPUT}")
+                    print_once(f"{task.name} failed, see {task.folder / _OUTPUT}")
             if time.monotonic() - told > _TELL_EVERY:
                 told = time.monotonic()
-                say("; ".join(process.progress for process in running.values()))
+                print_once("; ".join(process.progress for process in running.values()))
     if failed:
         left = f" and {len(waiting)} that wait for them were left out" * bool(waiting)
         raise UserError(

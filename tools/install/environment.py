@@ -21,9 +21,9 @@ from packages import (
     fail,
     install_missing,
     installed_versions,
+    print_line,
     python_says,
     read_requirements,
-    say,
 )
 
 # Import name -> the distributions that provide it, by family. The families must never be mixed:
@@ -50,7 +50,7 @@ def set_up(wanted_family: str) -> None:
     # torch's CUDA builds name the one version of triton that they need.
     install_missing(["torch"], "torch (hundreds of MB; with CUDA some GB)", unpinned=["triton"])
     torch_before = torch_version()
-    say(f"torch {torch_before}, Python {sys.version.split()[0]}, in {sys.prefix}")
+    print_line(f"torch {torch_before}, Python {sys.version.split()[0]}, in {sys.prefix}")
 
     family = choose_family(wanted_family)
     openmmlab = read_requirements(family)
@@ -75,7 +75,7 @@ def set_up(wanted_family: str) -> None:
             fail(f"`import {module}` fails in {sys.prefix}: {why}")
     here = installed_versions()
     names = [provider[family] for provider in PROVIDERS.values()]
-    say("ready: " + ", ".join(f"{name} {here[name]}" for name in names))
+    print_line("ready: " + ", ".join(f"{name} {here[name]}" for name in names))
 
 
 def torch_version() -> str:
@@ -130,7 +130,7 @@ def repair_opencv() -> None:
     version = installed_versions().get(OPENCV)
     if version is None or ".so" not in why:
         fail(f"OpenCV does not import ({why}): reinstall {OPENCV} or {OPENCV_HEADLESS}.")
-    say(f"{OPENCV} does not load on this machine ({why}): using its headless build instead")
+    print_line(f"{OPENCV} does not load on this machine ({why}): using its headless build instead")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     subprocess.run([*pip, "uninstall", "-q", "-y", OPENCV], check=True)
     # Both builds write the folder `cv2`; --no-deps, since nothing else is to change.

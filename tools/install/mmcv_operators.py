@@ -20,8 +20,8 @@ from packages import (
     fail,
     install_missing,
     installed_versions,
+    print_line,
     python_says,
-    say,
     setuptools_major,
     start_pip_install,
 )
@@ -59,21 +59,23 @@ def install_mmcv(requirement: str) -> None:
 
     # mmcv is built in this very environment (its setup.py imports torch): its tools must be here.
     if setuptools_major() >= 80:
-        say("setuptools < 80 is needed to build mmcv: its setup.py imports pkg_resources")
+        print_line("setuptools < 80 is needed to build mmcv: its setup.py imports pkg_resources")
         subprocess.run([sys.executable, "-m", "pip", "install", "-q", "setuptools<80"], check=True)
     install_missing(["setuptools", "wheel", "ninja"], "what mmcv is built with")
 
     log = Path(sys.prefix) / "mmcv.log"
-    say(f"mmcv: installing {requirement} (the whole output is in {log})")
+    print_line(f"mmcv: installing {requirement} (the whole output is in {log})")
     environment = build_environment()
     done = pip_install_with_progress([requirement, "--only-binary", name], environment, log)
     if done and not python_says("import mmcv.ops")[0]:
-        say("mmcv: the wheel that pip found was built for another torch, so it is compiled here")
+        print_line(
+            "mmcv: the wheel that pip found was built for another torch, so it is compiled here"
+        )
         # Not from pip's cache either: that may be where the wheel came from.
         fresh = ["--force-reinstall", "--no-deps", "--no-binary", name, "--no-cache-dir"]
         done = build_mmcv([*fresh, requirement], environment, log)
     elif not done:
-        say("mmcv: no wheel fits, so it is compiled here")
+        print_line("mmcv: no wheel fits, so it is compiled here")
         done = build_mmcv([requirement], environment, log)
     if not done:
         lines = log.read_text(errors="replace").splitlines()
@@ -98,19 +100,21 @@ def build_mmcv(arguments: list[str], environment: dict[str, str], log: Path) -> 
     with precompiled_header(environment) as flags:
         precompiled = "-include" in flags
         minutes = "2 to 4" if precompiled else "5 to 10"
-        say(
+        print_line(
             f"mmcv: this takes {minutes} minutes on 2 cores, and more for a GPU "
             f"(MAX_JOBS={environment['MAX_JOBS']})"
         )
         environment = {**environment, "CFLAGS": shlex.join(flags)}
         done = pip_install_with_progress(arguments, environment, log)
         if not done and builds_for_gpu(environment):
-            say("mmcv: its CUDA operators failed to compile, so it gets those for the CPU only")
+            print_line(
+                "mmcv: its CUDA operators failed to compile, so it gets those for the CPU only"
+            )
             shutil.copy(log, log.with_name("mmcv-cuda.log"))
             environment["CUDA_VISIBLE_DEVICES"] = ""
             done = pip_install_with_progress(arguments, environment, log)
     if precompiled and "[-Winvalid-pch]" in log.read_text(errors="replace"):
-        say("mmcv: the precompiled header did not fit every file; those took longer")
+        print_line("mmcv: the precompiled header did not fit every file; those took longer")
     return done
 
 
@@ -197,7 +201,7 @@ def precompiled_header(environment: dict[str, str]) -> Iterator[list[str]]:
             and Path(f"{header}.gch").exists()
         )
         if not fits:
-            say("mmcv: this compiler does without a precompiled header, which takes longer")
+            print_line("mmcv: this compiler does without a precompiled header, which takes longer")
         yield [*flags, *with_header] if fits else flags
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -245,7 +249,7 @@ def add_nvcc(environment: dict[str, str]) -> dict[str, str]:
         The environment variables with CUDA_HOME set, or with the GPU hidden.
     """
     if "cuda-toolkit" in installed_versions():
-        say("mmcv: a GPU is here but no CUDA compiler: adding torch's own version of it")
+        print_line("mmcv: a GPU is here but no CUDA compiler: adding torch's own version of it")
         parts = start_pip_install(["cuda-toolkit[nvcc,crt,nvvm,cccl]"]).wait()
         compilers = [
             Path(file.locate()).resolve()
@@ -264,7 +268,7 @@ def add_nvcc(environment: dict[str, str]) -> dict[str, str]:
             paths = [str(links), environment.get("LIBRARY_PATH", "")]
             library_path = os.pathsep.join(filter(None, paths))
             return {**environment, "CUDA_HOME": str(home), "LIBRARY_PATH": library_path}
-    say(
+    print_line(
         "mmcv: a GPU is here but no CUDA compiler (nvcc), so it gets its operators for the CPU "
         "only. For the GPU, install the CUDA toolkit of torch's CUDA version, remove mmcv with "
         "`pip uninstall` and run this again."

@@ -15,7 +15,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from packages import fail, say
+from packages import fail, print_line
 
 # The newest release: what the tests compare with, onnxruntime 1.31 of Python, has none of its own for browsers yet.
 VERSION = "1.30.0"
@@ -42,7 +42,7 @@ def fetch(folder: Path) -> None:
             "npm was not found, which fetches onnxruntime-web for the web page: install Node.js (on Debian and Ubuntu "
             "the packages nodejs and npm)"
         )
-    say(f"onnxruntime-web {VERSION}: fetching it with npm (some tens of MB, once)")
+    print_line(f"onnxruntime-web {VERSION}: fetching it with npm (some tens of MB, once)")
     with tempfile.TemporaryDirectory() as download:
         result = subprocess.run(
             [npm, "pack", f"onnxruntime-web@{VERSION}", "--ignore-scripts"],

@@ -14,7 +14,7 @@ from typing import IO, NoReturn, Optional
 REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements"
 
 
-def say(message: str) -> None:
+def print_line(message: str) -> None:
     """Print one line at once, also into a pipe."""
     print(f"[set-up] {message}", flush=True)
 
@@ -133,7 +133,7 @@ def install_missing(requirements: Iterable[str], what: str, unpinned: Collection
     missing = [line for line in requirements if distribution_of(line) not in here]
     if not missing:
         return
-    say(f"{what}: installing {', '.join(missing)}")
+    print_line(f"{what}: installing {', '.join(missing)}")
     if start_pip_install(missing, unpinned=unpinned).wait() != 0:
         fail(
             f"pip could not install {what}; its message is above. If it speaks of conflicting "

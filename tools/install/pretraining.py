@@ -20,10 +20,10 @@ from packages import (
     fail,
     install_missing,
     installed_versions,
+    print_line,
     python_says,
     read_requirements,
     requirement_lines,
-    say,
     start_pip_install,
 )
 
@@ -42,7 +42,7 @@ def install_pair() -> None:
     line = next(line for line in requirement_lines("versions") if distribution_of(line) == "torch")
     # With three signs no version with a suffix counts, such as 2.13.0+cpu, which pip would prefer where it sees one.
     torch = line.replace("==", "===")
-    say(f"{torch} and its torchvision, as the package index serves them (with CUDA some GB)")
+    print_line(f"{torch} and its torchvision, as the package index serves them (with CUDA some GB)")
     if start_pip_install([torch, "torchvision"], unpinned=["torch", "triton"]).wait() != 0:
         fail(f"pip could not install {torch} and torchvision; its message is above.")
 
@@ -59,7 +59,9 @@ def set_up() -> None:
     install_missing(["torchvision"], "torchvision")
     works, why = python_says("import torchvision; torchvision.ops.nms")
     if not works:
-        say(f"torchvision does not load with the torch that is installed in {sys.prefix} ({why})")
+        print_line(
+            f"torchvision does not load with the torch that is installed in {sys.prefix} ({why})"
+        )
         if not was_here:
             uninstall = [sys.executable, "-m", "pip", "uninstall", "-q", "-y", "torchvision"]
             subprocess.run(uninstall, check=True)
@@ -73,8 +75,8 @@ def set_up() -> None:
             fail(f"`import {module}` fails in {sys.prefix}: {why}")
     here = installed_versions()
     found = [f"{part} {here[part]}" for part in ("torch", "torchvision", *requirements)]
-    say(f"ready for pre-training: {', '.join(found)}")
-    say(f"use it by `source {sys.prefix}/bin/activate`")
+    print_line(f"ready for pre-training: {', '.join(found)}")
+    print_line(f"use it by `source {sys.prefix}/bin/activate`")
 
 
 if __name__ == "__main__":
