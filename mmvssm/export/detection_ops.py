@@ -1,6 +1,6 @@
-"""The steps of a detector that neither ``torch.export`` nor ONNX's exporter can look into, as operators of their own.
+"""Custom operators for the steps of a detector that ``torch.export`` and ONNX's exporter cannot trace.
 
-What they compute is mmcv's and mmdet's; ``translations.py`` says what they are in ONNX.
+They compute what mmcv and mmdet do; ``translations.py`` translates them to ONNX.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from torch import Tensor
 
 @torch.library.custom_op("mmvssm::highest", mutates_args=())
 def highest(scores: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """The ``most`` highest of ``scores (n,)`` or all, descending, and their indices."""
+    """Return up to ``most`` highest of ``scores (n,)``, descending, and their indices."""
     ranked = scores.sort(descending=True, stable=True)
     return ranked.values[:most].clone(), ranked.indices[:most].clone()
 
 
 @highest.register_fake
 def _(scores, most):
-    # That there may be none, of which only the runtime knows, would make every later step ask.
+    # Otherwise every later step would have to test at run time whether there are none.
     count = torch.library.get_ctx().new_dynamic_size(min=1)
     return scores.new_empty(count), scores.new_empty(count, dtype=torch.int64)
 
@@ -29,19 +29,19 @@ def _(scores, most):
 def grouped_nms(
     boxes: Tensor, scores: Tensor, iou_threshold: float, score_threshold: float, most: int
 ) -> Tensor:
-    """Non-maximum suppression in each group on its own.
+    """Non-maximum suppression within each group.
 
     Args:
         boxes: ``(G, n, 4)``: x1, y1, x2, y2.
         scores: ``(G, n)``.
-        iou_threshold: Of two boxes that overlap more, the one with the lower score goes.
-        score_threshold: Boxes with this score or less go.
-        most: How many boxes each group keeps at most.
+        iou_threshold: Of two boxes that overlap more, the one with the lower score is dropped.
+        score_threshold: Boxes with this score or less are dropped.
+        most: Most boxes that each group keeps.
 
     Returns:
-        Group and index of each box that stays, int64 ``(m, 2)``.
+        Group and index of each kept box, int64 ``(m, 2)``.
     """
-    from mmcv.ops import nms  # not at the top: segmenters do without mmcv's operators
+    from mmcv.ops import nms  # not at the top: segmenters do not need mmcv's operators
 
     kept = []
     for group in range(len(boxes)):
@@ -69,16 +69,16 @@ def pyramid_roi_align(
     sampling_ratio: int,
     aligned: bool,
 ) -> Tensor:
-    """RoIAlign on the level of a pyramid that each box belongs to.
+    """RoIAlign of each box on its own level of a feature pyramid.
 
     Args:
-        maps: Of one image, ``(1, C, h, w)`` each.
-        boxes: In pixels of the image ``(n, 4)``.
-        levels: Which of ``maps`` each box is looked for in, int64 ``(n,)``.
+        maps: Levels ``(1, C, h, w)`` of one image.
+        boxes: Boxes in pixels of the image ``(n, 4)``.
+        levels: Index into ``maps`` for each box, int64 ``(n,)``.
         scales: Pixels of each map per pixel of the image.
-        size: Height and width of the outcome.
-        sampling_ratio: Samples per bin and direction; 0 for as many as it has pixels.
-        aligned: Whether pixels are points half a pixel further.
+        size: Height and width of the output.
+        sampling_ratio: Samples per bin and direction; 0 for one per pixel of the bin.
+        aligned: Whether to shift coordinates by half a pixel.
 
     Returns:
         ``(n, C, *size)``.
@@ -101,14 +101,14 @@ def _(maps, boxes, levels, scales, size, sampling_ratio, aligned):
 
 @torch.library.custom_op("mmvssm::paste_masks", mutates_args=())
 def paste_masks(masks: Tensor, boxes: Tensor, height: int, width: int, threshold: float) -> Tensor:
-    """Masks of objects, each on its box, as masks of the image.
+    """Paste masks of boxes into masks of the image.
 
     Args:
         masks: Probabilities ``(n, h, w)``.
-        boxes: ``(n, 4)``.
-        height: Of the image.
-        width: Of the image.
-        threshold: From which probability on a pixel belongs to an object.
+        boxes: Boxes ``(n, 4)``.
+        height: Height of the image.
+        width: Width of the image.
+        threshold: Least probability of an object's pixels.
 
     Returns:
         bool ``(n, height, width)``.
@@ -119,7 +119,7 @@ def paste_masks(masks: Tensor, boxes: Tensor, height: int, width: int, threshold
 
 
 def _interpolation(start: Tensor, end: Tensor, cells: int, size: int) -> Tensor:
-    """Weights ``(n, size, cells)`` of a mask's cells at each pixel, bilinear and zero outside."""
+    """Compute weights ``(n, size, cells)`` of a mask's cells at each pixel, bilinear and zero outside."""
     pixels = torch.arange(size) + 0.5
     place = (pixels - start[:, None]) / (end - start)[:, None] * cells - 0.5
     return (1 - (place[..., None] - torch.arange(cells)).abs()).clamp(min=0)

@@ -1,4 +1,4 @@
-"""A detector as a function of an image alone."""
+"""Wrap a detector as a function of an image."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from .preparation import ImagePreparation, UnsupportedModelError, extract, prune
 
 
 class DetectorGraph(nn.Module):
-    """A Faster or Mask R-CNN of mmdet: an image to boxes, scores, labels and, if it predicts them, masks.
+    """A Faster or Mask R-CNN of mmdet that maps an image to boxes, scores, labels and, if it has them, masks.
 
     Args:
         model: A two-stage detector with mmdet's ``RPNHead`` and ``StandardRoIHead``.
         settings: Its config.
 
     Raises:
-        UnsupportedModelError: If it has other parts.
+        UnsupportedModelError: If the detector has other parts.
     """
 
     any_batch = False
-    highest_opset = 21  # onnxruntime 1.31 has no RoiAlign of a later one
+    highest_opset = 21  # onnxruntime 1.31 has no RoiAlign of a later opset
 
     def __init__(self, model: nn.Module, settings: dict) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class DetectorGraph(nn.Module):
         return outputs if kept is None else (*outputs, kept)
 
     def _propose(self, maps: Sequence[Tensor], size: torch.Size) -> Tensor:
-        """Boxes ``(n, 4)`` that may hold an object."""
+        """Propose boxes ``(n, 4)`` that may hold an object."""
         head, settings = self.model.rpn_head, self.model.test_cfg.rpn
         sizes = [x.shape[-2:] for x in maps]
         anchors = head.prior_generator.grid_priors(sizes, device=maps[0].device)
@@ -110,7 +110,7 @@ class DetectorGraph(nn.Module):
 
     @staticmethod
     def _look(extractor: nn.Module, maps: Sequence[Tensor], boxes: Tensor) -> Tensor:
-        """``(n, C, h, w)``, what the maps have at boxes ``(n, 4)``."""
+        """Extract features ``(n, C, h, w)`` of boxes ``(n, 4)`` from the maps."""
         layers = extractor.roi_layers
         maps = maps[: len(layers)]
         rois = F.pad(boxes, (1, 0))

@@ -1,4 +1,4 @@
-"""Further nodes of mmvssm's domain as functions of ONNX's standard operators."""
+"""Define mmvssm's nodes, except the scan, as functions of ONNX's standard operators."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ PASTE_MASKS = "PasteMasks"
 
 
 def sparse_conv_function(with_bias: bool, opset: int) -> onnx.FunctionProto:
-    """The function for nodes ``(x (B, K, C), weight (C, 1, k, k), neighbors (B, K, k * k), bias (C,))``.
+    """Build the function for nodes ``(x (B, K, C), weight (C, 1, k, k), neighbors (B, K, k * k), bias (C,))``.
 
-    It computes what :func:`mmvssm.ops.sparse_depthwise_conv` does, tap by tap, so that nothing larger than the input
-    is ever stored.
+    It computes :func:`mmvssm.ops.sparse_depthwise_conv` tap by tap, so no tensor is larger than the input.
 
     Args:
-        with_bias: Whether the node has its fourth input, which a body cannot ask for.
-        opset: The version of the standard operators.
+        with_bias: Whether the node has its fourth input; a function body cannot test for it.
+        opset: Version of the standard operators.
     """
     start = "bias" if with_bias else "float_zero"
     return onnx.parser.parse_function(
@@ -69,12 +68,12 @@ def sparse_conv_function(with_bias: bool, opset: int) -> onnx.FunctionProto:
 
 
 def paste_masks_function(opset: int) -> onnx.FunctionProto:
-    """The function for nodes ``(masks (n, h, w), boxes (n, 4), height (1,), width (1,), threshold ())``.
+    """Build the function for nodes ``(masks (n, h, w), boxes (n, 4), height (1,), width (1,), threshold ())``.
 
-    It computes what :func:`mmvssm.export.detection_ops.paste_masks` does, one mask after the other.
+    It computes :func:`mmvssm.export.detection_ops.paste_masks`, one mask at a time.
 
     Args:
-        opset: The version of the standard operators.
+        opset: Version of the standard operators.
     """
     return onnx.parser.parse_function(
         f"""<domain: "{DOMAIN}", opset_import: ["" : {opset}]>
@@ -115,7 +114,7 @@ def paste_masks_function(opset: int) -> onnx.FunctionProto:
 
 
 def _interpolation(name: str, start: str, end: str, size: str, axis: int) -> str:
-    """Weights ``(n, size, cells)`` of a mask's cells at each pixel, bilinear and zero outside."""
+    """Write the computation of weights ``(n, size, cells)`` of a mask's cells, bilinear and zero outside."""
     return f"""
     {name}_count = Squeeze ({size})
     {name}_numbers = Range (zero_scalar, {name}_count, one_scalar)

@@ -1,4 +1,4 @@
-"""A model as an ONNX file."""
+"""Convert a model to ONNX."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from .translations import TRANSLATIONS
 
 LOWEST_OPSET = 18
 IR_VERSION = 10
-"""The first in which functions have overloads."""
+"""The first opset whose functions have overloads."""
 
 _HEIGHT, _WIDTH = 96, 128
-"""Of the images that are shown to the exporter: nothing of them is fixed in what it writes."""
+"""Size of the exporter's example images; the exported model takes any size."""
 
 
 def build_onnx(
@@ -33,15 +33,15 @@ def build_onnx(
 
     Args:
         graph: A :class:`~.segmenter.SegmenterGraph` or :class:`~.detector.DetectorGraph`, in evaluation mode.
-        metadata: Goes into the file.
-        opset: The version of the standard operators.
+        metadata: Metadata of the file.
+        opset: Version of the standard operators.
 
     Raises:
-        UnsupportedModelError: If it holds what cannot be exported, or there is no such opset.
+        UnsupportedModelError: If the model has a part that cannot be exported, or the opset is not supported.
     """
     if not LOWEST_OPSET <= opset <= graph.highest_opset:
         raise UnsupportedModelError(
-            f"opset {opset} is not possible; choose one from {LOWEST_OPSET} to {graph.highest_opset}"
+            f"opset {opset} is not supported; choose one from {LOWEST_OPSET} to {graph.highest_opset}"
         )
     names = {2: "height", 3: "width"}
     if graph.any_batch:
@@ -49,7 +49,7 @@ def build_onnx(
     images = torch.zeros(2 if graph.any_batch else 1, 3, _HEIGHT, _WIDTH)
     try:
         exported = _export(graph, images, list(names), opset)
-    except Exception as error:  # whatever a model's code does that a program cannot
+    except Exception as error:  # a model's code may fail under export in any way
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise UnsupportedModelError(
             f"PyTorch's exporter cannot follow what the model does: {reason:.200}"
@@ -65,7 +65,7 @@ def build_onnx(
     proto = ir.to_proto(model)
     for output in proto.graph.output:
         for dim in output.type.tensor_type.shape.dim:
-            if dim.dim_param and not dim.dim_param.isidentifier():  # a formula, which helps nobody
+            if dim.dim_param and not dim.dim_param.isidentifier():  # drop unreadable formulas
                 dim.ClearField("dim_param")
     return proto
 
@@ -73,7 +73,7 @@ def build_onnx(
 def _export(
     graph: nn.Module, images: torch.Tensor, dynamic: list[int], opset: int
 ) -> torch.onnx.ONNXProgram:
-    dims = dict.fromkeys(dynamic, Dim.DYNAMIC)  # an error where one is fixed
+    dims = dict.fromkeys(dynamic, Dim.DYNAMIC)  # the exporter raises if it must fix one
     with torch.no_grad(), _quiet():
         program = torch.export.export(graph, (images,), dynamic_shapes=(dims,), strict=False)
         return torch.onnx.export(
@@ -88,7 +88,7 @@ def _export(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hold back what the exporter says of packages that are missed by nobody, and libraries of their own code."""
+    """Suppress the exporter's warnings about optional packages, and libraries' warnings about their own code."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -100,7 +100,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _add_functions(model: ir.Model, opset: int) -> None:
-    """Put in a function for each kind of node of mmvssm's domain that there is."""
+    """Add a function for each kind of node of mmvssm's domain in the model."""
     for node in model.graph.all_nodes():
         if node.domain != DOMAIN:
             continue
@@ -132,7 +132,7 @@ _WALK_AXIS = {"u": 2, "delta": 2, "B": 2, "C": 2, "A": 0, "D": 0, "delta_bias": 
 
 
 def _share_walks(node: ir.Node) -> None:
-    """Take what was copied for every walk as it was before."""
+    """Undo copies along the walks: connect the node to the tensors before them."""
     for i, (name, x) in enumerate(zip(scan_function.INPUTS, node.inputs)):
         if name not in _WALK_AXIS or x is None:
             continue
@@ -144,7 +144,7 @@ def _share_walks(node: ir.Node) -> None:
 
 
 def _before_expand(x: ir.Value, axis: int) -> ir.Value:
-    """What was expanded along an axis to ``x``, or ``x``."""
+    """Return the tensor that was expanded along an axis to ``x``, or ``x``."""
     copy = x.producer()
     if copy is None or copy.op_type != "Expand":
         return x
@@ -156,7 +156,7 @@ def _before_expand(x: ir.Value, axis: int) -> ir.Value:
 
 
 def _once(graph: ir.Graph, x: ir.Value, axis: int) -> ir.Value:
-    """A constant of size 1 along an axis where ``x`` repeats itself, or ``x``."""
+    """Return a constant of size 1 along an axis if ``x`` repeats itself there, or ``x``."""
     array = x.const_value.numpy()
     first = array.take([0], axis)
     if array.shape[axis] == 1 or not (array == first).all():

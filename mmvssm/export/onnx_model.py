@@ -1,4 +1,4 @@
-"""An exported file in the place of the model that it was made of, for the libraries' own evaluation."""
+"""Evaluate an exported file with mmdet's and mmseg's own tools."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def open_session(
 
     Args:
         model: The model.
-        native: Whether mmvssm's compiled operator runs the scans, or their portable functions do.
-        threads: How many it uses; default: as many as torch.
+        native: Whether mmvssm's compiled operator runs the scans instead of their portable functions.
+        threads: Number of threads; defaults to torch's.
 
     Raises:
-        RuntimeError: If the operator is asked for and was not built.
+        RuntimeError: If ``native`` is set and the operator was not built.
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
@@ -46,25 +46,24 @@ def open_session(
 
 
 def metadata_of(model: onnx.ModelProto) -> dict[str, Any]:
-    """What an exported model says of itself, lists as such."""
+    """Return an exported model's metadata, with lists decoded."""
     said = {entry.key: entry.value for entry in model.metadata_props}
     return said | {name: json.loads(said[name]) for name in ("classes", "palette") if name in said}
 
 
 @MODELS.register_module()
 class OnnxModel(BaseModel):
-    """An exported detector or segmenter, whose predictions are what mmdet and mmseg evaluate.
+    """An exported detector or segmenter whose predictions mmdet and mmseg can evaluate.
 
-    What the libraries do after the network, back to the size that an image had before the test pipeline resized it,
-    is done here likewise: boxes are divided by the scale factor, masks are pasted anew at that size from the
-    probabilities that the file pastes at the size of its input, logits are interpolated.
+    It maps predictions back to the image's size before the test pipeline, as the libraries do: it divides boxes by the
+    scale factor, pastes masks again at that size from their probabilities, and interpolates logits.
 
     Args:
         path: The file.
-        native: Whether mmvssm's compiled operator runs the scans, or their portable functions do.
-        mask_threshold: From which probability on a pixel belongs to an object.
-        threshold: Of segmenters with one logit, above which probability a pixel is foreground.
-        align_corners: Of the interpolation of logits.
+        native: Whether mmvssm's compiled operator runs the scans instead of their portable functions.
+        mask_threshold: Least probability of an object's pixels.
+        threshold: For segmenters with one logit: pixels above this probability are foreground.
+        align_corners: Setting of the interpolation of logits.
     """
 
     def __init__(
@@ -90,9 +89,9 @@ class OnnxModel(BaseModel):
         """Predict, image by image.
 
         Args:
-            inputs: Images as the test pipeline leaves them, BGR ``(3, H, W)``.
-            data_samples: mmdet's or mmseg's of each; predictions are added to them.
-            mode: There is no other than ``"predict"``.
+            inputs: Images from the test pipeline, BGR ``(3, H, W)``.
+            data_samples: Data samples of mmdet or mmseg, to which we add the predictions.
+            mode: Must be ``"predict"``.
 
         Returns:
             ``data_samples``.
@@ -120,7 +119,7 @@ class OnnxModel(BaseModel):
         sample.pred_sem_seg = PixelData(data=labels.to(torch.int64))
 
     def _add_instances(self, sample: Any, found: dict[str, Tensor], size: tuple[int, int]) -> None:
-        from mmdet.models.utils.misc import samplelist_boxtype2tensor  # segmenters do without mmdet
+        from mmdet.models.utils.misc import samplelist_boxtype2tensor  # segmenters need no mmdet
 
         samplelist_boxtype2tensor([sample])  # of annotated boxes, as mmdet's data_preprocessor does
         boxes = found["boxes"] / found["boxes"].new_tensor(sample.scale_factor).repeat(2)
@@ -133,7 +132,7 @@ class OnnxModel(BaseModel):
 
     def _paste(self, masks: Tensor, boxes: Tensor, size: Sequence[int]) -> Tensor:
         pasted = torch.zeros(len(masks), *size[:2], dtype=torch.bool)
-        for i in range(len(masks)):  # as floating-point numbers, all of them would be large
+        for i in range(len(masks)):  # all at once, the float32 masks would take much memory
             pasted[i] = paste_masks(
                 masks[i : i + 1], boxes[i : i + 1], *size[:2], self.mask_threshold
             )[0]
@@ -141,7 +140,7 @@ class OnnxModel(BaseModel):
 
 
 def _give_out_mask_probabilities(model: onnx.ModelProto) -> None:
-    """Make an output of what the masks of a detector are pasted from."""
+    """Add a detector's mask probabilities before pasting to the model's outputs."""
     for node in model.graph.node:
         if (node.domain, node.op_type) == (DOMAIN, PASTE_MASKS):
             model.graph.node.add(

@@ -1,4 +1,4 @@
-"""What a model does with an image first, and how it says that it cannot be exported."""
+"""Normalise and pad images, extract features, and report models that cannot be exported."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ..models.pruning import PrunedTokens
 
 
 class UnsupportedModelError(ValueError):
-    """A model that cannot be exported. The message says what of it."""
+    """The model cannot be exported; the message names the part that prevents it."""
 
 
 def extract(model: nn.Module, images: Tensor) -> tuple[Sequence[Tensor], Optional[Tensor]]:
-    """What the backbone and the neck make of images, and where a pruned backbone's tokens reached its end.
+    """Run the backbone and the neck.
 
     Returns:
-        Maps, and None or bool ``(B, h, w)``.
+        Feature maps, and for a pruned backbone the tokens kept to its end, bool ``(B, h, w)``, else None.
     """
     features = model.backbone(images)
     maps = model.neck(features) if model.with_neck else features
@@ -36,31 +36,31 @@ def prunes(model: nn.Module) -> bool:
     """Whether the last of a backbone's outputs lacks tokens.
 
     Raises:
-        UnsupportedModelError: If it packs what is left, which only a program for images of one size could.
+        UnsupportedModelError: If it packs the kept tokens, which an exported model for all image sizes cannot do.
     """
     pruning = getattr(model.backbone, "pruning", None)
     if pruning is None:
         return False
     if pruning.alignment == "none":
         raise UnsupportedModelError(
-            "pruning with alignment='none' packs tokens into a grid that has to be searched for each size of image, "
-            "and an exported model takes any size; 'decay' and 'hold' can be exported"
+            "pruning with alignment='none' cannot be exported: its grid of packed tokens depends on the image's size, "
+            "and an exported model takes any size; use 'decay' or 'hold'"
         )
     last = model.backbone.out_indices[-1]
     return any(layer < last and ratio < 1 for layer, ratio in pruning.keep_ratios.items())
 
 
 class ImagePreparation(nn.Module):
-    """Normalisation and padding, as a model's ``data_preprocessor`` does it.
+    """Normalise and pad images as a model's ``data_preprocessor`` does.
 
     Args:
-        preprocessor: Of mmdet or mmseg.
-        settings: What it was built from.
+        preprocessor: The data preprocessor of mmdet or mmseg.
+        settings: Its config.
     """
 
     def __init__(self, preprocessor: nn.Module, settings: dict) -> None:
         super().__init__()
-        # Files are read as BGR, so whoever does not ask for another order was trained on that.
+        # Files are read as BGR; models without a conversion were trained on that order.
         self.to_bgr = not settings.get("bgr_to_rgb", False)
         normalizes = settings.get("mean") is not None
         self.register_buffer("mean", preprocessor.mean if normalizes else None)
@@ -74,12 +74,12 @@ class ImagePreparation(nn.Module):
             self.pad_value = settings.get("pad_val", 0)
         if fixed is not None:
             raise UnsupportedModelError(
-                "data_preprocessor.test_cfg.size pads every image to one size, and an exported model takes any size; "
-                "use size_divisor, or neither"
+                "data_preprocessor.test_cfg.size pads every image to one size, but an exported model takes any size; "
+                "use size_divisor or none"
             )
 
     def forward(self, images: Tensor) -> Tensor:
-        """``(B, 3, H, W)``, RGB from 0 to 255, to what the backbone expects, padded at the bottom and on the right."""
+        """Normalise ``(B, 3, H, W)``, RGB from 0 to 255, and pad it at the bottom and on the right."""
         x = images.flip(1) if self.to_bgr else images
         if self.mean is not None:
             x = (x - self.mean) / self.std

@@ -1,10 +1,9 @@
-"""The node ``mmvssm::SelectiveScan`` as a function of ONNX's standard operators.
+"""Define the node ``mmvssm::SelectiveScan`` as a function of ONNX's standard operators.
 
-A runtime that has a kernel of that name runs the node with it, and any other runs the function in its place. Its body
-works on two levels: the walks are cut into chunks, a ``Scan`` goes through the steps of all chunks at once, each from a
-state of zero, another goes from chunk to chunk and finds the state in which each begins, and a third one goes through
-the steps again, from those. With more than one state per channel, decay and drive are computed in each step, so
-that there never is a tensor of tokens, channels and states.
+A runtime with a kernel of that name runs the kernel, any other runs the function. Its body cuts walks into chunks. The
+first ``Scan`` steps through all chunks at once, each from a zero state. The second goes from chunk to chunk and finds
+the state before each. The third steps through all chunks again, from those states. With several states per channel,
+each step computes its own decay and drive, so no tensor has tokens, channels and states.
 """
 
 from __future__ import annotations
@@ -19,16 +18,16 @@ DOMAIN_VERSION = 1
 NAME = "SelectiveScan"
 
 INPUTS = ("u", "delta", "A", "B", "C", "D", "delta_bias", "order", "source", "gap", "rest")
-"""The node's inputs. From ``D`` on they are optional; the first dimension after ``B, L``, or the first, is ``K``."""
+"""The node's inputs; optional from ``D`` on. ``K`` is the first dimension after ``B, L``, or the first."""
 
 OPTIONAL = INPUTS[5:]
 
 
 def overload_name(given: Sequence[str], one_state: bool, delta_softplus: bool) -> str:
-    """The name of the function for some of the optional inputs, which a body cannot ask for.
+    """Name the function for a set of optional inputs; a function body cannot test for them.
 
     Args:
-        given: Which of :data:`OPTIONAL` the node has.
+        given: The inputs of :data:`OPTIONAL` that the node has.
         one_state: Whether there is one state per channel.
         delta_softplus: The node's attribute.
     """
@@ -40,16 +39,16 @@ def overload_name(given: Sequence[str], one_state: bool, delta_softplus: bool) -
 def scan_function(
     given: Sequence[str], one_state: bool, delta_softplus: bool, opset: int
 ) -> onnx.FunctionProto:
-    """The function for nodes with some of the optional inputs.
+    """Build the function for nodes with a set of optional inputs.
 
-    It computes what :func:`mmvssm.ops.selective_scan.naive.selective_scan_naive` defines, in float32. All inputs but
-    ``order``, ``source`` and ``gap`` may have a size of 1 where others have ``K``, which all walks then share.
+    It computes :func:`mmvssm.ops.selective_scan.naive.selective_scan_naive` in float32. Inputs other than ``order``,
+    ``source`` and ``gap`` may have size 1 in place of ``K``; all walks then share them.
 
     Args:
-        given: Which of :data:`OPTIONAL` the node has.
+        given: The inputs of :data:`OPTIONAL` that the node has.
         one_state: Whether there is one state per channel.
         delta_softplus: The node's attribute.
-        opset: The version of the standard operators.
+        opset: Version of the standard operators.
     """
     missing = set(given) - set(OPTIONAL)
     if missing or ("gap" in given) > ("rest" in given):
@@ -71,7 +70,7 @@ def scan_function(
 
 
 def _step_sizes(given: Sequence[str], delta_softplus: bool) -> str:
-    """``step_size (B, L, K, D)``, still by token: what walks share is computed once."""
+    """Compute ``step_size (B, L, K, D)`` by token, so that shared values are computed once."""
     text, raw = "", "delta"
     if "delta_bias" in given:
         text, raw = "    delta_raw = Add (delta, delta_bias)\n", "delta_raw"
@@ -79,7 +78,7 @@ def _step_sizes(given: Sequence[str], delta_softplus: bool) -> str:
 
 
 def _steps(given: Sequence[str]) -> str:
-    """Sizes, chunks, and which row each step reads: ``order_at`` and ``source_at (T, B, S, K)``."""
+    """Compute sizes, chunks, and the row that each step reads: ``order_at`` and ``source_at (T, B, S, K)``."""
     order = "order" if "order" in given else None
     source = "source" if "source" in given else order
     text = """
@@ -100,7 +99,7 @@ def _steps(given: Sequence[str]) -> str:
         text += f"    {name}_walks = Shape <start = -2, end = -1> ({name})\n"
     walks = ", ".join(f"{x}_walks" for x in ("u", "step_size", "A", "B", "C", *given))
     text += f"    walks = Max ({walks})\n"
-    # As many chunks as make all levels about equally long, unless a step of fewer fills a CPU's cache.
+    # So many chunks that all levels are about equally long, or fewer if a step would exceed a CPU's cache.
     text += f"""
     width_a = Mul (batch, walks)
     width_b = Mul (channels, states)
@@ -172,11 +171,11 @@ def _steps(given: Sequence[str]) -> str:
 
 
 CACHED_ELEMENTS = 1 << 17
-"""Elements of the state of all chunks, images, walks and channels, so that a step's tensors stay in a CPU's cache."""
+"""Most elements of the state of all chunks, images, walks and channels, so that a step fits a CPU's cache."""
 
 
 def _terms(given: Sequence[str]) -> str:
-    """``driven`` and ``elapsed``, both ``(T, B, S, K, D)``."""
+    """Compute ``driven`` and ``elapsed``, both ``(T, B, S, K, D)``."""
     text = "    driven = Mul (step_size_at, u_at)\n"
     if "gap" not in given:
         return text + "    elapsed = Identity (step_size_at)\n"
@@ -191,7 +190,7 @@ def _terms(given: Sequence[str]) -> str:
     )
 
 
-# One state: decay and drive of all steps are as large as u and are computed at once.
+# One state: decay and drive of all steps are as large as u, so we compute them at once.
 _ONE_STATE = """
     A_state = Squeeze (A, any)
     exponent = Mul (elapsed, A_state)
@@ -274,7 +273,7 @@ _STATES = """
 
 
 def _outputs(given: Sequence[str]) -> str:
-    """``y``, each step's output at its token."""
+    """Reorder the steps' outputs to ``y``, by token."""
     text = ""
     if "order" in given:
         text += """

@@ -1,4 +1,4 @@
-"""A segmenter as a function of images alone."""
+"""Wrap a segmenter as a function of images."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from .preparation import ImagePreparation, UnsupportedModelError, extract, prune
 
 
 class SegmenterGraph(nn.Module):
-    """A segmenter of mmseg: images to logits and labels.
+    """A segmenter of mmseg that maps images to logits and labels.
 
     Args:
-        model: An ``EncoderDecoder`` that is to see whole images.
+        model: An ``EncoderDecoder`` in mode ``'whole'``.
         settings: Its config.
 
     Raises:
-        UnsupportedModelError: If it works otherwise.
+        UnsupportedModelError: If it is of another class or in another mode.
     """
 
     any_batch = True
@@ -32,7 +32,7 @@ class SegmenterGraph(nn.Module):
         mode = model.test_cfg.get("mode", "whole")
         if mode != "whole":
             raise UnsupportedModelError(
-                f"model.test_cfg.mode is {mode!r}, and an exported model sees whole images: add "
+                f"model.test_cfg.mode is {mode!r}, but an exported model sees whole images: add "
                 "--cfg-options model.test_cfg.mode=whole"
             )
         self.prepare = ImagePreparation(model.data_preprocessor, settings["data_preprocessor"])

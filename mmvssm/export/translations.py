@@ -1,6 +1,6 @@
-"""What PyTorch's ONNX exporter does not know: mmvssm's operators, and a few of PyTorch's.
+"""Translate operators that PyTorch's ONNX exporter lacks: mmvssm's, and a few of PyTorch's.
 
-Each function here is traced: it is called with the symbolic inputs of a node and records ONNX operators.
+The exporter traces each function: it passes the symbolic inputs of a node, and the function records ONNX operators.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _operator(
     attributes: Sequence[str] = (),
     output: str = "tensor(float)",
 ) -> values.Op:
-    """An operator of mmvssm's domain with one output, as the exporter wants to be told of it."""
+    """Describe an operator of mmvssm's domain with one output to the exporter."""
     types = {x: "tensor(int64)" if x in _INTEGERS else "tensor(float)" for x in inputs}
     schema = onnx.defs.OpSchema(
         name,
@@ -80,7 +80,7 @@ def _selective_scan(
         None if x is None else op.Cast(x, to=onnx.TensorProto.INT64) for x in (order, source, gap)
     )
     y = _SCAN(u, delta, A, B, C, D, delta_bias, *indices, rest, delta_softplus=int(delta_softplus))
-    return y, op.Constant(value_float=0.0)  # the second, saved for the backward pass, is not used
+    return y, op.Constant(value_float=0.0)  # in place of the states, which only backward uses
 
 
 def _sparse_depthwise_conv(x: FLOAT, weight: FLOAT, neighbors: INT64, bias: Optional[FLOAT] = None):
@@ -90,19 +90,19 @@ def _sparse_depthwise_conv(x: FLOAT, weight: FLOAT, neighbors: INT64, bias: Opti
 def _stable_sort(
     self: FLOAT, stable: Optional[bool] = None, dim: int = -1, descending: bool = False
 ):
-    """Of equal values TopK names the one with the lower index first."""
+    """Sort by TopK, which is stable: it puts the lower index first among equal values."""
     size = op.Reshape(op.Gather(op.Shape(self), op.Constant(value_int=dim)), [1])
     return op.TopK(self, size, axis=dim, largest=int(descending), sorted=1)
 
 
 def _index_copy(self: FLOAT, dim: int, index: INT64, source: FLOAT):
     if dim != 0:
-        raise NotImplementedError("index_copy along another dimension than the first")
+        raise NotImplementedError("index_copy is supported along the first dimension only")
     return op.ScatterND(self, op.Unsqueeze(index, [-1]), source)
 
 
 def _adaptive_avg_pool2d(self: FLOAT, output_size: Sequence[int]):
-    """A product with a matrix for the rows and one for the columns, since the map may have any size."""
+    """Multiply by a matrix for the rows and one for the columns, since the map may have any size."""
     height, width = (int(x) for x in output_size)
     rows = _pooling_matrix(op.Shape(self, start=2, end=3), height)
     columns = _pooling_matrix(op.Shape(self, start=3, end=4), width)
@@ -110,7 +110,7 @@ def _adaptive_avg_pool2d(self: FLOAT, output_size: Sequence[int]):
 
 
 def _pooling_matrix(size, count: int):
-    """``(count, size)``: bin ``i`` is the mean from ``floor(i * size / count)`` to ``ceil((i + 1) * size / count)``."""
+    """Build ``(count, size)``: bin ``i`` averages ``floor(i * size / count)`` to ``ceil((i + 1) * size / count)``."""
     counts = op.Constant(value_ints=[count])
     bins = op.Constant(value_ints=list(range(count)))
     first = op.Div(op.Mul(bins, size), counts)
@@ -133,7 +133,7 @@ def _highest(scores: FLOAT, most: int):
 def _grouped_nms(
     boxes: FLOAT, scores: FLOAT, iou_threshold: float, score_threshold: float, most: int
 ):
-    """Groups are what ONNX calls a batch of images, with one class each."""
+    """Pass groups as ONNX's batch of images, with one class each."""
     kept = op.NonMaxSuppression(
         boxes,
         op.Unsqueeze(scores, [1]),
@@ -153,7 +153,7 @@ def _pyramid_roi_align(
     sampling_ratio: int,
     aligned: bool,
 ):
-    """Each level looks at its own boxes, and what it finds goes to their places."""
+    """Run RoiAlign on each level for its own boxes and scatter the results to their places."""
     indices, found = [], []
     for i, (x, scale) in enumerate(zip(maps, scales)):
         index = op.Squeeze(op.NonZero(op.Equal(levels, op.Constant(value_int=i))), [0])
@@ -173,7 +173,7 @@ def _pyramid_roi_align(
             )
         )
     index, found = op.Concat(*indices, axis=0), op.Concat(*found, axis=0)
-    # Each box belongs to one level: as many go in as come out.
+    # Each box belongs to one level, so the number of boxes stays.
     return op.ScatterND(found, op.Unsqueeze(index, [-1]), found)
 
 

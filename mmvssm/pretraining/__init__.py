@@ -1,6 +1,6 @@
-"""Pre-training on mmpretrain: what this package adds to its classifiers.
+"""Additions to mmpretrain's classifiers for pre-training.
 
-Unlike the rest of mmvssm this needs mmpretrain, and ``import mmvssm`` leaves it alone: configs name it beside,
+This needs mmpretrain, so ``import mmvssm`` does not import it; configs name both:
 ``custom_imports = dict(imports=['mmvssm', 'mmvssm.pretraining'])``.
 """
 

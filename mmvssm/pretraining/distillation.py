@@ -1,4 +1,4 @@
-"""Distillation: a classifier trained on labels and on a teacher's (DeiT, arXiv 2012.12877; GroupMamba, section 3.4)."""
+"""Distillation from a teacher's predictions (DeiT, arXiv 2012.12877; GroupMamba, section 3.4)."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ KINDS = ("hard", "soft")
 
 @MODELS.register_module()
 class DistillationHead(LinearClsHead):
-    """Two linear layers, one trained on labels and one on a teacher's (DeiT, GroupMamba); at inference their mean.
+    """Two linear layers, one trained on labels and one on a teacher; inference averages them (DeiT, GroupMamba).
 
     Args:
         num_classes: Number of classes.
         in_channels: Channels of the features ``(B, in_channels)``.
-        distillation: ``'hard'``, the class that the teacher finds likeliest, as published; or ``'soft'``, its
+        distillation: ``'hard'`` trains on the teacher's most likely class, as published; ``'soft'`` on its
             probabilities at ``temperature`` (Hinton et al., arXiv 1503.02531).
         distillation_weight: The teacher's share of the loss, from 0 to 1; labels have the rest.
-        temperature: Of ``'soft'``. The loss is multiplied by its square, so that gradients keep their size.
-        kwargs: Of mmpretrain's ``LinearClsHead``, such as ``loss``, that on the labels.
+        temperature: For ``'soft'``. The loss is multiplied by its square, so that gradients keep their size.
+        kwargs: Arguments of mmpretrain's ``LinearClsHead``, such as ``loss``, the loss on labels.
 
     Raises:
-        ValueError: If ``distillation``, its weight or the temperature is not as described.
+        ValueError: If ``distillation``, its weight or the temperature is out of range.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class DistillationHead(LinearClsHead):
         self.apply(init_parameters)
 
     def forward(self, feats: tuple[Tensor, ...]) -> Tensor:
-        """The mean of both layers' logits, ``(B, num_classes)``."""
+        """Average both layers' logits ``(B, num_classes)``."""
         feature = self.pre_logits(feats)
         return (self.fc(feature) + self.distillation_fc(feature)) / 2
 
@@ -74,12 +74,12 @@ class DistillationHead(LinearClsHead):
         """Compute the losses.
 
         Args:
-            feats: Features, of which the last counts, ``(B, in_channels)``.
-            data_samples: With labels, or with scores, as Mixup and CutMix leave them.
-            teacher_logits: ``(B, num_classes)``.
+            feats: Features; only the last ``(B, in_channels)`` is used.
+            data_samples: Data samples with labels, or with scores after Mixup and CutMix.
+            teacher_logits: The teacher's logits ``(B, num_classes)``.
 
         Returns:
-            ``loss_label`` and ``loss_distillation``, both weighted: their sum is the loss.
+            ``loss_label`` and ``loss_distillation``, both weighted; their sum is the loss.
         """
         feature = self.pre_logits(feats)
         of_labels = self._get_loss(self.fc(feature), data_samples)["loss"]
@@ -100,7 +100,7 @@ class DistillationHead(LinearClsHead):
 
 
 class _Teacher:
-    """Holds a teacher out of PyTorch's sight: it is neither saved, copied (as averaging weights would) nor trained."""
+    """Hides a teacher from PyTorch, so that it is not saved, trained, or copied for averaged weights."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -111,21 +111,21 @@ class _Teacher:
 
 @MODELS.register_module()
 class DistilledClassifier(ImageClassifier):
-    """mmpretrain's ``ImageClassifier``, trained on what a teacher says, too.
+    """mmpretrain's ``ImageClassifier``, also trained on a teacher's predictions.
 
-    The teacher sees the very images that the student sees, after Mixup and CutMix, in evaluation mode and without
-    gradients. It isn't part of the checkpoints, and it is there only once training begins: evaluation doesn't need it.
+    The teacher gets the student's images, after Mixup and CutMix, in evaluation mode and without gradients. It is not
+    part of checkpoints, and we load it only for training.
 
     Args:
-        teacher: The config of any registered classifier, such as
-            ``dict(type='TimmClassifier', model_name='regnety_160.deit_in1k', pretrained=True)``. Its images are those
-            that this model's ``data_preprocessor`` made.
-        teacher_checkpoint: File with the teacher's weights, all of them. None where ``teacher`` says where they are.
+        teacher: Config of any registered classifier, such as
+            ``dict(type='TimmClassifier', model_name='regnety_160.deit_in1k', pretrained=True)``. It gets the images
+            from this model's ``data_preprocessor``.
+        teacher_checkpoint: File with all of the teacher's weights; None if ``teacher`` names its weights.
         teacher_bf16: Whether the teacher computes in bfloat16.
-        kwargs: Of ``ImageClassifier``; the head is a :class:`DistillationHead`.
+        kwargs: Arguments of ``ImageClassifier``; the head must be a :class:`DistillationHead`.
 
     Raises:
-        ValueError: If the head is another one.
+        ValueError: If the head is of another class.
     """
 
     def __init__(
@@ -149,11 +149,11 @@ class DistilledClassifier(ImageClassifier):
 
     @property
     def teacher(self) -> Optional[nn.Module]:
-        """The teacher, once training has begun."""
+        """The teacher, or None before training."""
         return self._teacher and self._teacher.model
 
     def init_weights(self) -> None:
-        """Initialise the weights, and load the teacher: a runner does so before it trains, and only then."""
+        """Initialise the weights and load the teacher; a runner calls this only before training."""
         super().init_weights()
         self.load_teacher()
 
@@ -161,13 +161,13 @@ class DistilledClassifier(ImageClassifier):
         """Build the teacher and load its weights.
 
         Raises:
-            UserError: If there is no such file, if its weights are another model's, if its classes are not as many
-                as the student's, or if timm is to read a file by itself.
+            UserError: If the file is missing, if its weights belong to another model, if the teacher's number of
+                classes differs from the student's, or if ``teacher`` has a ``checkpoint_path``.
         """
-        if self.teacher_cfg.get("checkpoint_path"):  # which some releases of timm unpickle
+        if self.teacher_cfg.get("checkpoint_path"):  # some releases of timm unpickle it
             raise UserError(
-                "model.teacher.checkpoint_path is loaded by timm itself; name the file as model.teacher_checkpoint, of "
-                "which nothing but weights is read"
+                "timm itself would load model.teacher.checkpoint_path; name the file as model.teacher_checkpoint, from "
+                "which we read only weights"
             )
         teacher = MODELS.build(self.teacher_cfg)
         if self.teacher_checkpoint is not None:
@@ -182,18 +182,18 @@ class DistilledClassifier(ImageClassifier):
         """Compute the losses.
 
         Args:
-            inputs: Images ``(B, 3, H, W)``, as the data preprocessor made them.
-            data_samples: With their labels.
+            inputs: Images ``(B, 3, H, W)`` from the data preprocessor.
+            data_samples: Data samples with labels.
 
         Returns:
-            As :meth:`DistillationHead.loss`.
+            The losses of :meth:`DistillationHead.loss`.
         """
         feats = self.extract_feat(inputs)
         return self.head.loss(feats, data_samples, teacher_logits=self.ask_teacher(inputs))
 
     @torch.no_grad()
     def ask_teacher(self, inputs: Tensor) -> Tensor:
-        """The teacher's logits ``(B, num_classes)`` for images ``(B, 3, H, W)``."""
+        """Compute the teacher's logits ``(B, num_classes)`` for images ``(B, 3, H, W)``."""
         if self._teacher is None:
             self.load_teacher()
         precision = (
@@ -214,14 +214,14 @@ class DistilledClassifier(ImageClassifier):
             )
 
     def _apply(self, fn: Callable, recurse: bool = True) -> DistilledClassifier:
-        # Where the student goes, the teacher follows.
+        # Move the teacher with the student.
         if self._teacher is not None:
             self.teacher._apply(fn)
         return super()._apply(fn, recurse)
 
 
 def _load_all(teacher: nn.Module, path: str) -> None:
-    """Load a teacher's weights, of which none may be missing or left over."""
+    """Load a teacher's weights; none may be missing or left over."""
     try:
         teacher.load_state_dict(unwrap(load_checkpoint_safely(path)))
     except UnsafeCheckpointError as error:
@@ -234,7 +234,7 @@ def _load_all(teacher: nn.Module, path: str) -> None:
 
 
 def _num_classes(classifier: nn.Module) -> Optional[int]:
-    """How many classes a classifier says it has: mmpretrain's by its head, timm's and others by their model."""
+    """Return a classifier's number of classes: from mmpretrain's head, or from the model of timm and others."""
     for part in (getattr(classifier, "head", None), getattr(classifier, "model", None), classifier):
         number = getattr(part, "num_classes", None)
         if isinstance(number, int):
