@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 def find_origin(model: nn.Module, data_batch: Any) -> Optional[str]:
-    """Run a training batch through a model and name the first part of it whose numbers are not finite.
+    """Run a training batch through a model and name its first module whose numbers are not finite.
 
     This updates BatchNorm's running statistics, as any training batch does. Call it with the model and the batch of a
     run that stopped, under ``torch.autocast`` if that run used ``--amp``::
@@ -23,10 +23,10 @@ def find_origin(model: nn.Module, data_batch: Any) -> Optional[str]:
 
     Args:
         model: A detector, segmenter or classifier of mmdet, mmseg or mmpretrain, in training mode.
-        data_batch: What its data loader returns.
+        data_batch: A batch from its data loader.
 
     Returns:
-        One sentence; None if losses and gradients are finite.
+        One line of text; None if losses and gradients are finite.
     """
     if is_model_wrapper(model):  # of a distributed run
         model = model.module
@@ -44,7 +44,7 @@ def find_origin(model: nn.Module, data_batch: Any) -> Optional[str]:
             return f"the numbers of every module are finite, the loss {name} is not"
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
-    # Backwards: the parameters that the losses reach first.
+    # In reverse, since the backward pass reaches the last parameters first.
     for name, gradient in reversed(list(zip(parameters, gradients))):
         if gradient is not None and not gradient.isfinite().all():
             return f"the first gradient that is not finite is that of {name}"
@@ -53,7 +53,7 @@ def find_origin(model: nn.Module, data_batch: Any) -> Optional[str]:
 
 @contextmanager
 def _first_non_finite(model: nn.Module) -> Iterator[list[str]]:
-    """Collect which modules get or return numbers that are not finite, the first one first."""
+    """Collect, in order, the modules that get or return numbers that are not finite."""
     found: list[str] = []
 
     def watch(name: str, module: nn.Module) -> list:

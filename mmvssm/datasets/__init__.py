@@ -1,4 +1,4 @@
-"""Data that the package brings along."""
+"""Checks of data sets, ``--data-root``, and a generated data set of shapes."""
 
 from .shapes import ShapesGenerator
 

@@ -1,8 +1,7 @@
 """Check annotation files in COCO's format for what mmdet and pycocotools fail on or misread.
 
-We tried out, case by case, what the two do. We refuse a file if reading it ends in a traceback or
-hangs, or gives boxes, masks or classes that are not those meant. We count in a warning what the
-libraries skip.
+We tried out, case by case, what the two do. We reject a file if they crash or hang on it, or misread its boxes, masks
+or classes. We warn of records that they skip, with counts.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from ..errors import UserError, shown
 _MIN_OVERLAP = 0.5  # of a box and the extent of its polygons, over their union
 _MAX_PROTRUSION = 0.01  # of a box beyond its image, as a share of the image
 _MAX_DISTANCE = 10  # of a polygon from its image, in sizes of the image
-_MANY = 100_000  # annotations, which take a second: with progress
+_MANY = 100_000  # annotations that take a second; from there on we show progress
 _LISTS = ("images", "annotations", "categories")
 
 
@@ -83,15 +82,15 @@ def category_names(ann_file: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Use:
-    """What a run does with an annotation file.
+    """The use of an annotation file in a run.
 
     Attributes:
         classes: Names of the classes that the run uses.
         trains: Whether a model is trained on it.
         evaluates: Whether pycocotools compares predictions with it.
         with_masks: Whether masks are read from it.
-        compares_masks: Whether the evaluation compares masks, too.
-        filter_cfg: That of the data set, by which mmdet skips whole images.
+        compares_masks: Whether the evaluation also compares masks.
+        filter_cfg: The data set's ``filter_cfg``, by which mmdet skips whole images.
     """
 
     classes: Sequence[str]
@@ -107,10 +106,10 @@ def check_annotations(ann_file: str, use: Use) -> list[str]:
 
     Args:
         ann_file: In COCO's format.
-        use: What the run does with it.
+        use: Its use in the run.
 
     Returns:
-        Warnings: what the libraries skip, with counts.
+        Warnings about skipped records, with counts.
 
     Raises:
         UserError: If the run would fail on the file, misread it or find nothing to train on. The
@@ -125,12 +124,12 @@ def check_annotations(ann_file: str, use: Use) -> list[str]:
 
 
 class _Kind(NamedTuple):
-    """What the value of a field has to be.
+    """The valid values of a field.
 
     Attributes:
-        fault: What a wrong value is, to follow the field's name.
-        is_sound: Whether a value is right.
-        needed_by: Which program fails if the value is missing or null; empty if none does.
+        fault: Describes a wrong value, after the field's name.
+        is_sound: Whether a value is valid.
+        needed_by: Program that fails if the value is missing or null; empty if none does.
     """
 
     fault: str
@@ -154,7 +153,7 @@ def _is_id(value: Any) -> bool:
 
 
 def _reference(to: str, ids: dict) -> _Kind:
-    """A value that can be one of ``ids``, which are all of one type: 1 and "1" never meet."""
+    """A value of the type of ``ids``, which are all of one type: 1 never equals "1"."""
     is_text = isinstance(next(iter(ids)), str)
     return _Kind(
         f"of another type than the {to}'",
@@ -174,7 +173,7 @@ _BOX = _Kind(
     "that is not four finite numbers [x, y, width, height]",
     lambda value: isinstance(value, list) and len(value) == 4 and _are_numbers(value),
 )
-# mmdet takes a missing one, and null, for 0; pycocotools needs one.
+# mmdet treats a missing one, and null, as 0; pycocotools needs one.
 _CROWD = _Kind("that is neither 0 nor 1", lambda value: value in (0, 1), needed_by="")
 _EVALUATED_CROWD = _CROWD._replace(needed_by="the evaluation")
 
@@ -185,7 +184,7 @@ _IMAGE_FIELDS = {"id": _ID, "file_name": _TEXT, "width": _PIXELS, "height": _PIX
 
 
 class _Place(NamedTuple):
-    """A record of the file, which is only described if a message names it."""
+    """A record of the file; its description is only made for messages."""
 
     kind: str
     record: dict
@@ -212,7 +211,7 @@ class _Findings:
         self.warned.setdefault(what, [0, where, detail])[0] += 1
 
     def has_sound_fields(self, where: _Place, kinds: dict[str, _Kind]) -> bool:
-        """Whether a record's fields are there and of the right kinds; the first fault is counted."""
+        """Whether a record's fields are present and valid; count the first fault."""
         for key, kind in kinds.items():
             value = where.record.get(key)
             if value is None:
@@ -234,7 +233,7 @@ class _Findings:
         )
 
     def raise_if_refused(self) -> None:
-        """Refuse the file for the most frequent of its faults, if it has any."""
+        """Raise for the most frequent fault, if there is any."""
         if self.refused:
             what, found = max(self.refused.items(), key=lambda item: item[1][0])
             more = "; the file has other faults too" if len(self.refused) > 1 else ""
@@ -311,7 +310,7 @@ class _AnnotationCheck:
         self.num_apart = 0
         self.notes: list[str] = []  # on the whole file
         self.unknown_categories: set = set()
-        # What becomes of annotations that mmdet skips.
+        # Consequences for annotations that mmdet skips.
         fates = []
         if use.trains:
             fates.append("mmdet skips them in training")
@@ -335,7 +334,7 @@ class _AnnotationCheck:
     # -- fields
 
     def _is_sound(self, annotation: dict, where: _Place) -> bool:
-        """Whether all is there and of the right type, so that its values mean anything."""
+        """Whether all fields are present and of the right type, so that their values can be checked."""
         if not self.found.has_sound_fields(where, self.fields):
             return False
         if annotation.get("iscrowd") is None:
@@ -371,7 +370,7 @@ class _AnnotationCheck:
             warn(what, where, f"category_id {_as_json(category_id)}")
             return
         if category not in self.classes:
-            return  # The run does without this class.
+            return  # The run does not use this class.
         self.images_in_use.add(image_id)
         if annotation.get("ignore"):
             return
@@ -393,7 +392,7 @@ class _AnnotationCheck:
 
         self.num_boxes += 1
         right, below = x + width - image_width, y + height - image_height
-        # Would these numbers fit only as two corners?
+        # Count boxes that fit the image only if read as two corners.
         if (
             max(right, below) > 1
             and 0 <= x < width <= image_width
@@ -519,7 +518,7 @@ class _AnnotationCheck:
             )
 
     def _check_filter(self, filter_cfg: dict[str, Any]) -> list[str]:
-        """Warn of images that mmdet's filter skips; refuse the file if none is left."""
+        """Warn of images that mmdet's filter skips; raise if none is left."""
         min_size = filter_cfg.get("min_size", 0)
         small = {n for n, i in self.images.items() if min(i["width"], i["height"]) < min_size}
         if not self.usable_images - small:
@@ -553,7 +552,7 @@ def _problem_of_mask(mask: Any, image: dict) -> str:
         return _problem_of_rle(mask, image)
     if not isinstance(mask, list) or not all(isinstance(polygon, list) for polygon in mask):
         return "a segmentation that is neither a list of polygons nor RLE"
-    # pycocotools hangs on polygons that are not finite, and runs out of memory on those far outside.
+    # pycocotools hangs on polygons that are not finite, and runs out of memory on those far outside the image.
     if not all(map(_are_numbers, mask)):
         return "polygons with other values than finite numbers"
     limit = _MAX_DISTANCE * max(image["width"], image["height"])
@@ -577,7 +576,7 @@ def _problem_of_rle(mask: dict, image: dict) -> str:
 
 
 def _pixels_of(counts: Any) -> Optional[int]:
-    """Return how many pixels a run-length code (a list, or COCO's compressed text) describes."""
+    """Return the number of pixels of a run-length code (a list, or COCO's compressed text)."""
     if isinstance(counts, list):
         sound = all(isinstance(run, int) and run >= 0 for run in counts)
         return sum(counts) if sound else None
@@ -602,6 +601,6 @@ def _pixels_of(counts: Any) -> Optional[int]:
 
 
 def _as_json(value: Any, length: int = 80) -> str:
-    """A value of a file, as JSON writes it, on one line that is not too long."""
+    """Format a value of a file as JSON on one line, shortened to ``length``."""
     text = " ".join(json.dumps(value).split())
     return text if len(text) <= length else f"{text[:length]}..."

@@ -1,4 +1,4 @@
-"""Check the data that a config names before a run writes anything: that it exists and means what we read in it."""
+"""Check a config's data before a run writes anything: every file exists, is readable and consistent."""
 
 from __future__ import annotations
 
@@ -22,28 +22,27 @@ from .pictures import Loading
 from .root import ADE20K, COCO, COCO_MAPS, IMAGENET_LAYOUT, class_folders
 from .walk import leaf_datasets
 
-_ANNOTATIONS_PER_IMAGE = 16  # that are checked while one image's header is read
+_ANNOTATIONS_PER_IMAGE = 16  # we check so many in the time of reading one image's header
 _OWN_DATA = "point --data-root at a data set of your own in"
 
 
 def check_data(cfg: Config, loaders: Sequence[str]) -> list[str]:
     """Check that every file the given data loaders need exists, can be read and is consistent.
 
-    We read annotation files, headers of all images and all label maps, and save the findings beside
-    the work dir if that took some time. We do not open images and maps if the config says
-    ``check_data=False``, or if its pipeline loads them otherwise than by mmcv's
-    ``LoadImageFromFile`` and mmseg's ``LoadAnnotations``. We skip files that are not on a local disk,
-    and the content of those that a class reads in its own way.
+    We read annotation files, headers of all images and all label maps, and save the findings beside the work dir if
+    that took some time. We do not open images and maps if the config has ``check_data=False``, or if its pipeline
+    does not load them by mmcv's ``LoadImageFromFile`` and mmseg's ``LoadAnnotations``. We skip remote files, and do not
+    check the content of files in a format that we do not know.
 
     Args:
         cfg: A detection, segmentation or classification config.
         loaders: Names of data loaders in it, such as ``"train_dataloader"``.
 
     Returns:
-        Warnings, one line each: what is odd, and how the libraries treat it.
+        Warnings, one line each: the fault, and how the libraries treat it.
 
     Raises:
-        UserError: If the run would fail on the data or misread it; with the first place and a remedy.
+        UserError: If the run would fail on the data or misread it; the message has the first place and a remedy.
     """
     memory = Memory.beside(cfg.get("work_dir"))
     warnings: list[str] = []
@@ -54,17 +53,17 @@ def check_data(cfg: Config, loaders: Sequence[str]) -> list[str]:
                     if all(map(_is_local, [leaf, *(leaf.get("pipeline") or [])])):
                         warnings += _check_leaf(cfg, leaf, loader, memory)
     finally:
-        # COCO's takes gigabytes, which the run needs for other things.
+        # Free the parsed annotations: COCO's take gigabytes.
         read_coco.cache_clear()
         is_saved = memory.save()
     if not is_saved:
         warnings.append(
-            f"we cannot save what we read of the data in {memory.path}, which is read-only"
+            f"we cannot save the findings about the data in {memory.path}, which is read-only"
         )
     if not _opens_files(cfg):
         warnings.append(
             "images and label maps are not checked (--no-data-check, or check_data=False in the "
-            "config); broken ones will stop the run, or be trained on, when they are read"
+            "config); broken ones may stop the run later, or be trained on"
         )
     for name, evaluator in _evaluators(cfg, loaders):
         ann_file = evaluator.get("ann_file")
@@ -105,7 +104,7 @@ def _as_list(value: Any) -> list:
 
 
 def _under(leaf: ConfigDict, path: Optional[str]) -> str:
-    """Return ``path`` as the data set will find it."""
+    """Return ``path`` below the data set's folders."""
     return os.path.join(leaf.get("data_root") or "", path or "") or os.curdir
 
 
@@ -118,7 +117,7 @@ def _require(exists: bool, path: str, leaf: ConfigDict, layout: str) -> None:
 
 
 def _remedy(leaf: ConfigDict, layout: str) -> str:
-    """Say how to get the data set that a config names."""
+    """Tell how to get the data set that a config names."""
     kind = getattr(leaf.get("type"), "__name__", str(leaf.get("type"))).rsplit(".", 1)[-1]
     root = leaf.get("data_root")
     if kind == "ADE20KDataset":
@@ -164,13 +163,13 @@ def _transform(cfg: Config, leaf: ConfigDict, kind: type) -> Optional[ConfigDict
 
 
 def _loading(cfg: Config, leaf: ConfigDict) -> Optional[Loading]:
-    """Return how the images of a data set are decoded; None if we may not open them or do not know."""
+    """Return how the pipeline decodes a data set's images; None if unknown or if we may not open them."""
     transform = _transform(cfg, leaf, mmcv.transforms.LoadImageFromFile)
     return Loading.of(transform) if transform is not None and _opens_files(cfg) else None
 
 
 def _check_unknown_format(leaf: ConfigDict, kind: Any, layout: str) -> None:
-    """Check that the files exist which a class reads in its own way."""
+    """Check that the files of a data set in an unknown format exist."""
     if not _is_a(kind, BaseDataset):
         return  # Its settings may mean anything.
     if leaf.get("data_root"):
@@ -232,7 +231,7 @@ def _remembered(facts: Optional[list], use: Use) -> Optional[tuple[list[str], li
 
 
 def _use(cfg: Config, leaf: ConfigDict, loader: str) -> Use:
-    """Return what the run does with a data set's annotations."""
+    """Describe how the run uses a data set's annotations."""
     pipeline = [dict(transform) for transform in leaf.get("pipeline") or []]
     evaluators = [evaluator for _, evaluator in _evaluators(cfg, [loader])]
     comparing = [evaluator for evaluator in evaluators if not evaluator.get("format_only")]
@@ -261,7 +260,7 @@ def _check_named_images(ann_file: str, names: Sequence[str], folder: str) -> Non
     if absent:
         raise UserError(
             f"{ann_file} names {len(absent)} images (of {len(names)}) that are not in {folder} "
-            f"({shown(absent)}); put them there or take them out of the annotation file"
+            f"({shown(absent)}); add them or remove them from the annotation file"
         )
 
 

@@ -24,13 +24,13 @@ def check_images(
         loading: How the data set's pipeline decodes them.
         paths: The images.
         annotated: ``(width, height)`` of each in the annotations; None if they give none.
-        memory: What earlier runs read.
+        memory: Findings of earlier runs.
 
     Returns:
         ``(width, height)`` of each image as the pipeline will load it, and warnings.
 
     Raises:
-        UserError: If an image cannot be read, or is not of the size that the annotations say.
+        UserError: If an image cannot be read, or its size differs from that in the annotations.
     """
     pictures = read_images(paths, loading.backend, memory)
     refuse_unreadable(paths, pictures, "images")
@@ -38,13 +38,13 @@ def check_images(
     if annotated:
         _compare_sizes(paths, pictures, sizes, annotated)
     doubts = {
-        "are of another format than their name says, and read as what they are": _is_misnamed,
+        "have another format than their suffix, and are read in their true format": _is_misnamed,
         "have 16 bits a channel, of which the upper 8 are read": _is_deep,
     }
     if loading.applies_orientation:
         doubts[
-            "are turned or mirrored when they are read, as their EXIF orientation says, and we "
-            "cannot know whether the annotations are for what is seen or for what is stored"
+            "are turned or mirrored by their EXIF orientation when they are read, and we cannot "
+            "know whether the annotations are for the turned or for the stored pixels"
         ] = _is_undecided
     warnings = []
     for what, is_so in doubts.items():
@@ -55,12 +55,12 @@ def check_images(
 
 
 def and_more(faulty: Sequence, total: int, kind: str) -> str:
-    """How many have the fault of the first one too, to follow what a message says of that one.
+    """Count the other files with the first one's fault, for the end of a message about the first.
 
     Args:
-        faulty: All that have the fault.
-        total: How many were looked at.
-        kind: What they are called, in the plural.
+        faulty: All files with the fault.
+        total: Number of checked files.
+        kind: Name of the files in the plural.
     """
     return f" (and {len(faulty) - 1} more of {total} {kind})" if len(faulty) > 1 else ""
 
@@ -70,8 +70,8 @@ def refuse_unreadable(paths: Sequence[str], pictures: Sequence[Picture], kind: s
 
     Args:
         paths: The files.
-        pictures: What was found out about each.
-        kind: What they are called, in the plural.
+        pictures: Findings about each.
+        kind: Name of the files in the plural.
     """
     bad = [(path, picture.problem) for path, picture in zip(paths, pictures) if picture.problem]
     if bad:
@@ -125,6 +125,6 @@ def _is_deep(path: str, picture: Picture) -> bool:
 
 
 def _is_undecided(path: str, picture: Picture) -> bool:
-    """Whether a picture is turned or mirrored in a way that its size does not show."""
+    """Whether a picture is turned or mirrored without a change of its size."""
     turns_shape = picture.orientation >= 5 and picture.width != picture.height
     return picture.orientation != 1 and not turns_shape

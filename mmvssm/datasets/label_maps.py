@@ -14,7 +14,7 @@ IGNORED_LABEL = 255
 
 
 def labels_in(paths: Sequence[str], memory: Memory) -> set[int]:
-    """Return all labels that occur in some maps, without the one for pixels to ignore.
+    """Return all labels in some maps, without the one for pixels to ignore.
 
     Raises:
         UserError: If a file is no label map.
@@ -41,14 +41,14 @@ def check_label_maps(
         records: Its ``load_data_list()``.
         sizes: ``(width, height)`` of each image; None if they are not known.
         trains: Whether a model is trained on it. Maps of images to predict on may be blank.
-        memory: What earlier runs read.
+        memory: Findings of earlier runs.
 
     Returns:
         Warnings.
 
     Raises:
-        UserError: If a file is no label map, or has another size than its image or a label without
-            a class, or if the maps of a training have no label to learn.
+        UserError: If a file is no label map, or has another size than its image or a label without a class, or if
+            training maps have no label to learn.
     """
     paths = [record["seg_map_path"] for record in records]
     pictures = _read(paths, memory)
@@ -82,7 +82,7 @@ def _read(paths: Sequence[str], memory: Memory) -> list[Picture]:
 
 
 def _refuse_expanded_palettes(paths: Sequence[str], pictures: Sequence[Picture]) -> None:
-    """Pillow gives the numbers in a map that has a palette; OpenCV gives the palette's colours."""
+    """Raise for maps with a palette if OpenCV reads them: it gives the colours, Pillow the labels."""
     for path, picture in zip(paths, pictures):
         if picture.mode == "P":
             raise UserError(
@@ -143,7 +143,7 @@ def _check_what_remains(
     first: int,
     dataset: Any,
 ) -> list[str]:
-    """Refuse maps without a label to learn; warn of classes without a label."""
+    """Raise if no map has a label to learn; warn of classes without a label."""
     labels = set().union(*(picture.labels for picture in pictures))
     if not labels - ignored:
         values = " and ".join(map(str, sorted(labels)))

@@ -12,15 +12,14 @@ from typing import Any, Optional
 from ..files import write_whole
 
 _NAME = ".data_check.json"
-_WORTHWHILE = 400  # images; to read fewer again takes no longer than to save them
-_VERSION = 1  # to be raised when what we note about a file changes its meaning
+_WORTHWHILE = 400  # images; reading fewer again takes no longer than saving them
+_VERSION = 1  # raise it when the format of the findings changes
 
 
 class Memory:
     """Findings of earlier runs, in a JSON file beside the work dirs.
 
-    An entry is valid while its file keeps its size and time of modification. We ignore a memory that
-    is damaged, and never evaluate its content.
+    An entry is valid while its file keeps its size and modification time. We ignore a damaged memory.
 
     Args:
         path: The JSON file; None keeps the findings in this object only.
@@ -47,7 +46,7 @@ class Memory:
         return cls(next((path for path in around if os.path.isfile(path)), around[0]))
 
     def recall(self, kind: str, path: str) -> Optional[list]:
-        """Return what was noted about a file, not validated; None if nothing was or the file changed."""
+        """Return the facts about a file, not validated; None if there are none or the file has changed."""
         folder, name = os.path.split(os.path.abspath(path))
         entry = self._folders.get(f"{kind}:{folder}", {}).get(name)
         try:
@@ -57,13 +56,13 @@ class Memory:
         return entry[2:] if known else None
 
     def note(self, kind: str, path: str, facts: Sequence[Any], effort: float = 1) -> None:
-        """Remember ``facts``, of types that JSON knows, about a file as it is now.
+        """Store facts about a file in its current state.
 
         Args:
-            kind: What the facts are about.
+            kind: Kind of the facts.
             path: The file.
-            facts: What was found out.
-            effort: How long that took, in headers of images that we read in the same time.
+            facts: Values that JSON can store.
+            effort: Time that it took to find them, in headers of images read.
         """
         folder, name = os.path.split(os.path.abspath(path))
         # A file that is missing now may be mounted later.
@@ -73,7 +72,7 @@ class Memory:
             self._effort += effort
 
     def save(self) -> bool:
-        """Write the file, whole or not at all, if its new entries took some effort.
+        """Write the file atomically if its new entries took some effort.
 
         Returns:
             False if the file cannot be written.

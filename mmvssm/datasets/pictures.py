@@ -26,8 +26,8 @@ from .memory import Memory
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 LABEL_MODES = ("L", "P", "1")  # Pillow's names of one channel of at most 8 bits
 _ORIENTATION, _TIFF_WIDTH, _TIFF_HEIGHT = 274, 256, 257  # tags of EXIF and TIFF
-_QUICK_FORMATS = ("JPEG", "MPO", "PNG")  # whose last bytes show whether a file is whole
-_FEW = 400  # files; this process reads fewer alone, without a progress bar
+_QUICK_FORMATS = ("JPEG", "MPO", "PNG")  # their last bytes show whether a file is complete
+_FEW = 400  # files; this process reads fewer by itself, without a progress bar
 _CHUNK = 64  # files that a worker process takes at a time
 
 
@@ -35,13 +35,13 @@ class Picture(NamedTuple):
     """Findings about one file.
 
     Attributes:
-        format: As Pillow calls it, such as ``"JPEG"``; empty where the file cannot be read.
-        width: In pixels, as stored, that is, before EXIF's orientation is applied.
-        height: In pixels, likewise.
+        format: Pillow's name, such as ``"JPEG"``; empty if the file cannot be read.
+        width: Stored width in pixels, before EXIF's orientation is applied.
+        height: Stored height in pixels.
         mode: Pillow's name of the kind of pixels, such as ``"RGB"``.
-        orientation: EXIF's, 1 to 8, where 1 is upright.
-        problem: Why the file cannot be used, to follow its name in a message; empty if it can.
-        labels: Of a label map, the values that occur in it, sorted.
+        orientation: EXIF orientation, 1 to 8; 1 is upright.
+        problem: Why the file cannot be used, after its name in a message; empty if it can.
+        labels: The values in a label map, sorted.
     """
 
     format: str = ""
@@ -61,7 +61,7 @@ class Loading(NamedTuple):
 
     @property
     def applies_orientation(self) -> bool:
-        """Whether the decoder turns images as their EXIF orientation says."""
+        """Whether the decoder applies the EXIF orientation."""
         return self.backend in ("cv2", "pillow") and self.color_type in ("color", "grayscale")
 
     @classmethod
@@ -76,8 +76,8 @@ class Loading(NamedTuple):
 def read_images(paths: Sequence[str], backend: str, memory: Memory) -> list[Picture]:
     """Read the headers of images.
 
-    We decode the pixels only if a JPEG or PNG file does not end properly, or of other formats. So we
-    miss damage in the middle of a file.
+    We decode the pixels of a JPEG or PNG file only if its end is damaged, and those of all other formats. So damage in
+    the middle of a JPEG or PNG file is not detected.
 
     Args:
         paths: The files.
@@ -91,7 +91,7 @@ def read_images(paths: Sequence[str], backend: str, memory: Memory) -> list[Pict
 
 
 def read_label_maps(paths: Sequence[str], memory: Memory) -> list[Picture]:
-    """Decode label maps whole and list the labels in each; see :func:`read_images`."""
+    """Decode label maps completely and list the labels in each; see :func:`read_images`."""
     return _read(_read_label_map, "map", "label maps", paths, memory)
 
 
@@ -119,7 +119,7 @@ def _map(function: Callable[[str], Picture], paths: Sequence[str], what: str) ->
             try:
                 found = pool.map(function, paths, chunksize=_CHUNK)
                 yield from track(found, f"Reading {what}", total=len(paths))
-            except BaseException:  # Ctrl-C, too: without waiting until all are read
+            except BaseException:  # including Ctrl-C: do not wait for the remaining files
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
     except (OSError, BrokenExecutor) as error:
@@ -136,7 +136,7 @@ def _start_worker() -> None:
 
 @contextmanager
 def without_size_limit() -> Iterator[None]:
-    """Lift Pillow's limit of pixels, which protects from strangers' files, for the user's own data."""
+    """Lift Pillow's limit of pixels, a protection from hostile files, for the user's own data."""
     limit = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = None
     try:
@@ -146,7 +146,7 @@ def without_size_limit() -> Iterator[None]:
 
 
 def _remembered(facts: Optional[list]) -> Optional[Picture]:
-    """Return the picture that a memory describes; None if it describes none."""
+    """Return the picture described by facts from a memory; None if they are malformed."""
     if facts is None or len(facts) != len(Picture._fields):
         return None
     picture = Picture(*facts)
@@ -162,7 +162,7 @@ def _remembered(facts: Optional[list]) -> Optional[Picture]:
 def _read_image(path: str, backend: str) -> Picture:
     try:
         with open(path, "rb") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, about odd EXIF
+            warnings.simplefilter("ignore")  # Pillow warns about odd EXIF
             if not os.fstat(file.fileno()).st_size:
                 return Picture(problem="is empty")
             try:
@@ -188,12 +188,12 @@ def _read_image(path: str, backend: str) -> Picture:
 def _describe_header(file: BinaryIO) -> Picture:
     with Image.open(file) as image:
         width, height = image.size
-        if image.format == "PNG":  # whose getexif() would decode the pixels
+        if image.format == "PNG":  # its getexif() would decode the pixels
             exif = Image.Exif()
             exif.load(image.info.get("exif") or b"")
         else:
             exif = image.getexif()
-        if image.format == "TIFF":  # whose size Pillow gives after the orientation is applied
+        if image.format == "TIFF":  # Pillow gives its size after applying the orientation
             width, height = image.tag_v2[_TIFF_WIDTH], image.tag_v2[_TIFF_HEIGHT]
         orientation = exif.get(_ORIENTATION, 1)
         orientation = orientation if orientation in range(1, 9) else 1
@@ -201,7 +201,7 @@ def _describe_header(file: BinaryIO) -> Picture:
 
 
 def _ends_properly(file: BinaryIO) -> bool:
-    """Whether the last bytes of a JPEG or PNG file are those that a whole one has."""
+    """Whether a JPEG or PNG file has the last bytes of a complete one."""
     file.seek(-12, os.SEEK_END)
     tail = file.read()
     return tail.endswith(b"\xff\xd9") or tail[4:8] == b"IEND"
@@ -212,7 +212,7 @@ def _decode(path: str, backend: str, picture: Picture) -> Picture:
     with _silent_opencv():
         try:
             pixels = mmcv.imread(path, backend=backend)
-        except Exception:  # whatever the decoder raises, it would raise in the run
+        except Exception:  # the decoder would raise the same in the run
             pixels = None
     if pixels is None:
         what = f"a {picture.format} file" if picture.format != "?" else "a file"
@@ -224,7 +224,7 @@ def _decode(path: str, backend: str, picture: Picture) -> Picture:
 
 @contextmanager
 def _silent_opencv() -> Iterator[None]:
-    """Suppress what OpenCV prints about files that it cannot read."""
+    """Suppress OpenCV's messages about files that it cannot read."""
     logging = cv2.utils.logging
     level = logging.getLogLevel()
     logging.setLogLevel(logging.LOG_LEVEL_SILENT)

@@ -1,11 +1,11 @@
-"""Point any config at a data set of the user's own (``--data-root``).
+"""Point any config at the user's own data set (``--data-root``).
 
 We recognise four layouts by their folders. COCO instances, for detection::
 
     annotations/instances_train2017.json  annotations/instances_val2017.json
     train2017/                            val2017/
 
-the same with semantic maps, for segmentation, where 0 is the background and k the k-th category::
+COCO with semantic maps, for segmentation, where 0 is the background and k the k-th category::
 
     semantic_train2017/*.png              semantic_val2017/*.png
     train2017/                            val2017/
@@ -41,7 +41,7 @@ SPLIT_OF_LOADER = {"train_dataloader": "train", "val_dataloader": "val", "test_d
 # Parts of a model whose number of classes is not that of the data set.
 _NOT_CLASSIFYING = (
     *("backbone", "data_preprocessor", "rpn_head", "train_cfg", "test_cfg"),
-    "teacher",  # which keeps the classes that it was trained on
+    "teacher",  # keeps the classes that it was trained on
 )
 
 
@@ -111,10 +111,10 @@ def apply_data_root(
             "unlabelled" and classes count from 1. Default: what all the maps show.
 
     Returns:
-        A line that says what we found.
+        A line that describes the data set.
 
     Raises:
-        UserError: If something is missing or contradictory, or if the maps do not show what 0 means.
+        UserError: If something is missing or contradictory, or if the maps do not show the meaning of 0.
     """
     if not os.path.isdir(root):
         raise UserError(f"there is no folder {root} (--data-root)")
@@ -140,12 +140,12 @@ def make_palette(classes: Sequence[str]) -> list[tuple[int, int, int]]:
 
 
 def set_num_classes(model: ConfigDict, num_classes: int) -> None:
-    """Give every classifying head of a model config ``num_classes`` classes, in place.
+    """Set ``num_classes`` in every classifying head of a model config, in place.
 
-    Per-class loss weights are resized when they are all alike (an extra one for "no object" stays).
+    Per-class loss weights are resized if they are all equal (an extra one for "no object" stays).
 
     Raises:
-        UserError: If per-class loss weights differ, so that no rule could resize them.
+        UserError: If per-class loss weights differ.
     """
     _set_num_classes(model, num_classes, None)
 
@@ -226,7 +226,7 @@ def _use_instances(
 
 
 def _coco_metrics(evaluator: Any, ann_file: str) -> Any:
-    """Return the evaluator with ``ann_file``, as COCO's metric where it was another data set's."""
+    """Return the evaluator with ``ann_file``; a metric of another data set becomes COCO's."""
     if isinstance(evaluator, (list, tuple)):
         return [_coco_metrics(part, ann_file) for part in evaluator]
     if evaluator.get("type") not in ("CocoMetric", "mmdet.CocoMetric"):
@@ -315,7 +315,7 @@ def _counts_from_one(
     flags = "--reduce-zero-label if 0 means unlabelled, or --no-reduce-zero-label"
     if not cfg.get("check_data", True):
         raise UserError(
-            f"we do not open the label maps of {root} (--no-data-check), so say what 0 means in "
+            f"we do not open the label maps of {root} (--no-data-check), so tell us what 0 means in "
             f"them: {flags} if it is {classes[0]!r}"
         )
     labels = on_first_process(_labels_of_all, cfg, folders)
@@ -345,7 +345,7 @@ def _labels_of_all(cfg: Config, folders: Sequence[str]) -> set[int]:
 
 
 def _let_dataset_number_labels(pipeline: Any) -> None:
-    """Drop a loading transform's own reduce_zero_label, which must not contradict the data set."""
+    """Drop a loading transform's own reduce_zero_label, so that it cannot contradict the data set."""
     if isinstance(pipeline, dict):
         if str(pipeline.get("type")).endswith("LoadAnnotations"):
             pipeline.pop("reduce_zero_label", None)
@@ -371,7 +371,7 @@ def _use_class_folders(cfg: Config, root: str, loaders: Sequence[str]) -> str:
         raise UserError(
             f"{root} lacks {' and '.join(missing)}; classification expects {IMAGENET_LAYOUT}"
         )
-    # The training set names the classes, also for a test, which can do without it.
+    # The training set names the classes, also for a test if it exists.
     named_by = next(s for s in ("train", "val") if os.path.isdir(os.path.join(root, s)))
     classes = class_folders(os.path.join(root, named_by))
     if not classes:
@@ -423,14 +423,14 @@ def only_suffix(folder: str) -> str:
     """Return the file name suffix that all pictures in ``folder`` share.
 
     Raises:
-        UserError: If there are no pictures, or of several kinds (mmseg looks for one).
+        UserError: If there are no pictures, or several suffixes (mmseg takes one).
     """
     suffixes = Counter(os.path.splitext(name)[1] for name in list_files(folder))
     if not suffixes:
         raise UserError(f"there are no pictures in {folder}")
     if len(suffixes) > 1:
         raise UserError(
-            f"the pictures in {folder} end in {' and '.join(sorted(suffixes))}, and mmseg reads "
+            f"the pictures in {folder} end in {' and '.join(sorted(suffixes))}, but mmseg reads "
             "one kind; convert or rename them to one"
         )
     return next(iter(suffixes))
@@ -450,7 +450,7 @@ def _leaves(cfg: Config, loaders: Sequence[str]) -> Iterator[tuple[str, ConfigDi
 
 
 def _keep_first(dataset: ConfigDict) -> None:
-    """Keep one of concatenated data sets, which would all become the same one."""
+    """Keep one of several concatenated data sets, since all would become the same."""
     while parts_of(dataset):
         if "datasets" in dataset:
             dataset.datasets = dataset.datasets[:1]

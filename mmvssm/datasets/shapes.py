@@ -1,16 +1,15 @@
-"""The embedded data set: scenes of overlapping shapes, for detection and for segmentation.
+"""Generate a data set of overlapping shapes for detection and segmentation.
 
-Each scene is drawn once and annotated twice, as COCO instances and as a semantic map::
+Each scene is annotated twice, as COCO instances and as a semantic map::
 
     ROOT/annotations/instances_{train,val}2017.json
     ROOT/{train,val}2017/000000.png ...
     ROOT/semantic_{train,val}2017/000000.png ...    0 background, i + 1 the i-th class
-    ROOT/shapes.json                                the settings that all this was made with
+    ROOT/shapes.json                                the settings of the data set
 
-The same settings give the same bytes on every machine. That is why everything below is integer
-arithmetic, why the random numbers come from ``RandomState`` (whose streams numpy has frozen, unlike
-``Generator``'s), and why PNG files are written here, uncompressed, rather than by a library whose
-compressor changes between versions.
+The same settings give the same bytes on every machine. So we use integer arithmetic only, ``RandomState`` (NumPy has
+frozen its streams, unlike ``Generator``'s), and write PNG files ourselves, uncompressed: libraries' compressors change
+between versions.
 """
 
 import json
@@ -29,7 +28,7 @@ from numpy.random import RandomState
 from ..registry import TASK_UTILS
 
 CLASSES = ("disk", "square", "triangle", "star", "ring")
-FORMAT_VERSION = 2  # raised whenever the same settings would give other bytes than before
+FORMAT_VERSION = 2  # raise it when the same settings give other bytes than before
 
 # Lengths are counted in eighths of a pixel; a pixel is sampled at 4 x 4 points, 2 units apart.
 UNIT = 8
@@ -43,18 +42,18 @@ POLYGONS = {
 }
 RING_HOLE = 36  # inner radius of a ring, in 64ths of the outer one
 
-# Rounded to 1/1024, so that the last bit of a machine's cosine does not matter.
+# Rounded to 1/1024, so that machines with other last bits of the cosine agree.
 COS = np.rint(1024 * np.cos(np.deg2rad(np.arange(360)))).astype(np.int64)
 SIN = np.rint(1024 * np.sin(np.deg2rad(np.arange(360)))).astype(np.int64)
 
 MIN_VISIBLE_PIXELS = 40
-MIN_VISIBLE_SHARE = 0.3  # of a shape's own pixels; what is hidden more leaves the scene
-MIN_VIVIDNESS = 110  # of a shape: its largest channel less its smallest
+MIN_VISIBLE_SHARE = 0.3  # of a shape's pixels; we drop shapes that are hidden more
+MIN_VIVIDNESS = 110  # of a shape: largest minus smallest colour channel
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One shape, before anything covers it.
+    """One shape, ignoring shapes above it.
 
     Attributes:
         label: Index into ``CLASSES``.
@@ -66,13 +65,13 @@ class Shape:
 
     @property
     def mask(self) -> np.ndarray:
-        """``(H, W)`` bool: the pixels at least half covered."""
+        """Pixels at least half covered, bool ``(H, W)``."""
         return 2 * self.coverage >= SAMPLES**2
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture and what is on it.
+    """One picture and its annotations.
 
     Attributes:
         image: ``(H, W, 3)`` uint8, RGB.
@@ -86,7 +85,7 @@ class Scene:
 
     @property
     def semantic_map(self) -> np.ndarray:
-        """``(H, W)`` uint8: 0 background, i + 1 the i-th class."""
+        """Label map, uint8 ``(H, W)``: 0 background, i + 1 the i-th class."""
         values = np.array(self.labels, dtype=np.uint8) + 1
         return (self.masks * values[:, None, None]).sum(axis=0).astype(np.uint8)
 
@@ -112,7 +111,7 @@ def rasterise(kind: str, centre: tuple[int, int], radius: int, angle: int, size:
     Args:
         kind: One of ``CLASSES``.
         centre: x and y, in units of 1/8 pixel.
-        radius: Of the shape, or of the circle around its corners, in the same units.
+        radius: Radius of the shape, or of the circle around its corners, in units of 1/8 pixel.
         angle: Whole degrees, 0 to 359.
         size: Height and width of the picture in pixels.
 
@@ -120,7 +119,7 @@ def rasterise(kind: str, centre: tuple[int, int], radius: int, angle: int, size:
         ``(size, size)`` int64, 0 to 16.
     """
     coverage = np.zeros((size, size), dtype=np.int64)
-    # Only the pixels that the circle around the shape can touch are sampled.
+    # Sample only the pixels within the circle around the shape.
     left, top = (max(0, (c - radius) // UNIT) for c in centre)
     right, bottom = (min(size, (c + radius) // UNIT + 1) for c in centre)
     x = _sample_points(left, right)[None, :] - centre[0]
@@ -138,14 +137,14 @@ def rasterise(kind: str, centre: tuple[int, int], radius: int, angle: int, size:
 
 
 def _sample_points(first: int, last: int) -> np.ndarray:
-    """Where pixels ``first`` to ``last - 1`` are sampled along one axis, in units of 1/8 pixel."""
+    """Sample points of pixels ``first`` to ``last - 1`` along one axis, in units of 1/8 pixel."""
     return np.arange(first * SAMPLES, last * SAMPLES) * (UNIT // SAMPLES) + 1
 
 
 def _inside_polygon(
     x: np.ndarray, y: np.ndarray, polygon: list[tuple[int, int]], radius: int, angle: int
 ) -> np.ndarray:
-    """Even-odd rule: inside, if the ray to the right crosses the outline an odd number of times."""
+    """Even-odd rule: a point is inside if a ray to the right crosses the outline an odd number of times."""
     x, y = 64 * 1024 * x, 64 * 1024 * y  # to the scale of the corners
     corners = [
         (r * radius * int(COS[(a + angle) % 360]), r * radius * int(SIN[(a + angle) % 360]))
@@ -171,7 +170,7 @@ def _random_shape(rng: RandomState, size: int) -> Shape:
 
 
 def _drop_hidden(shapes: list[Shape]) -> list[Shape]:
-    """Keep the shapes of which enough can be seen; later ones lie above earlier ones."""
+    """Keep the shapes that are visible enough; later ones cover earlier ones."""
     kept: list[Shape] = []
     covered = np.zeros_like(shapes[0].mask)
     for shape in reversed(shapes):
@@ -184,7 +183,7 @@ def _drop_hidden(shapes: list[Shape]) -> list[Shape]:
 
 
 def _texture(rng: RandomState, size: int, colour: np.ndarray) -> np.ndarray:
-    """``(size, size, 3)`` int64: a colour with blotches, often with stripes or a checker board."""
+    """Draw a colour with blotches, often with stripes or a checker board, int64 ``(size, size, 3)``."""
     y, x = np.indices((size, size))
     pattern = _blotches(rng, size, 32, 24) + _blotches(rng, size, 8, 12)
     kind = _integer(rng, 0, 3)
@@ -198,7 +197,7 @@ def _texture(rng: RandomState, size: int, colour: np.ndarray) -> np.ndarray:
 
 
 def _blotches(rng: RandomState, size: int, cell: int, strength: int) -> np.ndarray:
-    """``(size, size)`` int64: values on a coarse grid, interpolated between."""
+    """Interpolate random values on a coarse grid, int64 ``(size, size)``."""
     knots = -(-size // cell) + 1
     grid = _integers(rng, -strength, strength, (knots, knots))
     whole, part = np.divmod(np.arange(size), cell)
@@ -207,12 +206,12 @@ def _blotches(rng: RandomState, size: int, cell: int, strength: int) -> np.ndarr
 
 
 def _muted_colour(rng: RandomState) -> np.ndarray:
-    """An RGB colour near grey, for backgrounds."""
+    """Draw an RGB colour near grey, for backgrounds."""
     return _integer(rng, 60, 196) + _integers(rng, -16, 16, 3)
 
 
 def _vivid_colour(rng: RandomState) -> np.ndarray:
-    """An RGB colour far from grey, for shapes, so that they stand out wherever they are."""
+    """Draw an RGB colour far from grey, so that shapes stand out from any background."""
     while True:
         colour = _integers(rng, 20, 236, 3)
         if np.ptp(colour) >= MIN_VIVIDNESS:
@@ -226,15 +225,15 @@ def _integer(rng: RandomState, low: int, high: int) -> int:
 def _integers(
     rng: RandomState, low: int, high: int, shape: Union[int, tuple[int, ...]]
 ) -> np.ndarray:
-    """Draw from ``low`` to ``high``, both included."""
-    # The type is named because its default differs between systems, and the stream with it.
+    """Draw from ``low`` to ``high``, inclusive."""
+    # The default type, and with it the stream, differs between systems.
     return rng.randint(low, high + 1, size=shape, dtype=np.int64)
 
 
 def encode_rle(mask: np.ndarray) -> dict:
-    """COCO's run-length code of an ``(H, W)`` bool mask: columns first, a run of zeros first.
+    """Encode a bool mask ``(H, W)`` as COCO's run lengths: column by column, zeros first.
 
-    pycocotools encodes to compressed text only, which would be other bytes.
+    pycocotools encodes only to compressed text, whose bytes could change between versions.
     """
     flat = mask.ravel(order="F")
     changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
@@ -243,7 +242,7 @@ def encode_rle(mask: np.ndarray) -> dict:
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
-    """A PNG file of ``(H, W)`` grey or ``(H, W, 3)`` RGB uint8 pixels, not compressed."""
+    """Encode uint8 pixels, ``(H, W)`` grey or ``(H, W, 3)`` RGB, as an uncompressed PNG file."""
     height, width = pixels.shape[:2]
     colour_type = 0 if pixels.ndim == 2 else 2
     lines = np.zeros((height, 1 + pixels[0].size), dtype=np.uint8)  # each line begins with filter 0
@@ -268,10 +267,10 @@ def encode_png(pixels: np.ndarray) -> bytes:
 
 @TASK_UTILS.register_module()
 class ShapesGenerator:
-    """Writes the embedded data set when it is not there.
+    """Writes the data set of shapes unless it exists.
 
-    A config names it as ``prepare_data = dict(type='mmvssm.ShapesGenerator', root='data/shapes')``;
-    the tools build it and call :meth:`ensure` before anything reads the data.
+    Configs have ``prepare_data = dict(type='mmvssm.ShapesGenerator', root='data/shapes')``; our tools build it and call
+    :meth:`ensure` before anything reads the data.
 
     Args:
         root: Folder of the data set.
@@ -310,7 +309,7 @@ class ShapesGenerator:
 
     @property
     def settings(self) -> dict:
-        """All that the bytes of the data set depend on."""
+        """The settings that determine the bytes of the data set."""
         return {
             "format_version": FORMAT_VERSION,
             "num_train": self.num_images["train"],
@@ -320,17 +319,16 @@ class ShapesGenerator:
         }
 
     def ensure(self) -> Path:
-        """Make sure that the data set is there, made with these settings.
+        """Generate the data set unless it exists with these settings.
 
-        Processes that call this at the same time wait for the first of them, which does the work.
-        One that is killed leaves no half-written data set behind.
+        If several processes call this at once, the first generates and the others wait. A killed process leaves no
+        incomplete data set.
 
         Returns:
             The data set's folder.
 
         Raises:
-            FileExistsError: If ``root`` holds something that this class did not write. Nothing is
-                changed then.
+            FileExistsError: If ``root`` holds files that this class did not write; we change nothing then.
         """
         if self._is_up_to_date():
             return self.root
@@ -360,12 +358,12 @@ class ShapesGenerator:
         found = set(os.listdir(self.root)) if self.root.is_dir() else set()
         if self.root.is_symlink() or "shapes.json" not in found or not found <= ours:
             raise FileExistsError(
-                f"{self.root} exists but holds what ShapesGenerator did not make: move it away, or "
-                "set another root for the generated data set; nothing was changed."
+                f"{self.root} holds files that ShapesGenerator did not write: move it away, or "
+                "set another root for the generated data set; we changed nothing."
             )
 
     def _replace(self) -> None:
-        # The new data set is renamed into place when whole: the folder never holds half of one.
+        # Rename the new data set when it is complete, so that the folder never holds half of one.
         fresh = self.root.with_name(f".{self.root.name}.partial")
         old = self.root.with_name(f".{self.root.name}.old")
         for leftover in (fresh, old):

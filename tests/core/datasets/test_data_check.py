@@ -578,7 +578,7 @@ WARNED_INSTANCES = {
     "nothing to validate on": (content("val", annotations=[]), "every metric will be -1"),
     "image of another format than its suffix": (
         image(JPEG),
-        "1 of 4 images are of another format than their name says",
+        "1 of 4 images have another format than their suffix",
     ),
     "image of 16 bits": (
         image(encoded(np.arange(256, dtype=np.uint16).reshape(16, 16))),
@@ -586,11 +586,11 @@ WARNED_INSTANCES = {
     ),
     "square image turned by EXIF": (
         renamed(encoded(kind="JPEG", orientation=6), "a.jpg"),
-        "we cannot know whether the annotations are for what is seen",
+        "we cannot know whether the annotations are for the turned",
     ),
     "image upside down by EXIF": (
         both(renamed(encoded(WIDE, "JPEG", 3), "a.jpg"), record("images", width=32)),
-        "are turned or mirrored when they are read",
+        "are turned or mirrored by their EXIF orientation",
     ),
 }
 
@@ -1004,7 +1004,7 @@ WARNED_MAPS = {
         ),
         "1 of 3 classes occur in none of the 4 label maps to train on (b",
     ),
-    "image of another format": (picture(JPEG), "of another format than their name says"),
+    "image of another format": (picture(JPEG), "have another format than their suffix"),
     "image of 16 bits": (picture(encoded(DEEP)), "have 16 bits a channel"),
     "square image turned by EXIF": (
         as_jpeg(encoded(kind="JPEG", orientation=6)),
@@ -1353,7 +1353,7 @@ def test_a_folder_without_write_permission_gives_a_warning(tmp_path, remembered)
     (tmp_path / "file").write_text("")
     cfg.work_dir = str(tmp_path / "file" / "a")
     (warning,) = checked(cfg, data.root)
-    assert "we cannot save what we read of the data in" in warning
+    assert "we cannot save the findings about the data in" in warning
 
 
 def test_many_are_read_by_several_processes_with_progress(tmp_path, monkeypatch, capfd):
