@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..processes import on_first_process
 from .arguments import train_parser
 from .pretrained import start_from_scratch
-from .setup import generate_data, say
+from .setup import generate_data, print_once
 
 _DATA_OPTIONS = ("data_root", "classes", "reduce_zero_label", "no_data_check")
 _NOT_PLAIN = ("epochs", "iters", "tensorboard", *_DATA_OPTIONS)
@@ -48,7 +48,7 @@ def train_plain(args: argparse.Namespace) -> None:
         args.work_dir or cfg.get("work_dir") or os.path.join("work_dirs", Path(args.config).stem)
     )
     if args.from_scratch:
-        say(start_from_scratch(cfg))
+        print_once(start_from_scratch(cfg))
     if args.amp:
         cfg.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic")
     if args.auto_scale_lr:

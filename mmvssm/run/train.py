@@ -167,7 +167,7 @@ def _apply_options(cfg: Config, args: argparse.Namespace) -> None:
     if args.tensorboard:
         use_tensorboard(cfg)
     if args.from_scratch:
-        say(start_from_scratch(cfg))
+        print_once(start_from_scratch(cfg))
     if args.auto_scale_lr:
         if "base_batch_size" not in (cfg.get("auto_scale_lr") or {}):
             raise UserError("--auto-scale-lr needs auto_scale_lr.base_batch_size in the config")
