@@ -15,12 +15,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from mmcv.cnn.bricks import DropPath
-from mmengine.model import BaseModule
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ...ops import Traversal, cross_traversal, selective_scan
 from ...registry import MODELS
+from .base import Backbone, stage_prefixes
 from .common import (
     DownSample,
     accept_published_names,
@@ -56,7 +56,7 @@ class UnnormedTokens(NamedTuple):
 
 
 @MODELS.register_module()
-class GroupMamba(BaseModule):
+class GroupMamba(Backbone):
     """GroupMamba backbone.
 
     Args:
@@ -73,10 +73,12 @@ class GroupMamba(BaseModule):
         with_cp: Whether to recompute each block's activations in the backward pass instead of storing them.
         init_cfg: mmengine initialisation, for example
             ``dict(type='Pretrained', checkpoint='groupmamba_tiny.pth', prefix='backbone.')``.
+        unwrap_single: Whether to return the map itself, in place of a tuple of one, for projects that expect that. It
+            needs exactly one of ``out_indices``.
 
     Raises:
-        ValueError: If ``arch``, ``out_indices``, ``out_type``, ``drop_path_rate`` or ``frozen_stages`` is not as
-            described.
+        ValueError: If ``arch``, ``out_indices``, ``out_type``, ``drop_path_rate``, ``frozen_stages`` or
+            ``unwrap_single`` is not as described.
     """
 
     arch_settings = {
@@ -110,6 +112,7 @@ class GroupMamba(BaseModule):
         with_cp: bool = False,
         init_cfg: Optional[dict] = None,
         out_type: str = "featmap",
+        unwrap_single: bool = False,
     ) -> None:
         super().__init__(init_cfg)
         if out_type not in OUT_TYPES:
@@ -123,6 +126,12 @@ class GroupMamba(BaseModule):
         self.mlp_ratios = tuple(arch["mlp_ratios"])
         self.out_indices = resolve_out_indices("GroupMamba", out_indices, len(depths), "stages")
         check_rates("GroupMamba", drop_path_rate, frozen_stages, len(depths))
+        self.describe_outputs(
+            (self.embed_dims[i] for i in self.out_indices),
+            (4 * 2**i for i in self.out_indices),
+            (f"stages.{i}" for i in self.out_indices),
+            unwrap_single,
+        )
         self.in_channels = in_channels
         self.frozen_stages = frozen_stages
         self.with_cp = with_cp
@@ -142,7 +151,9 @@ class GroupMamba(BaseModule):
         accept_published_names(self)
         self._freeze_stages()
 
-    def forward(self, x: Tensor) -> tuple[Union[Tensor, UnnormedTokens], ...]:
+    def forward(
+        self, x: Tensor
+    ) -> Union[tuple[Union[Tensor, UnnormedTokens], ...], Tensor, UnnormedTokens]:
         """Compute the feature maps.
 
         Args:
@@ -152,20 +163,20 @@ class GroupMamba(BaseModule):
         Returns:
             For each of ``out_indices`` a map ``(B, embed_dims[i], h, w)``, contiguous in memory,
             where ``h`` and ``w`` are ``H`` and ``W`` halved, rounding up, as often as the stride
-            says; or :class:`UnnormedTokens`, as ``out_type`` says.
+            says; or :class:`UnnormedTokens`, as ``out_type`` says. A tuple, but for ``unwrap_single``.
 
         Raises:
             ValueError: If ``x`` has another number of dimensions or channels.
         """
         if self.out_type == "unnormed":
-            return tuple(
+            return self.pack(
                 UnnormedTokens(raw, self.stages[i].norm)
                 for i, (raw, _) in enumerate(self.walk_stages(x))
                 if i in self.out_indices
             )
         # mmcv's RoIAlign and its like read memory as if every tensor were contiguous, and go wrong
         # without a word on a channels-last one.
-        return tuple(
+        return self.pack(
             x.permute(0, 3, 1, 2).contiguous()
             for i, (_, x) in enumerate(self.walk_stages(x))
             if i in self.out_indices
@@ -179,9 +190,12 @@ class GroupMamba(BaseModule):
             )
         x = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
         for stage in self.stages:
-            raw = stage(x, with_cp=self.with_cp)
-            x = stage.norm(raw)
+            raw, x = stage(x, with_cp=self.with_cp)
             yield raw, x
+
+    def layer_prefixes(self) -> list[tuple[str, ...]]:
+        """See :func:`stage_prefixes`."""
+        return stage_prefixes(self.stages)
 
     def train(self, mode: bool = True) -> GroupMamba:
         """Set the training mode of all but the frozen stages."""
@@ -236,7 +250,7 @@ class Stem(nn.Module):
 
 
 class Stage(nn.Module):
-    """Down-sampling and blocks. ``norm`` is applied by the backbone, which also needs the map before it."""
+    """Down-sampling, blocks and a norm. All of it runs in ``forward``, so that FSDP can shard a stage as a whole."""
 
     def __init__(
         self, embed: nn.Module, dim: int, mlp_ratio: float, drop_path_rates: Sequence[float]
@@ -246,8 +260,8 @@ class Stage(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, mlp_ratio, rate) for rate in drop_path_rates)
         self.norm = nn.LayerNorm(dim, eps=BLOCK_EPS)
 
-    def forward(self, x: Tensor, with_cp: bool = False) -> Tensor:
-        """``(B, H, W, in_dim)`` to ``(B, h, w, dim)``, before ``norm``."""
+    def forward(self, x: Tensor, with_cp: bool = False) -> tuple[Tensor, Tensor]:
+        """``(B, H, W, in_dim)`` to ``(B, h, w, dim)``, before and after ``norm``."""
         x = self.embed(x)
         traversal = cross_traversal(x.shape[1], x.shape[2], x.device)
         for block in self.blocks:
@@ -255,7 +269,7 @@ class Stage(nn.Module):
                 x = checkpoint(block, x, traversal, use_reentrant=False)
             else:
                 x = block(x, traversal)
-        return x
+        return x, self.norm(x)
 
 
 class Block(nn.Module):

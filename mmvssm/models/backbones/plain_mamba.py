@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from mmcv.cnn.bricks import DropPath
 from mmcv.cnn.bricks.transformer import PatchEmbed
-from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -40,6 +39,7 @@ from ..pruning import (
     similarity_to_neighbors,
     take,
 )
+from .base import Backbone
 from .common import (
     accept_published_names,
     check_rates,
@@ -58,7 +58,7 @@ OUTPUT_EPS = 1e-6
 
 
 @MODELS.register_module()
-class PlainMamba(BaseModule):
+class PlainMamba(Backbone):
     """PlainMamba backbone, dense or pruned.
 
     Args:
@@ -85,6 +85,8 @@ class PlainMamba(BaseModule):
             embedding is resized where ``img_size`` differs. State dicts say of what grid it is; where that was lost, as
             it is by ``prefix``, or never said, as in published ones, it is taken for this model's own grid if it has as
             many positions, and else for a square.
+        unwrap_single: Whether to return the map itself, in place of a tuple of one, for projects that expect that. It
+            needs exactly one of ``out_indices``.
 
     Without ``init_cfg`` step sizes start log-uniform in [0.001, 0.1], as Mamba's. So does the code published for
     PlainMamba, which notes that the bias of ``dt_proj`` should not be initialised again (``plain_mamba_layer.py``,
@@ -139,6 +141,7 @@ class PlainMamba(BaseModule):
         raster_source: bool = True,
         double_step_bias: bool = True,
         init_cfg: Optional[dict] = None,
+        unwrap_single: bool = False,
     ) -> None:
         super().__init__(init_cfg)
         arch = resolve_arch("PlainMamba", arch, self.arch_settings, tuple(self.arch_settings["L1"]))
@@ -158,6 +161,11 @@ class PlainMamba(BaseModule):
             "layers",
         )
         check_rates("PlainMamba", drop_path_rate, frozen_stages, num_layers)
+        count = len(self.out_indices)
+        modules = (f"layers.{i}" for i in self.out_indices)
+        self.describe_outputs(
+            [self.embed_dims] * count, [patch_size] * count, modules, unwrap_single
+        )
         self.in_channels = in_channels
         self.frozen_stages = frozen_stages
         self.with_cp = with_cp
@@ -191,7 +199,9 @@ class PlainMamba(BaseModule):
         self._register_load_state_dict_pre_hook(self._resize_loaded_pos_embed)
         self._freeze_stages()
 
-    def forward(self, x: Tensor) -> tuple[Union[Tensor, PrunedTokens], ...]:
+    def forward(
+        self, x: Tensor
+    ) -> Union[tuple[Union[Tensor, PrunedTokens], ...], Tensor, PrunedTokens]:
         """Compute the feature maps.
 
         Args:
@@ -203,18 +213,23 @@ class PlainMamba(BaseModule):
             For each of ``out_indices`` a map ``(B, embed_dims, ceil(H / patch_size), ceil(W / patch_size))``,
             contiguous in memory; or, from the first layer on that had fewer tokens to work on than there are
             positions, :class:`~mmvssm.models.pruning.PrunedTokens`, which
-            :class:`~mmvssm.models.necks.TokenRestoration` turns into maps.
+            :class:`~mmvssm.models.necks.TokenRestoration` turns into maps. A tuple, but for ``unwrap_single``.
 
         Raises:
             ValueError: If ``x`` has another number of dimensions or channels.
             PruningError: If ``alignment='none'`` cannot pack the tokens that remain. It asks for their number, so
                 ``torch.export`` fixes the sizes of the images.
         """
-        return tuple(
+        return self.pack(
             self._output(i, state)
             for i, state in enumerate(self.walk_layers(x))
             if i in self.out_indices
         )
+
+    def layer_prefixes(self) -> list[tuple[str, ...]]:
+        """The embeddings, and each layer."""
+        layers = ((f"layers.{i}.",) for i in range(len(self.layers)))
+        return [("patch_embed.", "pos_embed"), *layers]
 
     def walk_layers(self, x: Tensor) -> Iterator[LayerState]:
         """Yield what each layer left, before the output norm."""

@@ -102,6 +102,10 @@ class PlainMambaAdapter(PlainMamba):
                 f"PlainMambaAdapter: embed_dims, {dim}, and its deform_ratio must be multiples of "
                 f"deform_num_heads={num_heads}."
             )
+        levels = range(1, 5)
+        self.describe_outputs(
+            [dim] * 4, (4, 8, 16, 32), (f"ad_norm{level}" for level in levels), self.unwrap_single
+        )
         self.norms = nn.ModuleDict()  # the last layer's tokens leave without a norm
         self.add_vit_feature = add_vit_feature
         self.level_embed = nn.Parameter(torch.zeros(3, dim))
@@ -123,7 +127,7 @@ class PlainMambaAdapter(PlainMamba):
             for i in range(last + 1)
         )
         self.up = nn.ConvTranspose2d(dim, dim, kernel_size=2, stride=2)
-        for level in range(1, 5):
+        for level in levels:
             setattr(self, f"ad_norm{level}", nn.BatchNorm2d(dim))
         self._init_adapter()
 

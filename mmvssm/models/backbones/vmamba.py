@@ -14,12 +14,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from mmcv.cnn.bricks import DropPath
-from mmengine.model import BaseModule
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ...ops import Traversal, cross_traversal, selective_scan
 from ...registry import MODELS
+from .base import Backbone, stage_prefixes
 from .common import (
     DownSample,
     accept_published_names,
@@ -36,7 +36,7 @@ NUM_WALKS = 4
 
 
 @MODELS.register_module()
-class VMamba(BaseModule):
+class VMamba(Backbone):
     """VMamba backbone.
 
     Args:
@@ -51,9 +51,12 @@ class VMamba(BaseModule):
         with_cp: Whether to recompute each block's activations in the backward pass instead of storing them.
         init_cfg: mmengine initialisation, for example
             ``dict(type='Pretrained', checkpoint='vmamba_tiny.pth', prefix='backbone.')``.
+        unwrap_single: Whether to return the map itself, in place of a tuple of one, for projects that expect that. It
+            needs exactly one of ``out_indices``.
 
     Raises:
-        ValueError: If ``arch``, ``out_indices``, ``drop_path_rate`` or ``frozen_stages`` is not as described.
+        ValueError: If ``arch``, ``out_indices``, ``drop_path_rate``, ``frozen_stages`` or ``unwrap_single`` is not as
+            described.
     """
 
     arch_settings = {
@@ -71,6 +74,7 @@ class VMamba(BaseModule):
         frozen_stages: int = -1,
         with_cp: bool = False,
         init_cfg: Optional[dict] = None,
+        unwrap_single: bool = False,
     ) -> None:
         super().__init__(init_cfg)
         arch = self._resolve_arch(arch)
@@ -78,6 +82,12 @@ class VMamba(BaseModule):
         self.embed_dims = tuple(arch["embed_dims"])
         self.out_indices = resolve_out_indices("VMamba", out_indices, len(depths), "stages")
         check_rates("VMamba", drop_path_rate, frozen_stages, len(depths))
+        self.describe_outputs(
+            (self.embed_dims[i] for i in self.out_indices),
+            (4 * 2**i for i in self.out_indices),
+            (f"stages.{i}" for i in self.out_indices),
+            unwrap_single,
+        )
         self.in_channels = in_channels
         self.frozen_stages = frozen_stages
         self.with_cp = with_cp
@@ -92,7 +102,7 @@ class VMamba(BaseModule):
                 Block(dim, arch["ssm_ratio"], arch["mlp_ratio"], rate)
                 for rate in rates[first : first + depths[i]]
             ]
-            self.stages.append(nn.ModuleDict(dict(embed=embed, blocks=nn.ModuleList(blocks))))
+            self.stages.append(Stage(embed, blocks))
         self.norms = nn.ModuleDict(
             {str(i): nn.LayerNorm(self.embed_dims[i]) for i in self.out_indices}
         )
@@ -100,7 +110,7 @@ class VMamba(BaseModule):
         accept_published_names(self)
         self._freeze_stages()
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor) -> Union[tuple[Tensor, ...], Tensor]:
         """Compute the feature maps.
 
         Args:
@@ -108,7 +118,7 @@ class VMamba(BaseModule):
 
         Returns:
             For each of ``out_indices`` a map ``(B, embed_dims[i], h, w)``, contiguous in memory, where ``h`` and ``w``
-            are ``H`` and ``W`` halved, rounding up, as often as the stride says.
+            are ``H`` and ``W`` halved, rounding up, as often as the stride says. A tuple, but for ``unwrap_single``.
 
         Raises:
             ValueError: If ``x`` has another number of dimensions or channels.
@@ -120,17 +130,15 @@ class VMamba(BaseModule):
         x = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
         maps = []
         for i, stage in enumerate(self.stages):
-            x = stage["embed"](x)
-            traversal = cross_traversal(x.shape[1], x.shape[2], x.device)
-            for block in stage["blocks"]:
-                if self.with_cp and torch.is_grad_enabled():
-                    x = checkpoint(block, x, traversal, use_reentrant=False)
-                else:
-                    x = block(x, traversal)
+            x = stage(x, with_cp=self.with_cp)
             if i in self.out_indices:
                 # mmcv's RoIAlign reads memory as if every tensor were contiguous.
                 maps.append(self.norms[str(i)](x).permute(0, 3, 1, 2).contiguous())
-        return tuple(maps)
+        return self.pack(maps)
+
+    def layer_prefixes(self) -> list[tuple[str, ...]]:
+        """See :func:`stage_prefixes`."""
+        return stage_prefixes(self.stages)
 
     def train(self, mode: bool = True) -> VMamba:
         """Set the training mode of all but the frozen stages."""
@@ -139,7 +147,7 @@ class VMamba(BaseModule):
         return self
 
     def _freeze_stages(self) -> None:
-        frozen = [self.stages[0]["embed"]] if self.frozen_stages >= 0 else []
+        frozen = [self.stages[0].embed] if self.frozen_stages >= 0 else []
         frozen += self.stages[: max(self.frozen_stages, 0)]
         frozen += [norm for i, norm in self.norms.items() if int(i) < self.frozen_stages]
         for module in frozen:
@@ -172,6 +180,26 @@ class Stem(nn.Module):
         """``(B, H, W, in_channels)`` to ``(B, H / 4, W / 4, dim)``."""
         x = F.gelu(self.norm1(convolve(self.conv1, x)))
         return self.norm2(convolve(self.conv2, x))
+
+
+class Stage(nn.Module):
+    """Down-sampling and blocks. Norms of outputs are the backbone's, since a stage without output has none."""
+
+    def __init__(self, embed: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.embed = embed
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor, with_cp: bool = False) -> Tensor:
+        """``(B, H, W, in_dim)`` to ``(B, h, w, dim)``."""
+        x = self.embed(x)
+        traversal = cross_traversal(x.shape[1], x.shape[2], x.device)
+        for block in self.blocks:
+            if with_cp and torch.is_grad_enabled():
+                x = checkpoint(block, x, traversal, use_reentrant=False)
+            else:
+                x = block(x, traversal)
+        return x
 
 
 class Block(nn.Module):

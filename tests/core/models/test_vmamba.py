@@ -181,13 +181,13 @@ def test_mixer_by_hand_and_its_gradients():
 @pytest.mark.parametrize("frozen_stages", [-1, 0, 2, 4])
 def test_frozen_stages(frozen_stages):
     model = VMamba(MINI, frozen_stages=frozen_stages, drop_path_rate=0.5).train()
-    stem_frozen = not any(p.requires_grad for p in model.stages[0]["embed"].parameters())
+    stem_frozen = not any(p.requires_grad for p in model.stages[0].embed.parameters())
     assert stem_frozen == (frozen_stages >= 0)
     for i, stage in enumerate(model.stages):
         frozen = i < frozen_stages
-        parameters = [*stage["blocks"].parameters(), *model.norms[str(i)].parameters()]
+        parameters = [*stage.blocks.parameters(), *model.norms[str(i)].parameters()]
         assert all(p.requires_grad != frozen for p in parameters)
-        assert stage["blocks"][0].training != frozen
+        assert stage.blocks[0].training != frozen
 
 
 def test_activation_checkpointing_changes_no_gradient():
