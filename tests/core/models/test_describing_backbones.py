@@ -8,21 +8,9 @@ import torch
 from mmengine.config import Config
 
 from mmvssm.models import GroupMamba, PlainMamba, PlainMambaAdapter, VMamba
+from support.tiny_backbones import ADAPTER, GROUP, PLAIN, V
 
 CONFIGS = Path(__file__).parents[3] / "configs"
-GROUP = dict(
-    stem_hidden_dim=8, embed_dims=(16, 16, 32, 32), depths=(1, 2, 1, 2), mlp_ratios=(2, 2, 2, 2)
-)
-PLAIN = dict(
-    embed_dims=16,
-    num_layers=4,
-    patch_size=16,
-    num_convs_patch_embed=1,
-    layers_with_dwconv=(0,),
-    d_state=4,
-)
-V = dict(embed_dims=(16, 24, 32, 40), depths=(1, 2, 1, 1), ssm_ratio=2, mlp_ratio=2)
-ADAPTER = dict(arch=PLAIN, conv_inplane=8, deform_num_heads=2, interaction_indexes=((0, 1), (2, 3)))
 BUILDERS = {
     "groupmamba": lambda: GroupMamba(GROUP),
     "groupmamba of two maps": lambda: GroupMamba(GROUP, out_indices=(1, 2)),
