@@ -20,6 +20,12 @@ LOOPS = root.Registry("loop", parent=root.LOOPS, scope="mmvssm", locations=["mmv
 OPTIM_WRAPPERS = root.Registry(
     "optimizer wrapper", parent=root.OPTIM_WRAPPERS, scope="mmvssm", locations=["mmvssm.run.hooks"]
 )
+OPTIM_WRAPPER_CONSTRUCTORS = root.Registry(
+    "optimizer wrapper constructor",
+    parent=root.OPTIM_WRAPPER_CONSTRUCTORS,
+    scope="mmvssm",
+    locations=["mmvssm.models"],
+)
 TASK_UTILS = root.Registry(
     "task util", parent=root.TASK_UTILS, scope="mmvssm", locations=["mmvssm.datasets"]
 )

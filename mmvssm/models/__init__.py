@@ -4,6 +4,7 @@ from . import published  # also teaches the backbones their published names
 from .backbones import GroupMamba, PlainMamba, PlainMambaAdapter, VMamba
 from .classifiers import ClassBlock, GroupMambaClassifier
 from .keep_ratio_hook import KeepRatioWarmup
+from .layer_decay import LayerDecayOptimWrapperConstructor
 from .necks import TokenPooling, TokenRestoration
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "GroupMamba",
     "GroupMambaClassifier",
     "KeepRatioWarmup",
+    "LayerDecayOptimWrapperConstructor",
     "PlainMamba",
     "PlainMambaAdapter",
     "TokenPooling",

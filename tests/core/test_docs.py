@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
 
 import mmvssm.registry
 from mmvssm.run.arguments import train_parser
@@ -116,6 +117,9 @@ def test_config_builds_in_mmdet(snippet):
     with torch.device("meta"):
         model = MODELS.build(dict(cfg.model, _scope_="mmdet"))
     assert f"mmvssm.{type(model.backbone).__name__}" == cfg.model.backbone.type
+    if "constructor" in cfg.get("optim_wrapper", {}):
+        optimizer = build_optim_wrapper(model, cfg.optim_wrapper).optimizer
+        assert len({group["lr"] for group in optimizer.param_groups}) > 2
 
 
 @pytest.mark.parametrize("snippet", named(DISTILLED))
