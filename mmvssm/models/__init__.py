@@ -5,10 +5,11 @@ from .backbones import GroupMamba, PlainMamba, PlainMambaAdapter, VMamba
 from .classifiers import ClassBlock, GroupMambaClassifier
 from .keep_ratio_hook import KeepRatioWarmup
 from .layer_decay import LayerDecayOptimWrapperConstructor
-from .necks import TokenPooling, TokenRestoration
+from .necks import FeaturePyramid, TokenPooling, TokenRestoration
 
 __all__ = [
     "ClassBlock",
+    "FeaturePyramid",
     "GroupMamba",
     "GroupMambaClassifier",
     "KeepRatioWarmup",

@@ -1,6 +1,7 @@
 """Necks."""
 
+from .feature_pyramid import FeaturePyramid
 from .token_pooling import TokenPooling
 from .token_restoration import TokenRestoration
 
-__all__ = ["TokenPooling", "TokenRestoration"]
+__all__ = ["FeaturePyramid", "TokenPooling", "TokenRestoration"]

@@ -23,7 +23,7 @@ class TokenRestoration(BaseModule):
 
         neck=[
             dict(type='mmvssm.TokenRestoration'),
-            dict(type='mmseg.Feature2Pyramid', embed_dim=192, rescales=[4, 2, 1, 0.5]),
+            dict(type='mmvssm.FeaturePyramid', in_channels=192),
             dict(type='FPN', in_channels=[192] * 4, out_channels=256, num_outs=5),
         ]
 
