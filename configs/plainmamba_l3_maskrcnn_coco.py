@@ -13,8 +13,8 @@ model = dict(
     neck=[
         dict(type="mmvssm.TokenRestoration"),
         dict(
-            type="mmseg.Feature2Pyramid",
-            embed_dim=embed_dims,
+            type="mmvssm.FeaturePyramid",
+            in_channels=embed_dims,
             rescales=[4, 2, 1, 0.5],
             norm_cfg=dict(type="SyncBN", requires_grad=True),
         ),

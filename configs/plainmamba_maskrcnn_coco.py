@@ -12,7 +12,7 @@ _base_ = [
     "./_base_/adamw_detection.py",
     "mmdet::_base_/default_runtime.py",
 ]
-custom_imports = dict(imports=["mmvssm", "mmseg.models.necks"], allow_failed_imports=False)
+custom_imports = dict(imports=["mmvssm"], allow_failed_imports=False)
 
 embed_dims = 192
 model = dict(
@@ -27,8 +27,8 @@ model = dict(
     neck=[
         dict(type="mmvssm.TokenRestoration"),
         dict(
-            type="mmseg.Feature2Pyramid",
-            embed_dim=embed_dims,
+            type="mmvssm.FeaturePyramid",
+            in_channels=embed_dims,
             rescales=[4, 2, 1, 0.5],
             norm_cfg=dict(type="SyncBN", requires_grad=True),
         ),

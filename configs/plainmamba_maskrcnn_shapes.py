@@ -1,7 +1,7 @@
 """The GroupMamba demo on the embedded data set, with a small PlainMamba."""
 
 _base_ = ["./groupmamba_maskrcnn_shapes.py"]
-custom_imports = dict(imports=["mmvssm", "mmseg.models.necks"], allow_failed_imports=False)
+custom_imports = dict(imports=["mmvssm"], allow_failed_imports=False)
 
 embed_dims = 64
 model = dict(
@@ -22,8 +22,8 @@ model = dict(
     neck=[
         dict(type="mmvssm.TokenRestoration"),
         dict(
-            type="mmseg.Feature2Pyramid",
-            embed_dim=embed_dims,
+            type="mmvssm.FeaturePyramid",
+            in_channels=embed_dims,
             rescales=[2, 1, 0.5, 0.25],
             norm_cfg=dict(type="BN", requires_grad=True),
         ),

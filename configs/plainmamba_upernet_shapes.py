@@ -21,8 +21,8 @@ model = dict(
     neck=[
         dict(type="mmvssm.TokenRestoration"),
         dict(
-            type="mmseg.Feature2Pyramid",
-            embed_dim=embed_dims,
+            type="mmvssm.FeaturePyramid",
+            in_channels=embed_dims,
             rescales=[2, 1, 0.5, 0.25],
             norm_cfg=dict(type="BN", requires_grad=True),
         ),

@@ -126,7 +126,7 @@ class TestText:
         elif isinstance(widths, int):  # a plain backbone, whose maps a neck makes into a pyramid
             restoration, pyramid, *necks = model.neck
             assert restoration.type == "mmvssm.TokenRestoration"
-            assert (pyramid.type, pyramid.embed_dim) == ("mmseg.Feature2Pyramid", widths)
+            assert (pyramid.type, pyramid.in_channels) == ("mmvssm.FeaturePyramid", widths)
             strides = [arch["patch_size"] / scale for scale in pyramid.rescales]
             assert strides == [4, 8, 16, 32]
             assert model.backbone.out_indices[-1] == arch["num_layers"] - 1
