@@ -25,8 +25,8 @@ BACKBONES = {
 }
 
 
-def build_model(project, backbone):
-    """A model of a project, on the meta device."""
+def build_model(project, backbone, device="meta"):
+    """A model of a project."""
     pytest.importorskip(project, reason=f"a model of {project}")
     if project == "mmpretrain":
         head = dict(type="LinearClsHead", num_classes=3, in_channels=8)
@@ -35,7 +35,7 @@ def build_model(project, backbone):
         method = "maskrcnn" if project == "mmdet" else "upernet"
         model = Config.fromfile(CONFIGS / f"groupmamba_{method}_shapes.py").model
         model.backbone = backbone
-    with DefaultScope.overwrite_default_scope(project), torch.device("meta"):
+    with DefaultScope.overwrite_default_scope(project), torch.device(device):
         return MODELS.build(model)
 
 
@@ -81,9 +81,12 @@ def test_mmpretrain_s_own_constructor_gives_the_same_rates(backbone):
 
 def test_backbones_of_mmpretrain_in_a_detector():
     pytest.importorskip("mmpretrain", reason="its backbones know their layers too")
-    model = build_model("mmdet", dict(type="mmpretrain.ConvNeXt", out_indices=(0, 1, 2, 3)))
+    backbone = dict(type="mmpretrain.ConvNeXt", arch="atto", out_indices=(0, 1, 2, 3))
+    model = build_model("mmdet", backbone, "cpu")  # it does not build on the meta device
     groups = groups_by_name(model, SETTINGS, "mmdet")
-    assert len({group["lr"] for group in groups.values()}) == 14  # 12 layers, stem and head
+    assert groups["backbone.downsample_layers.0.0.weight"]["lr"] == 0.5**7
+    assert groups["backbone.stages.3.1.gamma"]["lr"] == 0.5
+    assert groups["rpn_head.rpn_cls.weight"]["lr"] == 1.0
 
 
 def test_a_backbone_inside_of_another_model():
