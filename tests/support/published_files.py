@@ -1,8 +1,11 @@
 """Files of published models, made here: our weights under the published names."""
 
+import argparse
 import re
 
 import torch
+
+from mmvssm.models.weights_table import PUBLISHED
 
 _VMAMBA = (
     (r"^stages\.0\.embed\.conv1\.", "patch_embed.0."),
@@ -41,6 +44,18 @@ _GROUPMAMBA = (
     (r"\.ffn\.conv\.", ".mlp.dwconv.dwconv."),
     (r"\.ffn\.", ".mlp."),
 )
+
+
+def published_file(name, weights):
+    """What the authors' file of a published model holds, with ``weights`` under our names for its weights."""
+    family = name.partition("_")[0]
+    classifier = PUBLISHED[name].task == "classification"
+    published = as_published(family, weights, classifier)
+    if not classifier:
+        return {"state_dict": published, "meta": {"CLASSES": ("a", "b"), "mmdet_version": "2.25.0"}}
+    if family == "groupmamba":
+        return published
+    return {"model": published, "args": argparse.Namespace(lr=1e-3), "epoch": 299}
 
 
 def as_published(family, weights, classifier):

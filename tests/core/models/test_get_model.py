@@ -1,6 +1,5 @@
 """Published models by name: every name's file under the published names, and what ``get_model`` builds of it."""
 
-import argparse
 import runpy
 from pathlib import Path
 
@@ -13,23 +12,11 @@ from mmvssm.models import weights as module
 from mmvssm.models.get_model import _build_whole
 from mmvssm.models.published import convert_whole
 from mmvssm.models.weights_table import PUBLISHED
-from support.published_files import as_published
+from support.published_files import as_published, published_file
 
 REPO = Path(__file__).parents[3]
 ARCH = dict(embed_dims=[8, 8, 16, 768], depths=[1, 1, 1, 1], ssm_ratio=1, mlp_ratio=1)
 LIBRARIES = {"classification": "mmpretrain", "detection": "mmdet", "segmentation": "mmseg"}
-
-
-def published_file(name, weights):
-    """What the authors' file holds."""
-    family = name.partition("_")[0]
-    classifier = PUBLISHED[name].task == "classification"
-    published = as_published(family, weights, classifier)
-    if not classifier:
-        return {"state_dict": published, "meta": {"CLASSES": ("a", "b"), "mmdet_version": "2.25.0"}}
-    if family == "groupmamba":
-        return published
-    return {"model": published, "args": argparse.Namespace(lr=1e-3), "epoch": 299}
 
 
 @pytest.mark.slow
