@@ -1,7 +1,8 @@
 """Backbones beside what a user would otherwise pick: mmdet's Swin-T and ResNet-50, and a ViT of DeiT-T's size.
 
 All of them run in turn in one process, on the same images. Ratios are to the first of each group: GroupMamba-T beside
-Swin-T and ResNet-50; PlainMamba-L1 beside a ViT whose attention is torch's own scaled_dot_product_attention.
+Swin-T and ResNet-50; each of our backbones beside Swin-T; PlainMamba-L1 beside a ViT whose attention is torch's own
+scaled_dot_product_attention.
 
 Examples:
     python tools/benchmark/backbones.py
@@ -25,7 +26,7 @@ from timing import (
 from torch import Tensor, nn
 
 from mmvssm.errors import UserError, add_traceback_option, run_tool
-from mmvssm.models import GroupMamba, PlainMamba
+from mmvssm.models import GroupMamba, PlainMamba, PlainMambaAdapter, VMamba
 
 GROUPS = {
     "groupmamba": dict(
@@ -35,6 +36,16 @@ GROUPS = {
             "GroupMamba-T": lambda: GroupMamba("tiny"),
         },
         shapes=[(1, 800, 1280), (8, 224, 224), (1, 512, 2048)],
+    ),
+    "all": dict(
+        models={
+            "Swin-T": lambda: library_model("mmdet.SwinTransformer"),
+            "GroupMamba-T": lambda: GroupMamba("tiny"),
+            "VMamba-T": lambda: VMamba("T"),
+            "PlainMamba-L1": lambda: PlainMamba("L1"),
+            "PlainMamba-Adapter-L1": lambda: PlainMambaAdapter("L1"),
+        },
+        shapes=[(1, 800, 1280), (8, 224, 224)],
     ),
     "plainmamba": dict(
         models={

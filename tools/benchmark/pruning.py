@@ -1,4 +1,4 @@
-"""How much of the FLOPs that pruning saves it saves in time: pruned PlainMamba beside dense, in one run.
+"""How much of the FLOPs that pruning saves it saves in time: a pruned backbone beside the dense one, in one run.
 
 Both have the same weights. Runs of the two alternate, so that whatever else the machine does hits both; the table shows
 the fastest of each, and the JSON file all of them. The ideal is what the FLOPs promise.
@@ -6,6 +6,7 @@ the fastest of each, and the JSON file all of them. The ideal is what the FLOPs 
 Examples:
     python tools/benchmark/pruning.py                                  # L1 and L3, evaluation and training
     python tools/benchmark/pruning.py --arch L3 --shape 64 224 224 --device cuda --dtype bfloat16
+    python tools/benchmark/pruning.py --backbone PlainMambaAdapter --shape 1 800 1280
 """
 
 import argparse
@@ -20,9 +21,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from mmvssm.analysis.flops import count
 from mmvssm.errors import UserError, add_traceback_option, run_tool
-from mmvssm.models import PlainMamba
+from mmvssm.models import PlainMamba, PlainMambaAdapter
 from mmvssm.models.pruning import PrunedTokens
 
+BACKBONES = {kind.__name__: kind for kind in (PlainMamba, PlainMambaAdapter)}
 SHAPES = [(4, 224, 224), (1, 512, 512), (1, 800, 1280)]
 KINDS = {
     "linear layers": ("aten::addmm", "aten::mm", "aten::bmm"),
@@ -47,6 +49,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--backbone", default="PlainMamba", choices=sorted(BACKBONES))
     parser.add_argument("--arch", nargs="+", default=["L1", "L3"], help="models, pruned by preset")
     parser.add_argument(
         "--shape", type=int, nargs=3, action="append", metavar=("B", "H", "W"), help="repeatable"
@@ -76,7 +79,8 @@ def build_pair(arch: str, args: argparse.Namespace) -> dict[str, PlainMamba]:
     torch.manual_seed(0)
     if arch not in PlainMamba.arch_settings:
         raise UserError(f"unknown arch {arch}; known are {', '.join(PlainMamba.arch_settings)}")
-    models = {name: PlainMamba(arch, pruning=p) for name, p in (("dense", None), ("pruned", arch))}
+    backbone = BACKBONES[args.backbone]
+    models = {name: backbone(arch, pruning=p) for name, p in (("dense", None), ("pruned", arch))}
     models["pruned"].load_state_dict(models["dense"].state_dict())
     return {name: model.to(args.device).eval() for name, model in models.items()}
 
@@ -89,9 +93,12 @@ def evaluate(model: PlainMamba, x: Tensor) -> None:
 
 def train(model: PlainMamba, x: Tensor) -> None:
     """A forward and a backward pass; what departed takes part as it does below a restoration neck."""
-    (y,) = model(x)
-    loss = y.tokens.sum() + y.departed.sum() if isinstance(y, PrunedTokens) else y.sum()
-    loss.backward()
+    parts = [
+        part
+        for y in model(x)
+        for part in ((y.tokens, y.departed) if isinstance(y, PrunedTokens) else (y,))
+    ]
+    sum(part.sum() for part in parts).backward()
     model.zero_grad()
 
 
