@@ -358,8 +358,8 @@ class ShapesGenerator:
         found = set(os.listdir(self.root)) if self.root.is_dir() else set()
         if self.root.is_symlink() or "shapes.json" not in found or not found <= ours:
             raise FileExistsError(
-                f"{self.root} holds files that ShapesGenerator did not write: move it away, or "
-                "set another root for the generated data set; we changed nothing."
+                f"{self.root} exists but is not a data set of ShapesGenerator: move it away, or "
+                "set another root for the generated data set; nothing was changed."
             )
 
     def _replace(self) -> None:

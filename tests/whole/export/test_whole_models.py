@@ -379,7 +379,7 @@ def test_detector_in_a_browser(detector, page, tmp_path):
 
 
 REFUSED = [
-    ("PRUNED_SEGMENTER", ["--cfg-options", "model.backbone.pruning.alignment=none"], "'decay' and"),
+    ("PRUNED_SEGMENTER", ["--cfg-options", "model.backbone.pruning.alignment=none"], "'decay' or"),
     ("SEGMENTER", ["--opset", "17"], "opset 17 is not supported; choose one from 18 to 26"),
     ("DETECTOR", ["--opset", "22"], "opset 22 is not supported; choose one from 18 to 21"),
     ("SEGMENTER", ["--cfg-options", "model.test_cfg.mode=slide"], "model.test_cfg.mode is 'slide'"),
