@@ -1,4 +1,4 @@
-"""Fail, in one sentence, if a port of this machine is in use: ``python tools/check_port.py 29500``."""
+"""Exit with a one-line error if a port of this machine is in use: ``python tools/check_port.py 29500``."""
 
 import errno
 import socket

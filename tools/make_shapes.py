@@ -1,4 +1,4 @@
-"""Generate the embedded data set; the shapes configs also generate it on first use."""
+"""Generate the data set of shapes; the shapes configs also generate it on first use."""
 
 import argparse
 
@@ -21,7 +21,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Generate the data set, unless it is there already.
+    """Generate the data set unless it exists.
 
     Raises:
         UserError: If it cannot be written.

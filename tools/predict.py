@@ -1,4 +1,4 @@
-"""Predict on images and videos with a detector (mmdet) or a segmenter (mmseg), and draw what was found.
+"""Predict on images and videos with a detector (mmdet) or a segmenter (mmseg), and draw the predictions.
 
 python tools/predict.py CONFIG CHECKPOINT photos/ film.mp4 'scans/**/*.tif' --out-dir predictions
 """

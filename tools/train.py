@@ -2,7 +2,7 @@
 
 python tools/train.py configs/groupmamba_maskrcnn_shapes.py
 python tools/train.py configs/groupmamba_upernet_shapes.py --data-root my_data
-python tools/train.py configs/groupmamba_maskrcnn_shapes.py --plain  # by mmengine alone
+python tools/train.py configs/groupmamba_maskrcnn_shapes.py --plain  # with mmengine alone
 tools/dist_train.sh configs/groupmamba_maskrcnn_coco.py 8 --amp
 """
 

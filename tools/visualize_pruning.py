@@ -1,4 +1,4 @@
-"""Draw which tokens a pruned backbone keeps of an image, and print what pruning saves.
+"""Draw the tokens that a pruned backbone keeps of an image, and print the FLOPs and time saved.
 
 python tools/visualize_pruning.py configs/plainmamba_pruned_upernet_shapes.py CHECKPOINT IMAGE --out kept.png
 """

@@ -88,7 +88,7 @@ def test_prepared_when_its_turn_comes_and_once(tmp_path, task):
 def test_a_failure_leaves_out_what_needs_it_and_nothing_else(tmp_path, task):
     tasks = [task("bad", kind="fails"), task("needs bad", "bad"), task("good")]
     with pytest.raises(
-        UserError, match="of 3 runs bad failed and 1 that wait for them were left out"
+        UserError, match="of 3 runs bad failed and 1 that wait for them were skipped"
     ) as caught:
         run_tasks(tasks)
     assert str(tmp_path / "bad/output.txt") in str(caught.value)

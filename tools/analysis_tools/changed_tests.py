@@ -2,9 +2,9 @@
 
 python tools/analysis_tools/changed_tests.py [BASE]
 
-A change is what the working tree has and the commit BASE (HEAD) has not. It reaches the files that import a changed
-file, the tests and configs that name one in a string, and whatever imports or names these. Registries are not followed:
-a test reaches a model if it imports the model's room, ``mmvssm`` itself or ``mmvssm.run``.
+A change is the difference between the working tree and the commit BASE (HEAD). It reaches the files that import a
+changed file, tests and configs that name one in a string, and all files that import or name these. We do not follow
+registries: a test reaches a model if it imports the model's folder, ``mmvssm`` itself or ``mmvssm.run``.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from rooms import REPOSITORY, named_modules
 IMPORT_ROOTS = ("", "tests/", "web/", "tools/benchmark/", "tools/experiments/", "tools/install/")
 IMPORT_ROOTS += ("tools/triton_lab/", "tools/analysis_tools/")
 EVERYTHING = ("pyproject.toml", "setup.py", "requirements/", "tests/conftest.py")
-"""Files, and a folder, that every test depends on."""
+"""Files and a folder on which every test depends."""
 
 READ_ALL_SOURCES = {"tests/core/test_rooms.py"}
 NAMES_FILES = ("tests/", "configs/", "web/", "tools/dist_")
-"""Where a string that names a file means that this file is used; elsewhere it may be a hint in a message."""
+"""Folders in which a string with a file's name means its use; elsewhere it may be a hint in a message."""
 
 LAB = re.compile(r"tests/(lab|support)/|tools/(triton_lab|benchmark)/|mmvssm/ops/.*triton")
-"""``tests/lab`` runs where one of these changed, whatever else it imports."""
+"""``tests/lab`` runs if one of these changed, whatever else it imports."""
 
 
 def changed_files(base: str, root: Path = REPOSITORY) -> set[str]:
-    """The files that differ from a commit, deleted and new ones included."""
+    """List the files that differ from a commit, including deleted and new ones."""
     differing = ["git", "diff", "--name-only", "--no-renames", base, "--"]
     untracked = ["git", "ls-files", "--others", "--exclude-standard"]
     return {
@@ -44,15 +44,15 @@ def changed_files(base: str, root: Path = REPOSITORY) -> set[str]:
 
 
 def tracked_files(root: Path = REPOSITORY) -> set[str]:
-    """The files that git tracks."""
+    """List the files that git tracks."""
     return set(subprocess.check_output(["git", "ls-files"], cwd=root, text=True).splitlines())
 
 
 def users_of(files: set[str], root: Path = REPOSITORY) -> dict[str, set[str]]:
-    """``{file: the files that import or name it}``, not followed further.
+    """Map each file to the files that import or name it directly.
 
     Args:
-        files: All files of the repository, and those that were deleted, as paths from ``root``.
+        files: All files of the repository and the deleted ones, as paths from ``root``.
         root: The checkout.
     """
     by_name, users = defaultdict(set), defaultdict(set)
@@ -69,7 +69,7 @@ def users_of(files: set[str], root: Path = REPOSITORY) -> dict[str, set[str]]:
         if path.suffix in (".py", ".sh") and path.is_file():
             for used in _used_by(file, path.read_text(), files, by_name) - {file}:
                 users[used].add(file)
-        if path.name == "conftest.py" and path.is_file():  # used by who names one of its fixtures
+        if path.name == "conftest.py" and path.is_file():  # used by files that name its fixtures
             fixtures = re.compile(
                 "|".join(rf"\b{n}\b" for n in re.findall(r"def (\w+)", path.read_text()))
             )
@@ -100,7 +100,7 @@ def _used_by(file: str, text: str, files: set[str], by_name: dict[str, set[str]]
         )
         modules = [module for _, module in named_modules(tree, Path(file).parts[:-1])]
         modules += re.findall(r"mmvssm(?:\.\w+)+", text)
-        if file == "mmvssm/__init__.py":  # imports its rooms by their names
+        if file == "mmvssm/__init__.py":  # imports its folders by name
             modules += [f"mmvssm.{word}" for word in text.split()]
         for module in modules:
             used |= _files_of_module(module, files)
@@ -114,7 +114,7 @@ def _used_by(file: str, text: str, files: set[str], by_name: dict[str, set[str]]
 
 
 def _files_of_module(module: str, files: set[str]) -> set[str]:
-    """The file of a module, or of the module that has this name in it."""
+    """Find the file of a module, or of the module that defines this name."""
     path = module.replace(".", "/")
     for name in (path, path.rpartition("/")[0]):
         for root in IMPORT_ROOTS if name else ():
@@ -125,7 +125,7 @@ def _files_of_module(module: str, files: set[str]) -> set[str]:
 
 
 def reached(changed: Iterable[str], users: dict[str, set[str]]) -> set[str]:
-    """The changed files and all that use them, directly or through others."""
+    """Return the changed files and all that use them, directly or through others."""
     found, left = set(), list(changed)
     while left:
         file = left.pop()
@@ -136,7 +136,7 @@ def reached(changed: Iterable[str], users: dict[str, set[str]]) -> set[str]:
 
 
 def tests_of(changed: set[str], files: set[str], root: Path = REPOSITORY) -> list[str]:
-    """The test files that a change reaches.
+    """List the test files that a change reaches.
 
     Args:
         changed: The changed files, as paths from ``root``.

@@ -1,4 +1,4 @@
-"""List what each room of the package imports and how long it is; exit with 1 if an import goes up.
+"""List imports and lines of each folder ("room") of the package; exit with 1 if an import goes up.
 
 python tools/analysis_tools/rooms.py
 """
@@ -14,24 +14,24 @@ from typing import NamedTuple
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ROOMS = ("run", "export", "analysis", "pretraining", "datasets", "models", "ops", "ground floor")
-"""From the top down. The ground floor is the modules beside the rooms, ``mmvssm/*.py``, less ``COMMANDS``."""
+"""Rooms from the top down; the ground floor is the modules ``mmvssm/*.py``, less ``COMMANDS``."""
 
 COMMANDS = ("convert",)
 """Modules beside the rooms that are commands, for ``python -m mmvssm.NAME``, and so belong to the annex."""
 
 TOOLS = ("experiments", "benchmark", "triton_lab", "analysis_tools", "install")
-"""The folders of ``tools``, from the top down. All may import ``mmvssm``, none may import ``tests``."""
+"""Folders of ``tools`` from the top down; all may import ``mmvssm``, none may import ``tests``."""
 
 
 class Import(NamedTuple):
     """One import statement.
 
     Attributes:
-        file: Where it stands.
-        line: Its line there.
-        source: The room of that file.
-        target: The room that it names.
-        module: The module that it names.
+        file: Source file.
+        line: Line in the file.
+        source: Room of the file.
+        target: Room of the imported module.
+        module: Imported module.
     """
 
     file: Path
@@ -42,7 +42,7 @@ class Import(NamedTuple):
 
 
 def room_of(module: str) -> str:
-    """The room of a module of ours, such as ``"models"`` for ``"mmvssm.models.pruning"``."""
+    """Return the room of one of our modules, such as ``"models"`` for ``"mmvssm.models.pruning"``."""
     names = module.split(".")
     if len(names) > 1 and names[1] in COMMANDS:
         return "run"
@@ -50,7 +50,7 @@ def room_of(module: str) -> str:
 
 
 def imports_of(root: Path = REPOSITORY) -> Iterator[Import]:
-    """Every import of a module of ours by another, function bodies included.
+    """Yield every import between our modules, including those in functions.
 
     Args:
         root: The checkout.
@@ -66,7 +66,7 @@ def imports_of(root: Path = REPOSITORY) -> Iterator[Import]:
 
 
 def named_modules(tree: ast.AST, folder: Sequence[str]) -> Iterator[tuple[int, str]]:
-    """The line and the full name of each module that a source file names in imports."""
+    """Yield line and full name of each module in a source file's imports."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for name in node.names:
@@ -79,7 +79,7 @@ def named_modules(tree: ast.AST, folder: Sequence[str]) -> Iterator[tuple[int, s
 
 
 def upward(imports: Sequence[Import]) -> list[Import]:
-    """Those that name a room above their own. Operators need torch alone: for them any other room is one."""
+    """Return imports of a room above their own; for operators, which need only torch, of any other room."""
     level = {room: -number for number, room in enumerate(ROOMS)}
     return [
         one
@@ -89,7 +89,7 @@ def upward(imports: Sequence[Import]) -> list[Import]:
 
 
 def circle(imports: Sequence[Import], root: Path = REPOSITORY) -> list[str]:
-    """Files that import each other in a circle, the first that is found; empty if there is none."""
+    """Return the first circle of files that import each other; empty if there is none."""
 
     def file_of(module: str) -> Path:
         path = root.joinpath(*module.split("."))
@@ -108,7 +108,7 @@ def circle(imports: Sequence[Import], root: Path = REPOSITORY) -> list[str]:
 
 
 def tools_that_import_upwards(root: Path = REPOSITORY) -> list[str]:
-    """Places in ``tools`` that import tests, or a folder of tools above their own."""
+    """List places in ``tools`` that import tests, or a folder of tools above their own."""
     folder_of = {
         file.stem: file.parent.name
         for name in TOOLS
@@ -128,7 +128,7 @@ def tools_that_import_upwards(root: Path = REPOSITORY) -> list[str]:
 
 
 def lines_of(root: Path = REPOSITORY) -> dict[str, int]:
-    """Lines of Python and C++ of each room, of tools and of tests."""
+    """Count lines of Python and C++ in each room, in tools and in tests."""
 
     def count(folder: Path, deep: bool = True) -> int:
         files = folder.rglob("*") if deep else folder.glob("*")

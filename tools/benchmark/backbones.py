@@ -1,8 +1,7 @@
-"""Backbones beside what a user would otherwise pick: mmdet's Swin-T and ResNet-50, and a ViT of DeiT-T's size.
+"""Compare our backbones with mmdet's Swin-T and ResNet-50, and with a ViT of DeiT-T's size.
 
-All of them run in turn in one process, on the same images. Ratios are to the first of each group: GroupMamba-T beside
-Swin-T and ResNet-50; each of our backbones beside Swin-T; PlainMamba-L1 beside a ViT whose attention is torch's own
-scaled_dot_product_attention.
+They run in turn in one process, on the same images. Ratios are to the first of each group: GroupMamba-T with Swin-T and
+ResNet-50; each of our backbones with Swin-T; PlainMamba-L1 with a ViT that uses torch's scaled_dot_product_attention.
 
 Examples:
     python tools/benchmark/backbones.py
@@ -79,7 +78,7 @@ class PlainTransformer(nn.Module):
         self.layers = nn.TransformerEncoder(layer, num_layers=12, enable_nested_tensor=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(B, 3, H, W)`` to ``(B, L, 192)``."""
+        """Map ``(B, 3, H, W)`` to ``(B, L, 192)``."""
         return self.layers(self.patches(x).flatten(2).transpose(1, 2))
 
 
@@ -115,7 +114,7 @@ def evaluate(model: nn.Module, x: Tensor) -> None:
 
 
 def train(model: nn.Module, x: Tensor) -> None:
-    """A forward and a backward pass."""
+    """Run a forward and a backward pass."""
     y = model(x)
     maps = y if isinstance(y, (tuple, list)) else (y,)
     sum(m.sum() if isinstance(m, Tensor) else m.tokens.sum() for m in maps).backward()
@@ -125,7 +124,7 @@ def train(model: nn.Module, x: Tensor) -> None:
 def peak_memory_of(
     group: str, name: str, model: nn.Module, step: Callable, x: Tensor, args: argparse.Namespace
 ) -> int:
-    """Bytes that a pass takes beyond model and images."""
+    """Measure the bytes that a pass takes beyond model and images."""
     if not args.device.startswith("cuda"):
         return peak_memory(prepare, group, name, step, tuple(x.shape), args)
     run(model, step, x, args)  # what stays allocated after a first run is no peak
@@ -138,7 +137,7 @@ def peak_memory_of(
 def prepare(
     group: str, name: str, step: Callable, shape: tuple[int, ...], args: argparse.Namespace
 ) -> Callable[[], None]:
-    """Make a pass ready in a process of its own; a small image has gone through it before."""
+    """Prepare a pass in a separate process and warm up with a small image."""
     about(args.device, args.default_malloc)
     torch.set_num_threads(args.threads)
     model = GROUPS[group]["models"][name]()
@@ -149,7 +148,7 @@ def prepare(
 
 
 def run(model: nn.Module, step: Callable, x: Tensor, args: argparse.Namespace) -> None:
-    """One pass, in the dtype that was asked for."""
+    """Run one pass in the requested dtype."""
     with torch.autocast(x.device.type, getattr(torch, args.dtype), args.dtype != "float32"):
         step(model, x)
 
@@ -158,7 +157,7 @@ def main() -> None:
     """Run the tool."""
     args = parse_args()
     if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("there is no CUDA GPU here; leave out --device")
+        raise UserError("this machine has no CUDA GPU; drop --device")
     machine = about(args.device, args.default_malloc)
     print(", ".join(f"{name} {value}" for name, value in machine.items()), args.dtype)
     bandwidth = copy_bandwidth(args.device)
@@ -193,7 +192,7 @@ def main() -> None:
 def measure(
     group: str, models: dict[str, nn.Module], step: Callable, x: Tensor, args: argparse.Namespace
 ) -> dict[str, dict]:
-    """Times and peak memory of one pass of each model."""
+    """Measure times and peak memory of one pass of each model."""
     runnable = {k: torch.compile(m) if args.compile else m for k, m in models.items()}
     peaks = {
         name: None

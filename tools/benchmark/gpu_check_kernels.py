@@ -1,4 +1,4 @@
-"""Triton kernels of gpu_check.py: what the operators' kernels are made of, by itself."""
+"""Triton kernels of gpu_check.py: the building blocks of the operators' kernels, one by one."""
 
 import torch
 import torch.nn.functional as F

@@ -1,10 +1,10 @@
-"""Exported models in onnxruntime beside the libraries' own inference in PyTorch.
+"""Compare exported models in onnxruntime with the libraries' own inference in PyTorch.
 
-``export`` says what the files are, ``parity`` how far the answers are the same, and ``speed`` how long they take.
-onnxruntime runs each file twice: as any runtime would (portable), and with the scans in mmvssm's compiled operator
-(native). Answers are compared on images that are resized to sizes the exporter was not shown. Models without a
-checkpoint have random weights; of detectors the score threshold is then lowered until they find as many objects as they
-may, so that all have the same work. Needs onnx, onnxscript and onnxruntime.
+``export`` describes the files, ``parity`` compares predictions, and ``speed`` compares times. onnxruntime runs each
+file twice: with standard operators only (portable), and with the scans in mmvssm's compiled operator (native). Images
+are resized to other sizes than the exporter's example. Models without a checkpoint have random weights; we then lower
+detectors' score threshold until they find the most objects allowed, so that all have the same work. Needs onnx,
+onnxscript and onnxruntime.
 
 Examples:
     python tools/benchmark/onnx_models.py parity --model CONFIG CHECKPOINT --images photos/
@@ -81,7 +81,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--out", help="default: work_dirs/benchmark/onnx_<what>.json")
     add_traceback_option(parser)
-    # What opening a config and its data set also asks for.
+    # Arguments that opening a config and its data set also reads.
     parser.set_defaults(
         cfg_options=None, work_dir=None, launcher="none", local_rank=0,
         classes=None, reduce_zero_label=None, no_data_check=True,
@@ -102,11 +102,11 @@ class Model:
     """A model in PyTorch.
 
     Attributes:
-        name: Of its config.
+        name: Name of its config.
         cfg: Its config.
-        network: In evaluation mode.
+        network: The model in evaluation mode.
         trained: Whether it has weights of a checkpoint.
-        file: What was exported of it before.
+        file: An earlier export of it.
     """
 
     name: str
@@ -117,7 +117,7 @@ class Model:
 
     @property
     def is_detector(self) -> bool:
-        """Whether it finds objects, or labels pixels."""
+        """Whether it is a detector instead of a segmenter."""
         return self.cfg.default_scope == "mmdet"
 
 
@@ -127,7 +127,7 @@ def open_model(
     checkpoint: Optional[str] = None,
     file: Optional[str] = None,
 ) -> Model:
-    """Build a model, with its weights or random ones."""
+    """Build a model with its checkpoint's or random weights."""
     args.config = path
     cfg = open_config(args)
     weights = Checkpoint.load(checkpoint) if checkpoint else None
@@ -144,10 +144,10 @@ def open_model(
 
 
 def export(model: Model, opset: int) -> tuple[Any, dict[str, Any]]:
-    """Export a model, unless that was done before.
+    """Export a model, unless there is an earlier export.
 
     Returns:
-        It, and what is to be said of it.
+        The exported model, and facts about it.
     """
     import onnx
 
@@ -178,7 +178,7 @@ def export(model: Model, opset: int) -> tuple[Any, dict[str, Any]]:
 
 
 def run_export(args: argparse.Namespace) -> list[dict]:
-    """Export each model and look at what came out."""
+    """Export each model and describe the file."""
     table = markdown_table(
         ["model", "seconds", "MB", "nodes", "scans", "nodes of scans", "checker"]
     )
@@ -204,7 +204,7 @@ def run_export(args: argparse.Namespace) -> list[dict]:
 
 
 def sessions_of(proto: Any, args: argparse.Namespace) -> dict[str, Callable[[Tensor], dict]]:
-    """Functions from an image, uint8 RGB ``(3, H, W)``, to what the file makes of it."""
+    """Return functions that map an image, uint8 RGB ``(3, H, W)``, to the file's predictions."""
     from mmvssm.export.onnx_model import open_session
 
     def runner(native: bool) -> Callable[[Tensor], dict]:
@@ -222,7 +222,7 @@ def sessions_of(proto: Any, args: argparse.Namespace) -> dict[str, Callable[[Ten
 
 
 def as_loaded(model: Model, image: Tensor) -> dict[str, list]:
-    """An image, uint8 RGB ``(3, H, W)``, as the library's pipeline would hand it over."""
+    """Return an image, uint8 RGB ``(3, H, W)``, as the library's pipeline would."""
     if model.is_detector:
         from mmdet.structures import DetDataSample as Sample
     else:
@@ -234,7 +234,7 @@ def as_loaded(model: Model, image: Tensor) -> dict[str, list]:
 
 @torch.no_grad()
 def in_pytorch(model: Model, image: Tensor) -> dict[str, Tensor]:
-    """What the library's own inference makes of an image, under the names that exported files use."""
+    """Run the library's own inference on an image; name the outputs as exported files do."""
     with last_output(model.network.backbone) as seen:
         (sample,) = model.network.test_step(as_loaded(model, image))
     if model.is_detector:
@@ -253,7 +253,7 @@ def in_pytorch(model: Model, image: Tensor) -> dict[str, Tensor]:
 
 @contextmanager
 def last_output(module: nn.Module) -> Iterator[list]:
-    """A list that gets what a module returns while this is open."""
+    """Yield a list that collects a module's outputs inside the context."""
     seen: list = []
     handle = module.register_forward_hook(lambda *call: seen.append(call[-1]))
     try:
@@ -263,7 +263,7 @@ def last_output(module: nn.Module) -> Iterator[list]:
 
 
 def pictures_of(model: Model, args: argparse.Namespace) -> list[str]:
-    """Files of the images that answers are compared on."""
+    """List the image files on which we compare predictions."""
     if args.images:
         files = [str(Path(args.images, name)) for name in list_files(args.images)]
     else:
@@ -275,7 +275,7 @@ def pictures_of(model: Model, args: argparse.Namespace) -> list[str]:
 
 
 def read(path: str, size: Sequence[int]) -> Tensor:
-    """An image, uint8 RGB ``(3, H, W)``, resized."""
+    """Read and resize an image, uint8 RGB ``(3, H, W)``."""
     pixels = mmcv.imresize(mmcv.imread(path, channel_order="rgb"), tuple(size)[::-1])
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
@@ -284,7 +284,7 @@ def read(path: str, size: Sequence[int]) -> Tensor:
 
 
 def compare(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Any]:
-    """How far two answers to one image are the same."""
+    """Compare two predictions for one image."""
     compared = _compare_maps if "logits" in expected else _compare_instances
     result = compared(found, expected)
     if "kept" in expected:
@@ -323,9 +323,9 @@ def _largest(differences: Tensor) -> float:
 
 
 def pair_up(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[tuple[int, int]]:
-    """Which detection is which: of the same label, and with boxes that overlap by more than half.
+    """Match detections of the same label whose boxes overlap by more than half.
 
-    Scores that are the same but for rounding may be in another order.
+    Detections with almost equal scores may be in another order.
 
     Returns:
         Indices into ``found`` and ``expected``.
@@ -344,7 +344,7 @@ def pair_up(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[tuple
 
 
 def is_same(result: dict[str, Any]) -> bool:
-    """Whether two answers count as the same."""
+    """Whether two predictions count as the same."""
     if "logits" in result:
         return result["labels"] >= LABELS and result["logits"] <= LOGITS
     mine, theirs = result["detections"]
@@ -383,7 +383,7 @@ def _instance_figures(results: list[dict]) -> list[str]:
 
 
 def run_parity(args: argparse.Namespace) -> list[dict]:
-    """Compare answers, image by image."""
+    """Compare predictions image by image."""
     tables = {
         kind: markdown_table(
             ["model", "input", "operator", "images", "the same", *fields, "other tokens kept"]
@@ -428,7 +428,7 @@ def run_parity(args: argparse.Namespace) -> list[dict]:
 
 
 def noise(size: Sequence[int]) -> Tensor:
-    """An image of coarse shapes and noise, uint8 ``(3, H, W)``, always the same."""
+    """Make a fixed image of coarse shapes and noise, uint8 ``(3, H, W)``."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(1, 3, 9, 9, generator=generator) * 200
     smooth = F.interpolate(coarse, tuple(size), mode="bilinear")[0]
@@ -437,7 +437,7 @@ def noise(size: Sequence[int]) -> Tensor:
 
 @torch.no_grad()
 def let_it_find(model: Model, images: Sequence[Tensor]) -> None:
-    """Lower the score threshold of random weights until as many objects as may be are found in each image."""
+    """Lower the score threshold of random weights until each image has the most objects allowed."""
     settings = (model.network.test_cfg.rcnn, model.network.roi_head.test_cfg)
     most, lowest = settings[0].max_per_img, 1.0
     for image in images:
@@ -455,14 +455,14 @@ def let_it_find(model: Model, images: Sequence[Tensor]) -> None:
 
 
 def eager_run(model: Model, image: Tensor) -> Callable[[], Any]:
-    """Inference in PyTorch, with as much after the network as exported files do."""
+    """Return inference in PyTorch with the same post-processing as exported files."""
     data = as_loaded(model, image)
     if model.is_detector:
         return lambda: model.network.test_step(data)
     meta = [sample.metainfo for sample in data["data_samples"]]
 
     def segment() -> Tensor:
-        # mmseg's test_step would interpolate the logits a second time, to the size that they have.
+        # mmseg's test_step would interpolate the logits a second time, to the same size.
         x = model.network.data_preprocessor(data, False)["inputs"]
         logits = model.network.encode_decode(x, [dict(m, pad_shape=x.shape[2:]) for m in meta])
         return logits.argmax(1)
@@ -499,7 +499,7 @@ def run_speed(args: argparse.Namespace) -> list[dict]:
             counts = {name: len(found.get("boxes", ())) for name, found in counts.items()}
             runs = dict(PyTorch=eager_run(model, image))
             runs |= {name: partial(run, image) for name, run in sessions.items()}
-            # Each lets its threads look for more work for a while, on the cores of the others'.
+            # Idle threads of each spin for a while and would slow down the others.
             times = time_side_by_side(
                 runs, "cpu", seconds=0.0, min_runs=args.runs, setup=lambda: time.sleep(0.1)
             )

@@ -1,7 +1,6 @@
-"""The selective scan in onnxruntime, as the native operator and nothing else, beside the operator of torch.
+"""Compare the selective scan as onnxruntime's native operator with the operator in torch.
 
-Needs onnx and onnxruntime, and the compiled CPU kernels. The threads of the one stop waiting for work before the other
-is timed.
+Needs onnx, onnxruntime and the compiled CPU kernels. We time one only after the other's threads have stopped spinning.
 
 Examples:
     python tools/benchmark/onnxruntime_scan.py
@@ -52,7 +51,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def make_inputs(shape: tuple[int, ...]) -> dict[str, Tensor]:
-    """Random tensors: what :func:`mmvssm.ops.selective_scan` takes."""
+    """Make random arguments of :func:`mmvssm.ops.selective_scan`."""
     batch, length, walks, channels, states = shape
     torch.manual_seed(0)
     rows = (batch, length, walks)
@@ -68,7 +67,7 @@ def make_inputs(shape: tuple[int, ...]) -> dict[str, Tensor]:
 
 
 def in_onnxruntime(inputs: dict[str, Tensor], threads: int) -> Callable[[], Tensor]:
-    """A session's run of a model that is the one node."""
+    """Return the run of a session on a model of this one node."""
     import onnxruntime
     from onnx import TensorProto, helper
 
@@ -108,7 +107,7 @@ def main() -> None:
             "onnxruntime": in_onnxruntime(inputs, args.threads),
         }
         difference = float((runs["torch"]() - runs["onnxruntime"]()).abs().max())
-        # Both let their threads look for more work for a while, on the cores of the other's.
+        # Idle threads of each spin for a while and would slow down the other.
         times = time_side_by_side(runs, "cpu", args.seconds, setup=lambda: time.sleep(0.02))
         best = {name: min(seconds) for name, seconds in times.items()}
         records.append(dict(shape=shape, seconds=times, difference=difference))

@@ -1,7 +1,7 @@
-"""How much of the FLOPs that pruning saves it saves in time: a pruned backbone beside the dense one, in one run.
+"""Compare the time that pruning saves with the FLOPs that it saves: a pruned and a dense backbone in one run.
 
-Both have the same weights. Runs of the two alternate, so that whatever else the machine does hits both; the table shows
-the fastest of each, and the JSON file all of them. The ideal is what the FLOPs promise.
+Both have the same weights. Their runs alternate, so that other load hits both; the table shows the fastest of each, and
+the JSON file all of them. The ideal speed-up is the ratio of FLOPs.
 
 Examples:
     python tools/benchmark/pruning.py                                  # L1 and L3, evaluation and training
@@ -41,7 +41,7 @@ KINDS = {
         *("aten::add_", "aten::cat", "aten::clamp_min_", "aten::relu_", "aten::embedding"),
     ),
 }
-"""Operators as a profile names them, by what they are for; whatever is not here is bookkeeping."""
+"""Operators of a profile by purpose; all others count as bookkeeping."""
 
 
 def parse_args() -> argparse.Namespace:
@@ -65,17 +65,17 @@ def parse_args() -> argparse.Namespace:
     add_traceback_option(parser)
     args = parser.parse_args()
     if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("there is no CUDA GPU here; leave out --device")
+        raise UserError("this machine has no CUDA GPU; drop --device")
     return args
 
 
 def flops(model: PlainMamba, x: Tensor) -> int:
-    """Of one forward pass, as the papers count."""
+    """Count the FLOPs of one forward pass as the papers do."""
     return count(model, lambda: model(x))["total"].flops
 
 
 def build_pair(arch: str, args: argparse.Namespace) -> dict[str, PlainMamba]:
-    """A dense model and the same pruned."""
+    """Build a dense model and the same model with pruning."""
     torch.manual_seed(0)
     if arch not in PlainMamba.arch_settings:
         raise UserError(f"unknown arch {arch}; known are {', '.join(PlainMamba.arch_settings)}")
@@ -92,7 +92,7 @@ def evaluate(model: PlainMamba, x: Tensor) -> None:
 
 
 def train(model: PlainMamba, x: Tensor) -> None:
-    """A forward and a backward pass; what departed takes part as it does below a restoration neck."""
+    """Run a forward and a backward pass; dropped tokens take part as with a restoration neck."""
     parts = [
         part
         for y in model(x)
@@ -105,7 +105,7 @@ def train(model: PlainMamba, x: Tensor) -> None:
 def compare(
     step: Callable, models: dict[str, PlainMamba], x: Tensor, args: argparse.Namespace
 ) -> dict[str, list[float]]:
-    """Seconds of alternating runs, by name of the model."""
+    """Measure seconds of alternating runs by name of the model."""
 
     def run(model: PlainMamba) -> None:
         with torch.autocast(x.device.type, getattr(torch, args.dtype), args.dtype != "float32"):
@@ -116,7 +116,7 @@ def compare(
 
 
 def shares(model: PlainMamba, x: Tensor) -> dict[str, float]:
-    """Milliseconds of one evaluation by kind of operator."""
+    """Measure milliseconds of one evaluation by kind of operator."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         evaluate(model, x)
     spent = {event.key: event.self_cpu_time_total / 1e3 for event in profiler.key_averages()}

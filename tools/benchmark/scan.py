@@ -1,8 +1,8 @@
-"""The selective scan beside named peers, in one process.
+"""Compare the selective scan with other implementations, in one process.
 
-Peers: the sequential definition, mambapy's parallel scan where that package is installed, this package's version in
-plain PyTorch, mamba-ssm's CUDA kernel where that is installed, and a copy of the same bytes, each input read once and
-the output written once.
+They are the sequential definition, mambapy's parallel scan if it is installed, our fallback in plain PyTorch,
+mamba-ssm's CUDA kernel if it is installed, and a copy of the same bytes, which reads each input once and writes the
+output once.
 
 Examples:
     python tools/benchmark/scan.py
@@ -65,21 +65,21 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--host",
         action="store_true",
-        help="Python's time for a forward call that would launch Triton kernels, which are noted instead",
+        help="Python's time for a forward call that would launch Triton kernels, which are recorded instead",
     )
     parser.add_argument(
-        "--sequential", action="store_true", help="with the definition, which is slow"
+        "--sequential", action="store_true", help="include the definition, which is slow"
     )
     parser.add_argument("--out", default="work_dirs/benchmark/scan.json")
     add_traceback_option(parser)
     args = parser.parse_args()
     if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("there is no CUDA GPU here; leave out --device")
+        raise UserError("this machine has no CUDA GPU; drop --device")
     return args
 
 
 def make_inputs(shape: tuple[int, ...], args: argparse.Namespace) -> dict[str, Tensor]:
-    """Random tensors for one walk: what :func:`mmvssm.ops.selective_scan` takes."""
+    """Make random arguments of :func:`mmvssm.ops.selective_scan` for one walk."""
     batch, length, channels, states = shape
     torch.manual_seed(0)
     randn = functools.partial(torch.randn, device=args.device)
@@ -97,7 +97,7 @@ def make_inputs(shape: tuple[int, ...], args: argparse.Namespace) -> dict[str, T
 
 
 def in_pytorch(u, delta, A, B, C, D, delta_bias) -> Tensor:
-    """The operator as it runs where there is no compiled kernel, gradients included."""
+    """Run our PyTorch fallback, with its gradients."""
     return _InPyTorch.apply(u, delta, A, B, C, D, delta_bias)
 
 
@@ -116,7 +116,7 @@ class _InPyTorch(torch.autograd.Function):
 
 
 def with_mambapy(u, delta, A, B, C, D, delta_bias) -> Tensor:
-    """The same with mambapy's parallel scan, as its Mamba block uses it."""
+    """Run mambapy's parallel scan, as its Mamba block uses it."""
     from mambapy.pscan import pscan
 
     step = F.softplus(delta[:, :, 0] + delta_bias[0])
@@ -127,7 +127,7 @@ def with_mambapy(u, delta, A, B, C, D, delta_bias) -> Tensor:
 
 
 def with_mamba_ssm(u, delta, A, B, C, D, delta_bias) -> Tensor:
-    """The same with mamba-ssm's CUDA kernel, which wants channels before tokens."""
+    """Run mamba-ssm's CUDA kernel, which expects channels before tokens."""
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
     u, delta, B, C = (x[:, :, 0].transpose(1, 2).contiguous() for x in (u, delta, B, C))
@@ -136,7 +136,7 @@ def with_mamba_ssm(u, delta, A, B, C, D, delta_bias) -> Tensor:
 
 
 def candidates(args: argparse.Namespace) -> dict[str, Callable]:
-    """What is timed, by name; ours first."""
+    """Return the implementations to time by name; ours first."""
     found = {"mmvssm": selective_scan, "mmvssm in PyTorch": in_pytorch}
     if find_spec("mambapy"):
         found["mambapy"] = with_mambapy
@@ -148,7 +148,7 @@ def candidates(args: argparse.Namespace) -> dict[str, Callable]:
 
 
 def measure(shape: tuple[int, ...], args: argparse.Namespace) -> dict[str, dict]:
-    """Seconds of forward passes, and of forward and backward passes, by candidate."""
+    """Measure seconds of forward passes, and of forward and backward passes, by implementation."""
     inputs = make_inputs(shape, args)
     leaves = list(inputs.values())
 
@@ -171,7 +171,7 @@ def measure(shape: tuple[int, ...], args: argparse.Namespace) -> dict[str, dict]
 
 
 def _copy(inputs: dict[str, Tensor]) -> Callable:
-    """Read as much as the inputs are and write as much as the output is."""
+    """Return a copy that reads as many bytes as the inputs and writes as many as the output."""
     reads = sum(x.numel() * x.element_size() for x in inputs.values())
     writes = inputs["u"].numel() * inputs["u"].element_size()
     source = torch.ones((reads + writes) // 8, device=inputs["u"].device)
@@ -180,7 +180,7 @@ def _copy(inputs: dict[str, Tensor]) -> Callable:
 
 
 def compare(args: argparse.Namespace) -> list[dict]:
-    """Print how many times as fast as each peer the operator is."""
+    """Print the operator's speed relative to each other implementation."""
     table = markdown_table(["B, L, D, N", "pass", "candidate", "best (ms)", "ours is faster by"])
     records = []
     for shape in args.shape or SHAPES:
@@ -262,11 +262,11 @@ def show_host_time(args: argparse.Namespace) -> list[dict]:
 
     table = markdown_table(["states", "gradients wanted", "launches", "microseconds a call"])
     records, repeats = [], max(3, round(args.seconds * 100))
-    # The package's attribute of that name is the function.
+    # The package's attribute of this name is the function, not the module.
     operator = importlib.import_module("mmvssm.ops.selective_scan")
     with mock.patch.object(operator, "_backend", lambda u: triton_launch):
         for layer in (scan_inputs.STAGE_1, scan_inputs.PLAIN):
-            # As many steps of Python, without the system calls that large tensors take on a CPU and not on a GPU.
+            # The same Python code, without the system calls of large tensors, which only CPUs have.
             layer = layer._replace(grid=(16, 16), channels=16)
             given = scan_inputs.make_inputs(layer, 1, getattr(torch, args.dtype), "cpu")
             for gradients in (False, True):
@@ -300,7 +300,7 @@ def show_host_time(args: argparse.Namespace) -> list[dict]:
 
 
 def _outputs(scan: Callable, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The output and every gradient."""
+    """Return the output and every gradient."""
     y = scan(**inputs)
     generator = torch.Generator().manual_seed(1)
     grad_y = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)

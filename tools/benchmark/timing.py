@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing side by side, memory bandwidth, peak memory, and who the machine is."""
+"""Shared parts of the benchmarks: alternating timing, memory bandwidth, peak memory, machine description."""
 
 import json
 import multiprocessing
@@ -18,7 +18,7 @@ from mmvssm.run.allocator import keep_freed_memory
 
 
 def cpu_name() -> str:
-    """What this machine's processor calls itself."""
+    """Return the name of this machine's processor."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
@@ -26,10 +26,9 @@ def cpu_name() -> str:
 
 
 def about(device: str, default_malloc: bool = False) -> dict[str, object]:
-    """The machine and the versions that a figure belongs to.
+    """Describe the machine and the versions for a figure.
 
-    Unless told otherwise, makes this process keep freed memory, as tools/train.py does; that
-    holds for all candidates alike.
+    Unless ``default_malloc``, this makes the process keep freed memory, as tools/train.py does.
     """
     kept = device == "cpu" and not default_malloc and keep_freed_memory()
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu_name()
@@ -50,20 +49,19 @@ def time_side_by_side(
     min_runs: int = 3,
     setup: Optional[Callable[[], None]] = None,
 ) -> dict[str, list[float]]:
-    """Run candidates in turn, so that whatever else the machine does hits all of them alike.
+    """Run candidates in turn, so that other load hits all of them alike.
 
-    Each round has an order of its own: what ran before leaves caches and memory behind, which would slow down or speed
-    up the same candidate each time.
+    Each round has a different order, since the state of caches and memory depends on the candidate before.
 
     Args:
-        candidates: What to run, by name.
-        device: Where it runs.
-        seconds: How long each may take in all; those that take longer run ``min_runs`` times.
-        min_runs: The least number of runs.
+        candidates: Functions to time, by name.
+        device: Device on which they run.
+        seconds: Total time per candidate; slower ones run ``min_runs`` times.
+        min_runs: Least number of runs.
         setup: Called before each run, not timed.
 
     Returns:
-        Seconds of each run but a first one that warms up.
+        Seconds of each run, without a first run to warm up.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     warm: set[str] = set()
@@ -92,11 +90,11 @@ def synchronize(device: str) -> None:
 
 
 def peak_memory(prepare: Callable[..., Callable[[], object]], *args: object) -> Optional[int]:
-    """Bytes of memory that a run on a CPU adds to its process, at most; None where this is not Linux.
+    """Measure the peak bytes that a run on a CPU adds to its process; None if this is not Linux.
 
     Args:
-        prepare: Called with ``args`` in a process of its own; returns what is run. It has to be
-            a function of a module's top level.
+        prepare: Called with ``args`` in a separate process; returns the function to run. It must be defined at a
+            module's top level.
         args: Its arguments.
     """
     if not Path("/proc/self/clear_refs").exists():
@@ -108,7 +106,7 @@ def peak_memory(prepare: Callable[..., Callable[[], object]], *args: object) -> 
 
 def _growth(prepare: Callable[..., Callable[[], object]], args: tuple) -> int:
     run = prepare(*args)
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _resident("VmRSS")
     run()
     return _resident("VmHWM") - before
@@ -121,7 +119,7 @@ def _resident(entry: str) -> int:
 
 
 def copy_bandwidth(device: str, megabytes: int = 256) -> float:
-    """Bytes per second that a copy reads and writes, measured now."""
+    """Measure the bytes per second that a copy reads and writes."""
     source = torch.ones(megabytes << 18, device=device)
     target = torch.empty_like(source)
     times = time_side_by_side(dict(copy=lambda: target.copy_(source)), device, seconds=0.5)
@@ -129,14 +127,14 @@ def copy_bandwidth(device: str, megabytes: int = 256) -> float:
 
 
 def markdown_table(fields: list[str]) -> PrettyTable:
-    """An empty table that prints as Markdown."""
+    """Make an empty table that prints as Markdown."""
     table = PrettyTable(fields)
     table.set_style(TableStyle.MARKDOWN)
     return table
 
 
 def write_json(path: str, content: dict) -> None:
-    """Write results, making the folder where it is missing."""
+    """Write results; create a missing folder."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(content, indent=2) + "\n")

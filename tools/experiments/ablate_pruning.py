@@ -1,9 +1,9 @@
-"""What matters in token pruning: fine-tune one small dense model in several variants, with several seeds.
+"""Ablate token pruning: fine-tune one small dense model in several variants, with several seeds.
 
-For each seed a dense model is trained on the embedded data set, 96x96 pixels (configs/plainmamba_upernet_shapes.py).
-Every variant starts from it, has the same budget, is configs/plainmamba_pruned_upernet_shapes.py but for one choice,
-and is evaluated on the same images. Finished runs are kept: an interrupted ablation goes on where it stopped when it
-is started again. With --jobs 2 it takes about 40 minutes on two cores.
+For each seed we train a dense model on the generated data set, 96x96 pixels (configs/plainmamba_upernet_shapes.py).
+Every variant starts from it, has the same budget, differs from configs/plainmamba_pruned_upernet_shapes.py in one
+choice, and is evaluated on the same images. The same command resumes an interrupted ablation. With --jobs 2 it takes
+about 40 minutes on two cores.
 
 Example:
     python tools/experiments/ablate_pruning.py --jobs 2
@@ -37,7 +37,7 @@ VARIANTS = {
     "merging": (PRUNED, ["model.backbone.pruning.reduction=merge"]),
     "fill zero": (PRUNED, ["model.neck.0.fill=zero"]),
 }
-"""Config and the options that make the variant."""
+"""Config and options of each variant."""
 
 START = "start"
 SIZE = 96
@@ -52,12 +52,12 @@ COMMON = [
     f"model.backbone.img_size={SIZE}",
     "default_hooks.visualization.draw=False",
 ]
-# alignment='none' packs only some numbers of tokens: it cannot warm up, so none of the variants does.
+# alignment='none' packs only certain numbers of tokens and cannot warm up, so no variant does.
 NO_WARM_UP = ["custom_hooks.0.num_iters=0"]
 
 
 def schedule(iterations: int) -> list[str]:
-    """Options for a run of so many iterations."""
+    """Return options for a run of so many iterations."""
     return [
         f"train_cfg.max_iters={iterations}",
         f"train_cfg.val_interval={iterations}",
@@ -91,7 +91,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def tasks(args: argparse.Namespace) -> dict[tuple[str, int], Task]:
-    """All runs, by variant and seed; each seed's variants start from the dense model that ``START`` trains."""
+    """Return all runs by variant and seed; each seed's variants start from the dense model of ``START``."""
     folder = Path(args.work_dir)
 
     def task(name: str, config: Path, options: list[str], seed: int, *after: Task) -> Task:

@@ -1,8 +1,8 @@
-"""What distillation, alignment and the choice of tokens are worth: small classifiers on real images, over seeds.
+"""Measure the effect of distillation, alignment and the choice of tokens with small classifiers, over seeds.
 
-Trains every arm below with every seed, each with one thread, and writes a table, results.json and a picture: accuracy
-against time, and the losses with and without a teacher. Runs that are done are kept and interrupted ones go on where
-they stopped, so the same command continues, and with all done only measures time and reports.
+We train every arm below with every seed, each with one thread, and write a table, results.json and a picture: accuracy
+against time, and the losses with and without a teacher. The same command skips finished runs and resumes interrupted
+ones; if all are finished, it only measures time and reports.
 
 On CIFAR-10 as folders of images, train/<class>/ and val/<class>/, it took 16 hours on one core of an AMD EPYC, 6.6 of
 them for the teacher; with --jobs 2 about half as many.
@@ -46,14 +46,14 @@ class Arm:
 
     Attributes:
         config: Its file in ``configs``.
-        options: Settings changed in it.
-        start: The arm whose weights, of the same seed, it starts from.
-        teacher: The arm that teaches it.
-        average: Arms of the same config, one trained on from another; it does not train, it is the mean of their
-            weights (as in Izmailov et al. 2018, Wortsman et al. 2022).
-        tuned: Whether it trains at all; one that doesn't is ``start`` evaluated with these options.
+        options: Settings changed in the config.
+        start: Arm whose weights, of the same seed, it starts from.
+        teacher: Arm that is its teacher.
+        average: Arms of the same config whose weights it averages instead of training (as in Izmailov et al. 2018,
+            Wortsman et al. 2022).
+        tuned: Whether it trains; otherwise it is ``start`` evaluated with these options.
         flags: More arguments of tools/train.py.
-        seeds: What it is trained with, unless the command line says so.
+        seeds: Default seeds.
     """
 
     config: str
@@ -67,14 +67,14 @@ class Arm:
 
     @property
     def trains(self) -> bool:
-        """Whether its weights are its own making."""
+        """Whether it trains its own weights."""
         return self.tuned and not self.average
 
 
 def pruned(*options: str, tuned: bool = True) -> Arm:
-    """The pruned PlainMamba, fine-tuned from the dense one or as it is, but for options of its pruning.
+    """Return a pruned PlainMamba with other pruning options, fine-tuned from the dense one or not.
 
-    None of them warms up, since alignment='none' packs only some numbers of tokens.
+    None of them warms up, since alignment='none' packs only certain numbers of tokens.
     """
     settings = [f"model.backbone.pruning.{option}" for option in options]
     config = "plainmamba_pruned_cifar10.py"
@@ -89,15 +89,15 @@ PRUNINGS = {
     "random choice": ("metric=random",),
     "merging": ("reduction=merge",),
 }
-"""What becomes of tokens, by the settings that differ from the method's: importance by clip, alignment by decay."""
+"""Settings that differ from the method's: importance by clip, alignment by decay."""
 
 TEACHER_BF16 = ("model.teacher_bf16=True",)
 SOFT = ("model.head.distillation=soft", "model.head.temperature=3.0")
-THREE = (0, 1, 2)  # of what trains in minutes, and whose runs differ most
+THREE = (0, 1, 2)  # seeds of models that train in minutes, and whose runs differ most
 ARMS = {
     "teacher, plain": Arm("resnet18_cifar10.py", flags=("--amp",)),
     "teacher, CutMix": Arm("resnet18_cutmix_cifar10.py", start="teacher, plain", flags=("--amp",)),
-    "teacher, CutMix again": Arm(  # with other draws
+    "teacher, CutMix again": Arm(  # with other random numbers
         "resnet18_cutmix_cifar10.py", ("randomness.seed=1",), "teacher, CutMix", flags=("--amp",)
     ),
     "teacher": Arm(
@@ -185,10 +185,10 @@ def parse_args() -> argparse.Namespace:
 
 
 class Campaign:
-    """All runs that the command line asks for.
+    """All runs of the command line.
 
     Args:
-        args: The command line.
+        args: Parsed command line.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -205,15 +205,15 @@ class Campaign:
         self.tasks = {run: self._task(*run) for run in runs}
 
     def seeds_of(self, arm: str) -> Sequence[int]:
-        """The seeds that an arm is trained with."""
+        """Return the seeds of an arm."""
         return (TEACHER_SEED,) if arm in TEACHERS else self.seeds or ARMS[arm].seeds
 
     def config(self, arm: str) -> Config:
-        """An arm's config as its first run used it."""
+        """Read the config that an arm's first run used."""
         return Config.fromfile(self._folder(arm, self.seeds_of(arm)[0]) / ARMS[arm].config)
 
     def checkpoint(self, arm: str, seed: int) -> Path:
-        """The weights that an arm ends with."""
+        """Return the file of an arm's final weights."""
         if ARMS[arm].average:
             return self._folder(arm, seed) / "average.pth"
         if not ARMS[arm].tuned:
@@ -222,12 +222,12 @@ class Campaign:
         return self._folder(arm, seed) / f"epoch_{self.epochs or cfg.train_cfg.max_epochs}.pth"
 
     def results(self, arm: str, key: str = "top1") -> list[float]:
-        """What the runs of an arm that are done found, by seed."""
+        """Return a metric of an arm's finished runs, by seed."""
         tasks = [self.tasks[arm, seed] for seed in self.seeds_of(arm)]
         return [task.result[key] for task in tasks if task.result is not None]
 
     def curves(self, arm: str) -> list[Curve]:
-        """The loss on the labels of an arm's runs, by seed."""
+        """Return curves of the loss on labels of an arm's runs, by seed."""
         runs = [read_run(str(self._folder(arm, seed))) for seed in self.seeds_of(arm)]
         share = 1 - self.config(arm).model.head.get("distillation_weight", 0)
         curves = [run.training["loss_label" if share < 1 else "loss"] for run in runs]
@@ -285,7 +285,7 @@ class Campaign:
 
 
 def mean(states: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean of each weight and running statistic; of counters the first."""
+    """Average each weight and running statistic; take the first of counters."""
     return {
         key: torch.stack([state[key] for state in states]).mean(0)
         if value.is_floating_point()
@@ -294,7 +294,7 @@ def mean(states: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     }
 
 
-@cache  # arms share them, and reading one takes a while
+@cache  # arms share configs, and reading one takes a while
 def _config(name: str) -> Config:
     return Config.fromfile(REPO / "configs" / name)
 
@@ -318,10 +318,10 @@ def _of_test(folder: Path) -> dict[str, Any]:
 
 
 def settle(args: argparse.Namespace) -> None:
-    """Note what all runs in a folder have in common.
+    """Save the settings that all runs in a folder share.
 
     Raises:
-        UserError: If those that are there had something else.
+        UserError: If existing runs have other settings.
     """
     path = Path(args.out) / "campaign.json"
     common = dict(data_root=str(Path(args.data_root).resolve()), epochs=args.epochs)
@@ -342,7 +342,7 @@ def settle(args: argparse.Namespace) -> None:
 
 
 def build(campaign: Campaign, arm: str) -> nn.Module:
-    """An arm's model with the weights of its first run."""
+    """Build an arm's model with the weights of its first run."""
     cfg = campaign.config(arm)
     init_default_scope(cfg.default_scope)
     model = MODELS.build(cfg.model)
@@ -352,7 +352,7 @@ def build(campaign: Campaign, arm: str) -> nn.Module:
 
 
 def measure(campaign: Campaign, arms: list[str]) -> dict[str, dict[str, float]]:
-    """Milliseconds an image, millions of FLOPs and parameters of arms, which run in turn."""
+    """Measure milliseconds per image, millions of FLOPs and of parameters of arms, which run in turn."""
     x = torch.rand(BATCH, 3, IMAGE, IMAGE)
     models = {arm: build(campaign, arm) for arm in arms}
 
@@ -376,7 +376,7 @@ def measure(campaign: Campaign, arms: list[str]) -> dict[str, dict[str, float]]:
 
 
 def table_of(results: dict[str, dict[str, Any]]) -> str:
-    """A Markdown table; what was not tuned stands beside what was."""
+    """Make a Markdown table; arms without tuning are beside the tuned ones."""
     fields = ["arm", "parameters (M)", "FLOPs (M)", "ms an image", "top-1", "runs", "not tuned"]
     table = markdown_table(fields)
     table.align["arm"] = "l"
@@ -394,7 +394,7 @@ def table_of(results: dict[str, dict[str, Any]]) -> str:
 
 
 def in_words(values: list[float]) -> str:
-    """Mean and, of several values, standard deviation."""
+    """Format the mean and, for several values, the standard deviation."""
     if not values:
         return ""
     spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
@@ -402,7 +402,7 @@ def in_words(values: list[float]) -> str:
 
 
 def draw(campaign: Campaign, results: dict[str, dict[str, Any]]) -> Figure:
-    """Accuracy against time, of those with and without a teacher and of the pruned ones, and the former's losses."""
+    """Draw accuracy against time, of arms with and without a teacher and of pruned ones, and the former's losses."""
     figure = Figure((15, 4.6), dpi=110, layout="constrained")
     taught, pruning, losses = figure.subplots(1, 3)
     shown = [arm for arm, result in results.items() if ARMS[arm].tuned and "milliseconds" in result]

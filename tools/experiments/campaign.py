@@ -1,4 +1,4 @@
-"""Trainings that belong together: each a process of its own, some at a time, none done twice."""
+"""Run a set of trainings as processes, several at a time; skip finished ones and resume others."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ _TELL_EVERY = 300.0
 
 @dataclass(frozen=True)
 class Task:
-    """Something that takes a process.
+    """A command that runs in its own process.
 
     Attributes:
-        name: How it is called in what is printed; no other task of a campaign is called so.
+        name: Unique name, for output.
         folder: Its work dir.
-        command: What to run. ``--work-dir`` is added, and ``--resume`` if there is a checkpoint.
-        finish: Called with the folder when the command is through; returns the result.
-        after: Names of the tasks that have to be done before.
-        settings: What the result depends on, as JSON has it. A folder that has a run with others is refused, where it
-            would be gone on with or its result taken for this one's.
+        command: Command to run. We add ``--work-dir``, and ``--resume`` if there is a checkpoint.
+        finish: Called with the folder after the command; returns the result.
+        after: Names of the tasks that must finish before.
+        settings: Settings that determine the result, for JSON. We reject a folder whose run has other settings, instead
+            of resuming that run or taking its result.
         prepare: Called before the process starts; ``folder`` exists then.
     """
 
@@ -49,24 +49,24 @@ class Task:
 
     @property
     def result(self) -> Optional[dict[str, Any]]:
-        """What ``finish`` returned, and the ``seconds`` that the processes took; None before."""
+        """The result of ``finish`` and the ``seconds`` that the processes took; None before."""
         path = self.folder / _RESULT
         return json.loads(path.read_text()) if path.exists() else None
 
 
 def run_tasks(tasks: Sequence[Task], jobs: int = 1) -> None:
-    """Do those tasks that were not done before, each as soon as those that it waits for are done.
+    """Run the unfinished tasks, each as soon as the tasks before it are finished.
 
-    Every process has one thread. When this one is told to end, by Ctrl-C or SIGTERM, it tells the others, which save
-    before they do; started again, it goes on where they stopped.
+    Every process has one thread. On Ctrl-C or SIGTERM we stop the processes, which save checkpoints; the next call
+    resumes them.
 
     Args:
-        tasks: What to do. Of those that could start, the first does.
-        jobs: How many processes at a time.
+        tasks: Tasks in order of priority.
+        jobs: Number of processes at a time.
 
     Raises:
-        UserError: If folders have runs with other settings, or from another run of a task that they wait for; nothing
-            was done then. If some failed; what does not depend on them was done all the same.
+        UserError: Before any task starts, if a folder has a run with other settings, or from another run of a task
+            before it. At the end, if some tasks failed; we still run tasks that do not depend on them.
     """
     by_name = {task.name: task for task in tasks}
     for task in tasks:
@@ -106,15 +106,15 @@ def run_tasks(tasks: Sequence[Task], jobs: int = 1) -> None:
                 told = time.monotonic()
                 print_once("; ".join(process.progress for process in running.values()))
     if failed:
-        left = f" and {len(waiting)} that wait for them were left out" * bool(waiting)
+        left = f" and {len(waiting)} that wait for them were skipped" * bool(waiting)
         raise UserError(
             f"of {len(tasks)} runs {', '.join(task.name for task in failed)} failed{left}; the end of "
-            f"{failed[0].folder / _OUTPUT} says why, and the same command goes on from here"
+            f"{failed[0].folder / _OUTPUT} has the cause; the same command resumes from here"
         )
 
 
 class _Process:
-    """The process of a task; how long it took is noted whatever ends it."""
+    """The process of a task; its time is recorded however it ends."""
 
     def __init__(self, task: Task) -> None:
         self.task = task
@@ -152,7 +152,7 @@ class _Process:
         return f"{minutes}, iteration {curve.steps[-1]}, loss {curve.values[-1]:.3f}"
 
     def end(self) -> None:
-        """Tell it to save and end, and wait until it has."""
+        """Send SIGTERM, so that it saves, and wait for its end."""
         self._process.terminate()
         self._process.wait()
         _ = self.ended
@@ -160,7 +160,7 @@ class _Process:
 
 @contextmanager
 def _processes() -> Iterator[dict[str, _Process]]:
-    """Processes by name; those that are still there at the end are told to end."""
+    """Yield a dictionary of processes by name; stop those that still run at the end of the context."""
 
     def stop(*_: object) -> NoReturn:
         sys.exit(128 + signal.SIGTERM)
@@ -176,7 +176,7 @@ def _processes() -> Iterator[dict[str, _Process]]:
 
 
 def _origin(task: Task, tasks: Mapping[str, Task]) -> dict[str, dict[str, Any]]:
-    """What a run comes from: its settings, and the results of those that it waits for."""
+    """Return a run's settings and the results of the tasks before it."""
     found = dict(
         settings=dict(task.settings), after={name: tasks[name].result for name in task.after}
     )
@@ -202,7 +202,7 @@ def _refuse_another(task: Task, tasks: Mapping[str, Task]) -> None:
 
 
 def _first_difference(was: Any, now: Any, key: str = "") -> tuple[str, Any, Any]:
-    """The dotted key of the first value that differs, and what it is in each; None for a key that one lacks."""
+    """Return the dotted key of the first difference and both values; None for a missing one."""
     if isinstance(was, dict) and isinstance(now, dict):
         pairs = {name: (was.get(name), now.get(name)) for name in (*was, *now)}
     elif isinstance(was, list) and isinstance(now, list) and len(was) == len(now):
@@ -230,14 +230,14 @@ def _in_words(result: dict[str, Any]) -> str:
 
 
 def last_metric(folder: Path, key: str) -> float:
-    """What the last evaluation of a training found.
+    """Return a metric of a training's last evaluation.
 
     Args:
         folder: The training's work dir.
-        key: Of the metric, such as ``'accuracy/top1'``.
+        key: Name of the metric, such as ``'accuracy/top1'``.
 
     Raises:
-        UserError: If none found it.
+        UserError: If no evaluation logged it.
     """
     metrics = read_run(str(folder)).metrics
     if key not in metrics:

@@ -1,13 +1,12 @@
 """Set up the Python environment that this script is run with: torch, OpenMMLab, test tools.
 
-Only what is missing is installed, and nothing that is there is replaced: every installed version is
-handed to pip as a constraint, so that a package which wants another torch makes pip fail instead of
-replacing it. ``make`` calls this; it is the whole of the set-up except for mmvssm itself.
+We install only missing packages and replace none: every installed version is a constraint for pip, so
+pip fails if a package needs another torch. ``make`` calls this; it sets up everything but mmvssm itself.
 
-    python tools/install/environment.py                    # the family that is there, else upstream
+    python tools/install/environment.py                    # the installed family, else upstream
     python tools/install/environment.py --openmmlab onedl  # the onedl-* forks
     python tools/install/environment.py --print-run-env    # see print_run_environment()
-    python tools/install/environment.py --print-versions   # what tests are about to run with
+    python tools/install/environment.py --print-versions   # the versions that tests run with
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ from packages import (
     read_requirements,
 )
 
-# Import name -> the distributions that provide it, by family. The families must never be mixed:
-# they write to the same folders of site-packages.
+# Import name -> the distributions that provide it, by family. Families must not be mixed: they write to the same
+# folders of site-packages.
 PROVIDERS = {
     "mmengine": {"openmmlab": "mmengine", "onedl": "onedl-mmengine"},
     "mmcv": {"openmmlab": "mmcv", "onedl": "onedl-mmcv"},
@@ -47,14 +46,14 @@ def set_up(wanted_family: str) -> None:
     Raises:
         SystemExit: something could not be installed or does not work.
     """
-    # torch's CUDA builds name the one version of triton that they need.
+    # torch's CUDA builds pin the version of triton.
     install_missing(["torch"], "torch (hundreds of MB; with CUDA some GB)", unpinned=["triton"])
     torch_before = torch_version()
     print_line(f"torch {torch_before}, Python {sys.version.split()[0]}, in {sys.prefix}")
 
     family = choose_family(wanted_family)
     openmmlab = read_requirements(family)
-    # mmcv's operators can only be tried where mmengine and OpenCV are there.
+    # Testing mmcv's operators needs mmengine and OpenCV.
     has_opencv = not {OPENCV, OPENCV_HEADLESS}.isdisjoint(installed_versions())
     mmengine = openmmlab.pop(PROVIDERS["mmengine"][family])
     install_missing(["numpy", mmengine, *([] if has_opencv else [OPENCV])], "mmengine")
@@ -62,7 +61,7 @@ def set_up(wanted_family: str) -> None:
     install_mmcv(openmmlab.pop(PROVIDERS["mmcv"][family]))
     install_missing(openmmlab.values(), "OpenMMLab")
     install_missing(read_requirements("tests").values(), "test tools")
-    repair_opencv()  # once more: any of them may have brought the other build
+    repair_opencv()  # again, since any of them may have installed the other build
 
     if torch_version() != torch_before:
         fail(
@@ -87,13 +86,13 @@ def torch_version() -> str:
 
 
 def choose_family(wanted: str) -> str:
-    """Return the family to install: the one that is there, else the one wanted.
+    """Return the family to install: the installed one, else the wanted one.
 
     Args:
-        wanted: "openmmlab", "onedl", or "auto" for the one that is there, if any, else openmmlab.
+        wanted: "openmmlab", "onedl", or "auto" for the installed one, if any, else openmmlab.
 
     Raises:
-        SystemExit: both families are there, or another one than is wanted.
+        SystemExit: both families are installed, or another one than the wanted one.
     """
     here = installed_versions()
     found = {
@@ -119,7 +118,7 @@ def choose_family(wanted: str) -> str:
 
 
 def repair_opencv() -> None:
-    """Put OpenCV's headless build in place of one that misses a graphics library of the system.
+    """Install OpenCV's headless build if the other build lacks a graphics library of the system.
 
     Raises:
         SystemExit: OpenCV does not import for another reason.
@@ -133,7 +132,7 @@ def repair_opencv() -> None:
     print_line(f"{OPENCV} does not load on this machine ({why}): using its headless build instead")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     subprocess.run([*pip, "uninstall", "-q", "-y", OPENCV], check=True)
-    # Both builds write the folder `cv2`; --no-deps, since nothing else is to change.
+    # Both builds write the folder `cv2`; --no-deps keeps all other packages.
     headless = f"{OPENCV_HEADLESS}=={version}"
     subprocess.run([*pip, "install", "-q", "--no-deps", "--force-reinstall", headless], check=True)
     works, why = python_says("import cv2")
@@ -144,8 +143,8 @@ def repair_opencv() -> None:
 def print_run_environment() -> None:
     """Print the variables that a training run needs here, for ``env $(...) python ...``.
 
-    A detector cannot train on a GPU with mmcv operators that exist for the CPU only: then the GPU
-    is hidden, and standard error says so.
+    A detector cannot train on a GPU if mmcv's operators were compiled for the CPU only. We then hide the GPU and
+    print a note on standard error.
     """
     works, answer = python_says(
         "import torch; from mmcv.ops import get_compiling_cuda_version as version;"
@@ -154,15 +153,15 @@ def print_run_environment() -> None:
     if works and answer == "True":
         print(
             "[set-up] mmcv's operators were compiled for the CPU only, so this runs on the CPU "
-            "although a GPU is here. With the CUDA toolkit of torch's CUDA version installed, "
-            "`pip uninstall mmcv` and `make setup` have them compiled again.",
+            "although there is a GPU. To compile them again, install the CUDA toolkit of torch's "
+            "CUDA version and run `pip uninstall mmcv` and `make setup`.",
             file=sys.stderr,
         )
         print("CUDA_VISIBLE_DEVICES=")
 
 
 def print_versions() -> None:
-    """Print one line that says which Python, build of torch and Triton this environment has."""
+    """Print the Python, build of torch and Triton of this environment on one line."""
     works, build = python_says(
         "import torch; print(f'torch {torch.__version__}, built for', 'CUDA ' + torch.version.cuda"
         " if torch.version.cuda else 'the CPU', 'with a GPU here' if torch.cuda.is_available() else"

@@ -1,4 +1,4 @@
-"""Install mmcv with its operators, the one package of the set-up that may need compiling."""
+"""Install mmcv with its operators, the only package of the set-up that may need compiling."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def install_mmcv(requirement: str) -> None:
         requirement: the requirement line of mmcv or of its fork.
 
     Raises:
-        SystemExit: it is there but without operators that work, or the build failed.
+        SystemExit: the installed mmcv has no working operators, or the build failed.
     """
     name = distribution_of(requirement)
     here = installed_versions()
@@ -57,7 +57,7 @@ def install_mmcv(requirement: str) -> None:
                 f"remove it with `pip uninstall {other}` and run this again."
             )
 
-    # mmcv is built in this very environment (its setup.py imports torch): its tools must be here.
+    # mmcv is built in this environment, since its setup.py imports torch; so install its build tools.
     if setuptools_major() >= 80:
         print_line("setuptools < 80 is needed to build mmcv: its setup.py imports pkg_resources")
         subprocess.run([sys.executable, "-m", "pip", "install", "-q", "setuptools<80"], check=True)
@@ -68,14 +68,12 @@ def install_mmcv(requirement: str) -> None:
     environment = build_environment()
     done = pip_install_with_progress([requirement, "--only-binary", name], environment, log)
     if done and not python_says("import mmcv.ops")[0]:
-        print_line(
-            "mmcv: the wheel that pip found was built for another torch, so it is compiled here"
-        )
-        # Not from pip's cache either: that may be where the wheel came from.
+        print_line("mmcv: the wheel that pip found was built for another torch, so we compile mmcv")
+        # Not from pip's cache, which may hold that wheel.
         fresh = ["--force-reinstall", "--no-deps", "--no-binary", name, "--no-cache-dir"]
         done = build_mmcv([*fresh, requirement], environment, log)
     elif not done:
-        print_line("mmcv: no wheel fits, so it is compiled here")
+        print_line("mmcv: no wheel fits, so we compile it")
         done = build_mmcv([requirement], environment, log)
     if not done:
         lines = log.read_text(errors="replace").splitlines()
@@ -85,12 +83,12 @@ def install_mmcv(requirement: str) -> None:
 
 
 def build_mmcv(arguments: list[str], environment: dict[str, str], log: Path) -> bool:
-    """Have pip build mmcv, for the CPU only where its CUDA operators do not compile.
+    """Build mmcv with pip, for the CPU only if its CUDA operators do not compile.
 
     Args:
         arguments: requirement lines and options of ``pip install``.
-        environment: what :func:`build_environment` returned.
-        log: a file for the output.
+        environment: variables from :func:`build_environment`.
+        log: file for the output.
 
     Returns:
         Whether pip succeeded.
@@ -119,7 +117,7 @@ def build_mmcv(arguments: list[str], environment: dict[str, str], log: Path) -> 
 
 
 # --------------------------------------------------------------------------------------------------
-# What the build is given
+# Settings of the build
 
 
 def build_environment() -> dict[str, str]:
@@ -127,7 +125,7 @@ def build_environment() -> dict[str, str]:
     environment = {
         **os.environ,
         "MMCV_WITH_OPS": "1",
-        # ninja, from this environment, compiles several files at once and tells how far it is.
+        # ninja, from this environment, compiles several files at once and reports its progress.
         "PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", ""),
         "PYTHONUNBUFFERED": "1",
     }
@@ -139,14 +137,13 @@ def build_environment() -> dict[str, str]:
 
 
 def compiler_flags() -> list[str]:
-    """Return what CFLAGS has to hold: all flags, since setuptools drops Python's own for them.
+    """Return all flags for CFLAGS, since setuptools replaces Python's own flags by it.
 
-    These are Python's own, without ``-g`` (it doubles the time, and nobody debugs mmcv here) and
-    with ``-O2``, then those that the user has set, which prevail.
+    They are Python's own, without ``-g`` (it doubles the time) and with ``-O2``, then the user's, which prevail.
     """
     flags = shlex.split(sysconfig.get_config_var("CFLAGS") or "")
     flags = [flag for flag in flags if not flag.startswith(("-O", "-g"))]
-    # Older versions of torch add it to every file; a precompiled header must have been given it.
+    # Older versions of torch add it to every file, so the precompiled header needs it too.
     works, abi = python_says("import torch; print(int(torch._C._GLIBCXX_USE_CXX11_ABI))")
     if works:
         flags.append(f"-D_GLIBCXX_USE_CXX11_ABI={abi}")
@@ -155,24 +152,23 @@ def compiler_flags() -> list[str]:
 
 @contextmanager
 def precompiled_header(environment: dict[str, str]) -> Iterator[list[str]]:
-    """Compile torch's headers once for all files of mmcv, most of which hold little else.
+    """Compile torch's headers once for all files of mmcv, which contain little else.
 
-    With it, `roi_align.cpp` takes a quarter of its time. It needs some 430 MB, for as long as the
-    context lasts.
+    `roi_align.cpp` then takes a quarter of its time. The header takes about 430 MB of disk inside the context.
 
     Args:
         environment: environment variables for the compiler.
 
     Yields:
-        The flags to compile with. They name no header where the compiler makes none that it takes
-        itself, and with Clang, which fails where GCC puts a header that does not fit aside.
+        The flags to compile with. They name no header if the compiler cannot use its own, or is Clang, which raises
+        an error for a header that does not fit, where GCC ignores it.
     """
     flags = compiler_flags()
-    compiler = shlex.split(environment.get("CXX") or "c++")  # the one that torch's helper takes
+    compiler = shlex.split(environment.get("CXX") or "c++")  # as torch's build helper does
     folder = Path(sys.prefix) / "mmcv-header"
-    shutil.rmtree(folder, ignore_errors=True)  # what a set-up that was killed has left
+    shutil.rmtree(folder, ignore_errors=True)  # left by a set-up that was killed
     header, source = folder / "torch_types.h", folder / "tensor.cpp"
-    # All files of an extension are given these; `types.h` is what most files of mmcv include.
+    # All files of an extension get these flags; most files of mmcv include `types.h`.
     every = [*flags, "-fPIC", "-std=c++17"]
     defines = ["-DTORCH_API_INCLUDE_EXTENSION_H", "-DTORCH_EXTENSION_NAME=_ext"]
     with_header = ["-Winvalid-pch", "-include", str(header)]
@@ -182,7 +178,7 @@ def precompiled_header(environment: dict[str, str]) -> Iterator[list[str]]:
             result = subprocess.run(
                 [*compiler, *every, *arguments], env=environment, capture_output=True
             )
-        except OSError:  # there is no such compiler, which the build itself will say
+        except OSError:  # there is no such compiler; the build itself will report it
             return False
         return result.returncode == 0
 
@@ -201,7 +197,7 @@ def precompiled_header(environment: dict[str, str]) -> Iterator[list[str]]:
             and Path(f"{header}.gch").exists()
         )
         if not fits:
-            print_line("mmcv: this compiler does without a precompiled header, which takes longer")
+            print_line("mmcv: this compiler cannot use a precompiled header, so it takes longer")
         yield [*flags, *with_header] if fits else flags
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -217,7 +213,7 @@ def torch_include_paths() -> list[str]:
 
 
 def build_jobs() -> int:
-    """Return how many files to compile at once: one per core, with 2 GiB of memory for each."""
+    """Return the number of files to compile at once: one per core and 2 GiB of memory."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     try:
         memory = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
@@ -228,28 +224,30 @@ def build_jobs() -> int:
 
 
 def builds_for_gpu(environment: dict[str, str]) -> bool:
-    """Tell whether mmcv's setup.py would compile its CUDA operators: torch sees a GPU."""
+    """Whether mmcv's setup.py would compile its CUDA operators, because torch sees a GPU."""
     return python_says("import torch; print(torch.cuda.is_available())", environment)[1] == "True"
 
 
 def has_nvcc(environment: dict[str, str]) -> bool:
-    """Tell whether torch's build helper finds a CUDA toolkit with its compiler."""
+    """Whether torch's build helper finds a CUDA toolkit with its compiler."""
     code = "from torch.utils.cpp_extension import CUDA_HOME; print(CUDA_HOME or '')"
     works, home = python_says(code, environment)
     return works and bool(home) and (Path(home) / "bin" / "nvcc").exists()
 
 
 def add_nvcc(environment: dict[str, str]) -> dict[str, str]:
-    """Install the CUDA compiler that belongs to torch, or else leave the GPU out of the build.
+    """Install the CUDA compiler that matches torch, or else build for the CPU only.
 
-    torch's CUDA builds depend on a version of the distribution ``cuda-toolkit``, whose extras name
-    the compiler's parts in the versions that match.
+    torch's CUDA builds depend on a version of the distribution ``cuda-toolkit``; its extras name the matching versions
+    of the compiler's parts.
 
     Returns:
         The environment variables with CUDA_HOME set, or with the GPU hidden.
     """
     if "cuda-toolkit" in installed_versions():
-        print_line("mmcv: a GPU is here but no CUDA compiler: adding torch's own version of it")
+        print_line(
+            "mmcv: there is a GPU but no CUDA compiler: installing the one that matches torch"
+        )
         parts = start_pip_install(["cuda-toolkit[nvcc,crt,nvvm,cccl]"]).wait()
         compilers = [
             Path(file.locate()).resolve()
@@ -258,7 +256,7 @@ def add_nvcc(environment: dict[str, str]) -> dict[str, str]:
         ]
         if compilers:
             home = compilers[0].parents[1]
-            # The linker looks for libcudart.so, and the package has libcudart.so.13 alone.
+            # The linker looks for libcudart.so, but the package has only libcudart.so.13.
             links = Path(sys.prefix) / "cuda-links"
             links.mkdir(exist_ok=True)
             for library in (home / "lib").glob("libcudart.so.*"):
@@ -269,7 +267,7 @@ def add_nvcc(environment: dict[str, str]) -> dict[str, str]:
             library_path = os.pathsep.join(filter(None, paths))
             return {**environment, "CUDA_HOME": str(home), "LIBRARY_PATH": library_path}
     print_line(
-        "mmcv: a GPU is here but no CUDA compiler (nvcc), so it gets its operators for the CPU "
+        "mmcv: there is a GPU but no CUDA compiler (nvcc), so we build its operators for the CPU "
         "only. For the GPU, install the CUDA toolkit of torch's CUDA version, remove mmcv with "
         "`pip uninstall` and run this again."
     )
@@ -283,13 +281,13 @@ def add_nvcc(environment: dict[str, str]) -> dict[str, str]:
 def pip_install_with_progress(
     arguments: list[str], environment: dict[str, str], log: Path, every: float = 20.0
 ) -> bool:
-    """Run pip with its output in a file, and print how far the compilation is meanwhile.
+    """Run pip with its output in a file, and print the progress of the compilation.
 
     Args:
         arguments: requirement lines and options of ``pip install``.
         environment: its environment variables.
-        log: the file; its name without suffix begins the lines printed.
-        every: seconds between two lines. On a terminal one line is rewritten every second instead.
+        log: the file; printed lines begin with its name.
+        every: seconds between two lines; on a terminal we rewrite one line every second.
 
     Returns:
         Whether pip succeeded.
@@ -317,6 +315,6 @@ def pip_install_with_progress(
 
 
 def compiled_so_far(log: Path) -> str:
-    """Say how far a build is, from the ``[34/96]`` at the beginning of ninja's lines."""
+    """Describe the progress of a build, from the ``[34/96]`` at the beginning of ninja's lines."""
     steps = re.findall(r"^\s*\[(\d+)/(\d+)\]", log.read_text(errors="replace"), re.MULTILINE)
     return f"compiled {steps[-1][0]} of {steps[-1][1]} files" if steps else "preparing"

@@ -1,7 +1,7 @@
 """Fetch onnxruntime-web, which runs models in the web page, with npm: ``python onnxruntime_web.py FOLDER``.
 
-Nothing is installed, and no script of the package is run: its archive is fetched, compared with what it was when this
-was written, and the files that the page needs are taken out of it.
+We install nothing and run no script of the package: we fetch its archive, compare its digest with the known one, and
+unpack the files that the page needs.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from pathlib import Path
 
 from packages import fail, print_line
 
-# The newest release: what the tests compare with, onnxruntime 1.31 of Python, has none of its own for browsers yet.
+# The newest release; the tests compare it with Python's onnxruntime 1.31, which has no release for browsers yet.
 VERSION = "1.30.0"
 SHA512 = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
-# The build for processors alone, threads included, which every browser runs; others add GPUs and are larger.
+# The build for CPUs with threads, which every browser runs; the builds with GPU support are larger.
 FILES = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
 _MADE_OF = "version.txt"
 
@@ -29,10 +29,10 @@ def fetch(folder: Path) -> None:
     """Put the files into a folder, ``version.txt`` last.
 
     Args:
-        folder: It is made where it is missing.
+        folder: The folder; created if missing.
 
     Raises:
-        SystemExit: npm is missing or failed, or the archive is another one.
+        SystemExit: npm is missing or failed, or the archive has another digest.
     """
     if _version_in(folder) == VERSION:
         return

@@ -1,4 +1,4 @@
-"""What is installed in this Python environment, and pip held to leaving it as it is."""
+"""List the packages of this Python environment, and run pip so that it replaces none."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements"
 
 
 def print_line(message: str) -> None:
-    """Print one line at once, also into a pipe."""
+    """Print one line and flush it."""
     print(f"[set-up] {message}", flush=True)
 
 
 def fail(message: str) -> NoReturn:
-    """End the set-up with one sentence that says what was wrong and what to do."""
+    """End the set-up with a one-line message: the cause and what to do."""
     sys.exit(f"[set-up] {message}")
 
 
 def python_says(code: str, environment: Optional[Mapping[str, str]] = None) -> tuple[bool, str]:
-    """Run a line of Python in a process of its own.
+    """Run a line of Python in a separate process.
 
     Returns:
         Whether it succeeded, and the last line that it printed (of its error, if it failed).
@@ -38,7 +38,7 @@ def python_says(code: str, environment: Optional[Mapping[str, str]] = None) -> t
 
 
 def canonical(name: str) -> str:
-    """Return a distribution's name as package indexes compare it."""
+    """Return a distribution's normalised name, as package indexes compare it."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
@@ -53,12 +53,12 @@ def installed_versions() -> dict[str, str]:
 
 
 def setuptools_major() -> int:
-    """Return the major version of setuptools, 0 where there is none."""
+    """Return the major version of setuptools, 0 if it is not installed."""
     return int(installed_versions().get("setuptools", "0").split(".")[0])
 
 
 def distribution_of(requirement: str) -> str:
-    """Return the canonical name in front of a requirement's version and markers."""
+    """Return the canonical name in a requirement, without version and markers."""
     return canonical(re.match(r"[A-Za-z0-9._-]+", requirement).group())
 
 
@@ -75,7 +75,7 @@ def read_requirements(name: str) -> dict[str, str]:
 
 
 def constraints(unpinned: Collection[str] = ()) -> list[str]:
-    """Return pip's constraints: what is installed as it is, what is not as it was tested.
+    """Return pip's constraints: installed packages at their version, others at the tested versions.
 
     Args:
         unpinned: distributions that pip may choose freely if they are not installed.
@@ -84,7 +84,7 @@ def constraints(unpinned: Collection[str] = ()) -> list[str]:
     if setuptools_major() < 80:
         # A new environment's setuptools may be older than torch wants; versions.txt bounds it.
         kept.pop("setuptools", None)
-    # By line, not by name: markers give one package two versions, and pip knows which one holds.
+    # By line, not by name: one package may have two lines with markers, between which pip chooses.
     return [f"{name}=={version}" for name, version in kept.items()] + [
         line
         for line in requirement_lines("versions")
@@ -99,13 +99,13 @@ def start_pip_install(
     environment: Optional[Mapping[str, str]] = None,
     output: Optional[IO[str]] = None,
 ) -> subprocess.Popen:
-    """Start a ``pip install`` that fails rather than replace anything that is installed.
+    """Start a ``pip install`` that fails instead of replacing an installed package.
 
     Args:
         requirements: requirement lines and options.
         unpinned: see :func:`constraints`.
         environment: environment variables instead of this process's.
-        output: a file for what pip prints, instead of this process's output.
+        output: file for pip's output, instead of this process's output.
     """
     file = Path(sys.prefix) / "constraints.txt"
     file.write_text("\n".join(constraints(unpinned)) + "\n")
@@ -119,11 +119,11 @@ def start_pip_install(
 
 
 def install_missing(requirements: Iterable[str], what: str, unpinned: Collection[str] = ()) -> None:
-    """Install those requirements whose distribution is not there in any version.
+    """Install the requirements whose distribution is not installed in any version.
 
     Args:
         requirements: requirement lines.
-        what: what they are, for messages.
+        what: their description, for messages.
         unpinned: see :func:`constraints`.
 
     Raises:
@@ -136,7 +136,7 @@ def install_missing(requirements: Iterable[str], what: str, unpinned: Collection
     print_line(f"{what}: installing {', '.join(missing)}")
     if start_pip_install(missing, unpinned=unpinned).wait() != 0:
         fail(
-            f"pip could not install {what}; its message is above. If it speaks of conflicting "
-            "versions, a package that is already installed stands in the way: use a new "
-            "environment (make VENV=DIR ...)."
+            f"pip could not install {what}; its message is above. If it reports conflicting "
+            "versions, they conflict with an installed package: use a new environment "
+            "(make VENV=DIR ...)."
         )

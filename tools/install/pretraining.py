@@ -1,11 +1,11 @@
-"""Add to the Python environment that this script is run with what pre-training needs: mmpretrain and timm.
+"""Install mmpretrain and timm, for pre-training, into the Python environment that runs this script.
 
-Both need torchvision, whose compiled part loads only with the build of torch that it was made for. pip looks at
-versions alone: beside a build for the CPU it may put a torchvision for CUDA, which does not load.
-``make setup-pretrain`` calls this; where it ends with status 3, a matching pair needs an environment of its own.
+Both need torchvision, whose compiled part loads only with the build of torch that it was made for. pip compares only
+versions: to a torch for the CPU it may add a torchvision for CUDA, which does not load. ``make setup-pretrain`` calls
+this; if it exits with status 3, a matching pair needs a separate environment.
 
     python tools/install/pretraining.py          # check that torchvision works, then install the rest
-    python tools/install/pretraining.py --pair   # in a new environment: torch and torchvision as the index serves them
+    python tools/install/pretraining.py --pair   # in a new environment: torch and torchvision from the index
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from packages import (
 )
 
 NO_PAIR = 3
-"""Exit status: torchvision does not load with the torch that is here."""
+"""Exit status: torchvision does not load with the installed torch."""
 
 
 def install_pair() -> None:
-    """Install torch and a torchvision that goes with it into a new environment.
+    """Install torch and a matching torchvision into a new environment.
 
     Raises:
         SystemExit: pip failed.
@@ -48,14 +48,14 @@ def install_pair() -> None:
 
 
 def set_up() -> None:
-    """Install what is missing, then check that it works together.
+    """Install missing packages, then check that they work together.
 
     Raises:
-        SystemExit: with status :data:`NO_PAIR` if torchvision does not load, and it is as it was before; with a message
-            if something could not be installed or does not work.
+        SystemExit: with status :data:`NO_PAIR` if torchvision does not load; one that we installed is removed again.
+            With a message if something could not be installed or does not work.
     """
     was_here = "torchvision" in installed_versions()
-    # Each torchvision names the one torch that it was made for: pip finds the version by that.
+    # Each torchvision requires the one torch that it was made for, so pip finds the matching version.
     install_missing(["torchvision"], "torchvision")
     works, why = python_says("import torchvision; torchvision.ops.nms")
     if not works:

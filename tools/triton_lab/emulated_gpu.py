@@ -1,6 +1,6 @@
-"""Operators on a GPU that is not there: their Triton kernels are compiled for it, and the PTX is executed in NumPy.
+"""Run operators on an emulated GPU: compile their Triton kernels and execute the PTX in NumPy.
 
-Needs triton, and neither a GPU nor its driver.
+Needs Triton, but no GPU and no driver.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from mmvssm.ops import triton_launcher
 
 @contextmanager
 def emulated_gpu(capability: int) -> Iterator[list[triton_launcher.Launch]]:
-    """Inside, the kernels that operators launch on CPU tensors are emulated, each when it is launched.
+    """Emulate, inside the context, each kernel that operators launch on CPU tensors.
 
-    Memory from ``torch.empty`` is filled with NaN, so that what is never written shows.
+    Memory from ``torch.empty`` is filled with NaN, which shows elements that are never written.
 
     Args:
         capability: Compute capability of the GPU, such as 90.
@@ -32,7 +32,7 @@ def emulated_gpu(capability: int) -> Iterator[list[triton_launcher.Launch]]:
         The launches so far.
 
     Raises:
-        ptx_emulator.EmulationError: By a launch whose kernel accesses what it must not, or races.
+        ptx_emulator.EmulationError: At a launch whose kernel accesses invalid memory or has a race.
     """
     launches = _Emulated()
     launches.capability = capability
@@ -67,7 +67,7 @@ def emulate(launch: triton_launcher.Launch, capability: int) -> None:
 
 
 def _place(arguments, memory: ptx_emulator.Memory) -> dict[int, int]:
-    """Put the tensors' storages into memory: what does not belong to a tensor may not be accessed."""
+    """Put the tensors' storages into memory; only bytes of tensors may be accessed."""
     tensors: dict[int, list[Tensor]] = {}
     for x in arguments:
         if isinstance(x, Tensor):
@@ -85,7 +85,7 @@ def _place(arguments, memory: ptx_emulator.Memory) -> dict[int, int]:
 
 
 def _bytes(x: Tensor) -> np.ndarray:
-    """Where in its storage a tensor is."""
+    """List the positions of a tensor's bytes in its storage."""
     place = np.array([x.storage_offset()])
     for size, stride in zip(x.shape, x.stride()):
         place = (place[:, None] + (np.arange(size) * stride)[None, :]).ravel()

@@ -1,4 +1,4 @@
-"""Compile what an operator launches for a GPU that is not there, just as a launch on it would."""
+"""Compile an operator's launches for an absent GPU, exactly as a launch on it would."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from mmvssm.ops.triton_launcher import Launch
 
 
 def compile_launch(launch: Launch, capability: int) -> CompiledKernel:
-    """Compile a kernel as Triton would for these arguments: with the same constants and alignment.
+    """Compile a kernel as Triton would for these arguments, with the same constants and alignment.
 
     Args:
-        launch: By :func:`mmvssm.ops.triton_launcher.recorded_launches`.
+        launch: A launch from :func:`mmvssm.ops.triton_launcher.recorded_launches`.
         capability: Compute capability of the GPU, such as 90.
     """
     with _absent_gpu(capability):
@@ -25,7 +25,7 @@ def compile_launch(launch: Launch, capability: int) -> CompiledKernel:
 
 
 def parameters(compiled: CompiledKernel, launch: Launch) -> list[object]:
-    """What the kernel's parameters are given: no constants, and no memory of Triton's own."""
+    """Return the values of the kernel's parameters, without constants and Triton's own memory."""
     kinds = compiled.src.signature
     given = [launch.arguments[name] for name, kind in kinds.items() if kind != "constexpr"]
     return [*given, 0, 0]
@@ -42,7 +42,7 @@ def _absent_gpu(capability: int) -> Iterator[None]:
 
 
 class _AbsentGpu(DriverBase):
-    """What Triton asks of a driver up to, and not including, the launch."""
+    """The part of a driver that Triton needs before a launch."""
 
     def __init__(self, capability: int) -> None:
         self.capability = capability

@@ -1,7 +1,7 @@
 """Execute a compiled kernel's PTX in NumPy, for machines without a GPU.
 
-It runs what a GPU would be given, not what was meant: layouts, shuffles, shared memory and predicates are those that
-the compiler chose. Meanwhile it looks for what a GPU does not tell, and raises an :class:`EmulationError` for it:
+It runs the code that a GPU would run, with the compiler's layouts, shuffles, shared memory and predicates. It also
+raises an :class:`EmulationError` for errors that a GPU does not report:
 
 - accesses outside the tensors, or misaligned;
 - races: accesses to the same place, one of them a write, by two programs, or by two warps of a program without a
@@ -9,11 +9,11 @@ the compiler chose. Meanwhile it looks for what a GPU does not tell, and raises 
   volatile accesses may meet each other;
 - barriers and shuffles that not all threads reach.
 
-Programs run side by side as parts of the same arrays, unless they wait for each other (:attr:`Program.waits`): those
-run one after the other, in the order of their numbers. Threads that part at a branch take turns, those that are
-furthest behind first. Approximate instructions such as ``ex2.approx`` are worked out to full precision.
+Programs run side by side as parts of the same arrays. Programs that wait for each other (:attr:`Program.waits`) run in
+sequence, in numeric order. Threads that diverge at a branch take turns, those furthest behind first. Approximate
+instructions such as ``ex2.approx`` are computed to full precision.
 
-What instructions do is described in NVIDIA's "PTX ISA", version 9.0.
+NVIDIA's "PTX ISA", version 9.0, describes the instructions.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import numpy as np
 
 WARP = 32
 MAX_STEPS = 20_000_000
-"""A run that takes more is taken to hang."""
+"""Runs with more steps count as hanging."""
 
 _MAX_THREADS = 8192  # of the programs that run side by side
 
@@ -43,7 +43,7 @@ _ROUNDING = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 
 
 class EmulationError(Exception):
-    """A kernel did what no GPU allows, or what leaves its results to chance."""
+    """A kernel did something that no GPU allows, or that makes its results depend on chance."""
 
 
 # ----------------------------------------------------------------------------------------------- parsing
@@ -79,11 +79,11 @@ class Program:
 
     Attributes:
         name: Its name.
-        threads: Of each program.
-        parameters: Their types.
-        instructions: In the order of the text.
-        labels: The number of the instruction that follows each.
-        widths: The types of registers, by the letters of their names.
+        threads: Threads per program.
+        parameters: Types of the parameters.
+        instructions: Instructions in the order of the text.
+        labels: Number of the instruction after each label.
+        widths: Types of registers by the letters of their names.
     """
 
     name: str
@@ -100,7 +100,7 @@ class Program:
 
     @functools.cached_property
     def waiting_loops(self) -> list[tuple[int, int]]:
-        """The first and last instruction of loops of a single block that communicate."""
+        """First and last instruction of single-block loops that communicate."""
         jumps = [k for k, i in enumerate(self.instructions) if i.name == "bra"]
         loops = [(self.labels[self.instructions[k].operands[0]], k) for k in jumps]
         return [
@@ -150,7 +150,7 @@ def parse(ptx: str) -> Program:
 
 
 def _body(text: str) -> str:
-    """Up to the brace that closes it."""
+    """Return the text up to the closing brace."""
     depth = 1
     for found in re.finditer(r"[{}]", text):
         depth += 1 if found[0] == "{" else -1
@@ -171,7 +171,7 @@ def _instruction(text: str) -> Instruction:
 
 
 class Memory:
-    """A GPU's memory: some tensors, and nothing between them."""
+    """A GPU's memory: tensors with unmapped space between them."""
 
     def __init__(self) -> None:
         self._pieces: list[tuple[int, np.ndarray, np.ndarray]] = []
@@ -180,11 +180,11 @@ class Memory:
         self.valid = np.zeros(0, bool)
 
     def place(self, data: np.ndarray, valid: np.ndarray, offset: int = 0) -> int:
-        """Put in a storage.
+        """Add a storage.
 
         Args:
-            data: Its bytes, uint8. They are written to at the end of a launch.
-            valid: Which of them may be read and written, bool.
+            data: Its bytes, uint8; a launch writes them at its end.
+            valid: Bytes that may be read and written, bool.
             offset: Its address modulo 256.
 
         Returns:
@@ -196,7 +196,7 @@ class Memory:
         return address
 
     def load(self) -> None:
-        """Make ready for a launch."""
+        """Copy the storages in before a launch."""
         size = -(-self._top // 256) * 256
         self.data, self.valid = np.zeros(size, np.uint8), np.zeros(size, bool)
         for address, data, valid in self._pieces:
@@ -204,13 +204,13 @@ class Memory:
             self.valid[address : address + len(data)] = valid
 
     def store(self) -> None:
-        """Write back what a launch left."""
+        """Copy the storages back after a launch."""
         for address, data, valid in self._pieces:
             np.copyto(data, self.data[address : address + len(data)], where=valid)
 
 
 class _Accesses:
-    """Who read and wrote each place last, to find races."""
+    """The last reader and writer of each place, to find races."""
 
     _NOBODY, _WARPS, _PROGRAMS = -1, -2, -3  # the latter two: several
 
@@ -255,7 +255,7 @@ class _Accesses:
             ),
         )
         self.reader[place], self.read_time[place] = now, time
-        # Threads of one instruction that read the same place: whoever was not the last.
+        # Of several threads that read the same place in one instruction, all but the last.
         lost = self.reader[place] != now
         if lost.any():
             again = self.reader[place]
@@ -268,9 +268,9 @@ class _Accesses:
 
 @dataclass
 class Counts:
-    """How often each instruction was executed, by how many warps; and how many programs that was.
+    """Number of executions of each instruction, by warps, and number of programs.
 
-    ``accessed``: of tensors, by their number, how many bytes all threads together loaded and stored.
+    ``accessed``: bytes that all threads together loaded and stored, by number of the tensor.
     """
 
     executed: np.ndarray
@@ -361,7 +361,7 @@ class _Threads:
             self._activate(here)
 
     def _without_waiting(self, i: Instruction, pc: int, target: int, here, leaving):
-        """Who jumps, if other programs have done already what is waited for."""
+        """Return the threads that jump if other programs have already published what this loop waits for."""
         if i.guard is None or i.guard not in self.program.heard:
             return leaving
         for first, last in self.program.waiting_loops:
@@ -383,7 +383,7 @@ class _Threads:
         return ~holds if instruction.negated else holds
 
     def _mask(self, instruction: Instruction) -> Optional[np.ndarray]:
-        """Who executes this instruction; None for all."""
+        """Return the threads that execute this instruction; None for all."""
         if instruction.guard is None:
             return self.mask
         guard = self._guard(instruction)
@@ -403,7 +403,7 @@ class _Threads:
     # ------------------------------------------------------------------------------------- registers
 
     def get(self, operand: str, dtype: str) -> np.ndarray:
-        """The values of an operand, one for each thread or one for all."""
+        """Return the values of an operand, one per thread or one for all."""
         if operand in self.registers:
             value = self.registers[operand]
             if dtype == "?":
@@ -437,7 +437,7 @@ class _Threads:
         raise EmulationError(f"{name} is read before it was written")
 
     def set(self, name: str, value: np.ndarray, mask: Optional[np.ndarray]) -> None:
-        """Write a register; those who do not execute keep what they have."""
+        """Write a register; threads that do not execute keep their value."""
         if name == "_":
             return
         if value.dtype != bool:
@@ -478,7 +478,7 @@ class _Threads:
 
     @staticmethod
     def get_parameter(value: np.ndarray, dtype: str) -> np.ndarray:
-        """A parameter, at the type that it is loaded as."""
+        """Return a parameter as the type that the instruction loads."""
         return (
             value.reshape(1).view(dtype)
             if value.dtype.itemsize == int(dtype[1])
@@ -495,7 +495,7 @@ class _Threads:
         return self._address(operand, "u4" if "shared" in i.words else "u8")
 
     def _read(self, i: Instruction, address, k: int, size: int, mask) -> np.ndarray:
-        """What the ``k``-th of values of ``size`` bytes from an address on is."""
+        """Read the ``k``-th value of ``size`` bytes from an address on."""
         value = np.zeros(self.count, f"u{size}")
         who = slice(None) if mask is None else mask
         at = np.broadcast_to(address, (self.count,))[who] + k * size
@@ -516,8 +516,8 @@ class _Threads:
             data, index = data.view(value.dtype), self._index(i, at, size, who)
             data[index] = value[who]
             differs = data[index] != value[who]
-            # Within a warp one of them wins: copies of a sum may differ in the last bit, where some threads fuse it
-            # with a multiplication and others do not.
+            # Within a warp one of them wins: copies of a sum may differ in the last bit, if only some threads fuse it
+            # with a multiplication.
             warp = self.warp[who]
             if differs.any() and (self._last_writer(i, index * size) != warp)[differs].any():
                 raise EmulationError(f"{i.text}: a race, warps write different values to one place")
@@ -530,7 +530,7 @@ class _Threads:
         return (at + self.shared_base[who] if "shared" in i.words else at) // size
 
     def _checked(self, i: Instruction, at, size: int, who, writes: bool) -> Optional[np.ndarray]:
-        """The memory that an instruction accesses, once it was seen that it may."""
+        """Check an instruction's access and return the memory that it accesses."""
         if (at % size).any():
             raise EmulationError(f"{i.text}: misaligned")
         if "shared" in i.words:
@@ -601,7 +601,7 @@ class _Threads:
                 self._write(i, at, 0, (value >> np.uint32(16 * half)).astype("u2"), mask)
 
     def _matrix_addresses(self, i: Instruction, address: np.ndarray, k: int) -> Iterator:
-        """Of a thread's two elements of the ``k``-th 8 by 8 matrix; lane ``8 k + row`` knows where a row is."""
+        """Yield addresses of a thread's two elements of the ``k``-th 8 by 8 matrix; lane ``8 k + row`` holds row's."""
         first = np.arange(self.count) - self.lane + 8 * k
         for half in range(2):
             if "trans" in i.words:
@@ -610,7 +610,7 @@ class _Threads:
                 yield address[first + self.lane // 4] + 4 * (self.lane % 4) + 2 * half
 
     def _do_cp(self, i: Instruction, mask) -> None:
-        """``cp.async``, at once: waiting for it is not checked."""
+        """Execute ``cp.async`` at once; we do not check the waits for it."""
         if "commit_group" in i.words or "wait_group" in i.words or "wait_all" in i.words:
             return
         if "async" not in i.words or "bulk" in i.words:
@@ -645,7 +645,7 @@ class _Threads:
         if mask is not None:
             warps = mask.reshape(-1, WARP)
             if (warps.any(1) != warps.all(1)).any():
-                raise EmulationError(f"{i.text}: not all threads of a warp are there")
+                raise EmulationError(f"{i.text}: not all threads of a warp reach this instruction")
 
     def _do_shfl(self, i: Instruction, mask) -> None:
         self._everyone(i, mask)
@@ -785,7 +785,7 @@ class _Threads:
         self.set(i.operands[0], _flush(result) if "ftz" in i.words else result, mask)
 
     def _note_parameter(self, at: np.ndarray, size: int, writes: bool) -> None:
-        """Which of the tensors is accessed, for counts of bytes."""
+        """Record the tensor that is accessed, for counts of bytes."""
         if self.memory is None:
             numbers, times = np.unique((at >> _DRY_BITS) - 1, return_counts=True)
             accessed = dict(zip(numbers.tolist(), (times * size).tolist()))
@@ -793,7 +793,7 @@ class _Threads:
 
 
 _DRY_BITS = 44
-"""Without memory, addresses say the number of the parameter in these bits and above."""
+"""Without memory, these and higher bits of an address hold the number of the parameter."""
 
 _RETURN = Instruction("ret", (), (), None, False, "ret")
 _WITHOUT_EFFECT = {"fence", "membar", "nanosleep", "griddepcontrol", "prefetch", "applypriority"}
@@ -846,7 +846,7 @@ def _narrow(value: np.ndarray, kind: str) -> np.ndarray:
 
 
 def _flush(value: np.ndarray) -> np.ndarray:
-    """Denormal numbers to zeros of their sign."""
+    """Flush denormal numbers to zeros of the same sign."""
     if value.dtype != np.float32:
         return value
     return np.where(
@@ -898,7 +898,7 @@ def _shift_right(i: Instruction, x, k):
 
 
 def _extract(i: Instruction, x, position, length):
-    """``bfe``, where the field lies within the register."""
+    """Execute ``bfe`` for fields inside the register."""
     bits = np.array(8 * x.dtype.itemsize)
     left = (bits - position - length).astype(x.dtype)
     return (x << left) >> (bits - length).astype(x.dtype)
@@ -932,7 +932,7 @@ def _logic(i: Instruction, x, y, z, table):
 
 
 def _by_exact(function: Callable) -> Callable:
-    """In double precision, then rounded."""
+    """Compute in double precision, then round."""
     return lambda i, x: function(x.astype("f8")).astype(x.dtype)
 
 
@@ -992,13 +992,13 @@ def run(
     Args:
         program: From :func:`parse`.
         grid: Programs along up to three axes.
-        arguments: The values of its parameters, addresses for pointers.
+        arguments: Values of its parameters, addresses for pointers.
         shared_bytes: Shared memory of a program.
-        memory: Where the tensors are, which it changes.
+        memory: Memory with the tensors; changed in place.
 
     Raises:
-        EmulationError: See the head of this file.
-        NotImplementedError: If an instruction is not known here.
+        EmulationError: See the top of this file.
+        NotImplementedError: If an instruction is not supported.
     """
     memory.load()
     grid = (*grid, *(1,) * (3 - len(grid)))
@@ -1019,16 +1019,16 @@ def count(
     shared_bytes: int,
     samples: int,
 ) -> Counts:
-    """How often instructions are executed, where that does not depend on what is in memory.
+    """Count executions of instructions, if they do not depend on the content of memory.
 
-    All memory reads as zero. Nobody has to wait for another program.
+    All memory reads as zero. Programs do not wait for each other.
 
     Args:
         program: From :func:`parse`.
         grid: Programs along up to three axes.
-        arguments: The values of its parameters. Pointers are ``pointer(number)``.
+        arguments: Values of its parameters; pointers are ``pointer(number)``.
         shared_bytes: Shared memory of a program.
-        samples: How many programs to run, spread evenly over the grid.
+        samples: Number of programs to run, spread evenly over the grid.
     """
     grid = (*grid, *(1,) * (3 - len(grid)))
     total = int(np.prod(grid))
@@ -1039,5 +1039,5 @@ def count(
 
 
 def pointer(number: int) -> int:
-    """What to hand to :func:`count` for the tensor of this number."""
+    """Return the argument of :func:`count` for the tensor of this number."""
     return (number + 1) << _DRY_BITS

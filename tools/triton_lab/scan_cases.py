@@ -1,4 +1,4 @@
-"""Inputs for the selective scan that every backend has to pass, and the comparison with its definition."""
+"""Test inputs for the selective scan, for every backend, and the comparison with its definition."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, to
 class Case(NamedTuple):
     """One set of inputs.
 
-    ``walk``: which of order, source and gap there are, "images" for all of them, a different one for each image, or
+    ``walk``: the given ones of order, source and gap; "images" for all of them with a different walk per image, or
     "grid" for those of a grid 7 tokens wide. ``layout``: see :func:`_lay_out`.
     """
 
@@ -48,25 +48,25 @@ CASES = [
     # Lengths around one and two chunks of 64 steps, and more.
     *(Case(1, length, 1, 3, 2) for length in (1, 63, 64, 65, 130)),
     Case(1, 600, 1, 1, 1),
-    # Channels that do not fill a block, or several.
+    # Channels that fill less than a block, or several blocks.
     Case(1, 66, 1, 1, 1),
     Case(1, 66, 1, 33, 2),
     Case(1, 66, 2, 87, 1),
     Case(3, 65, 4, 3, 1),
     Case(1, 66, 1, 5, 16),
-    # What may be left out.
+    # Optional arguments.
     Case(2, 70, 2, 3, 1, walk=None, optional=False),
     Case(1, 70, 2, 3, 2, walk=None, optional=False, softplus=False),
     Case(1, 70, 2, 3, 2, walk="order"),
     Case(2, 70, 2, 3, 2, walk="source"),
     Case(1, 70, 2, 3, 2, walk="gap", optional=False),
     Case(1, 77, 4, 3, 1, walk="grid"),
-    # How tokens lie in memory.
+    # Memory layouts of tokens.
     Case(2, 21, 2, 3, 2, layout="expanded"),
     Case(2, 21, 2, 3, 2, layout="transposed"),
     Case(2, 21, 2, 3, 2, layout="sliced"),
     Case(2, 21, 2, 3, 2, layout="channels_first"),
-    # What they are stored in.
+    # Dtypes.
     Case(1, 100, 2, 5, 2, dtype=torch.bfloat16),
     Case(2, 98, 2, 33, 1, dtype=torch.bfloat16, walk="grid"),
     Case(1, 100, 2, 5, 2, dtype=torch.float16),
@@ -78,7 +78,7 @@ CASES = [
 
 
 def make_inputs(case: Case, device: str = "cpu") -> dict[str, Optional[Tensor]]:
-    """Arguments of ``selective_scan_naive``, ``delta_softplus`` apart, and ``grad_y``."""
+    """Make arguments of ``selective_scan_naive``, except ``delta_softplus``, and ``grad_y``."""
     generator = torch.Generator().manual_seed(0)
     batch, length, walks, channels, states = case[:5]
 
@@ -120,7 +120,7 @@ def make_inputs(case: Case, device: str = "cpu") -> dict[str, Optional[Tensor]]:
 
 
 def _dtype(case: Case, is_parameter: bool) -> torch.dtype:
-    """Parameters stay in float32 where activations are in half precision, as under autocast."""
+    """Return the dtype; parameters stay in float32 if activations are in half precision, as under autocast."""
     return torch.float32 if is_parameter and case.dtype.itemsize == 2 else case.dtype
 
 
@@ -146,7 +146,7 @@ def _walk(case: Case, generator: torch.Generator) -> dict[str, Optional[Tensor]]
 
 
 def _lay_out(tensors: dict[str, Optional[Tensor]], layout: str) -> dict[str, Optional[Tensor]]:
-    """The same shapes, lying differently in memory."""
+    """Change the memory layout of tensors."""
     tensors = dict(tensors)
     activations = ("u", "delta", "B", "C", "grad_y")
     if layout == "expanded":  # along walks, and the gradient of a sum
@@ -189,7 +189,7 @@ def check(case: Case, run: Run, device: str = "cpu") -> None:
 
 
 def _defined(inputs: dict[str, Optional[Tensor]], softplus: bool) -> dict[str, Tensor]:
-    # On the CPU, whatever the device: its thousands of kernels are none of what a GPU's tools are to look at.
+    # On the CPU for any device, so that a GPU's profilers do not see its thousands of kernels.
     wide = {name: x if x is None else x.detach().cpu() for name, x in inputs.items()}
     wide = {
         name: x.double() if x is not None and x.is_floating_point() else x

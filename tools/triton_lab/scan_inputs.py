@@ -1,4 +1,4 @@
-"""What the backbones hand to the scan, for tools that run where torch is all there is."""
+"""Make the scan's inputs as the backbones do, without other packages than torch."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ WALKS = 4
 class Shape(NamedTuple):
     """A layer: a grid of tokens, channels of a walk, and states.
 
-    With one state each walk has channels of its own, as in GroupMamba. With more the walks share all but ``B`` and
-    their order, as in PlainMamba.
+    With one state each walk has its own channels, as in GroupMamba. With more, the walks share all but ``B`` and their
+    order, as in PlainMamba.
     """
 
     grid: tuple[int, int]
@@ -44,7 +44,7 @@ PLAIN = Shape((100, 160), 384, 16)
 def make_inputs(
     shape: Shape, batch: int, dtype: torch.dtype, device: Union[str, torch.device]
 ) -> ScanInputs:
-    """Random inputs, laid out as the backbones lay them out; without memory on ``meta``."""
+    """Make random inputs with the backbones' memory layout; without memory on ``meta``."""
     (height, width), channels, d_state = shape
     length = height * width
     generator = None if str(device) == "meta" else torch.Generator(device).manual_seed(0)
@@ -70,7 +70,7 @@ def make_inputs(
 
 
 def bytes_of(x: Tensor) -> int:
-    """Of memory that a tensor is made of: what is expanded counts once."""
+    """Count a tensor's bytes; expanded dimensions count once."""
     count = x.element_size()
     for size, stride in zip(x.shape, x.stride()):
         count *= size if stride else 1
@@ -78,10 +78,9 @@ def bytes_of(x: Tensor) -> int:
 
 
 def least_bytes(inputs: ScanInputs) -> dict[str, int]:
-    """What a forward and a backward pass read and write at least: inputs once, outputs once.
+    """Count the least bytes that a forward and a backward pass read and write: inputs once, outputs once.
 
-    The states that the forward pass leaves for the backward pass are among the outputs of the one and the inputs of
-    the other.
+    The saved states are outputs of the forward and inputs of the backward pass.
     """
     given = sum(bytes_of(x) for x in inputs if isinstance(x, Tensor))
     y = inputs.u.numel() * inputs.u.element_size()
@@ -95,7 +94,7 @@ def least_bytes(inputs: ScanInputs) -> dict[str, int]:
 
 
 def designs(d_state: int) -> dict[str, Callable[[], AbstractContextManager]]:
-    """The ways in which the forward pass can be told to work on a GPU at this number of states, the default first."""
+    """Return the designs of the forward pass on a GPU for a number of states, the default first."""
     ways: dict[str, Callable[[], AbstractContextManager]] = {"default": nullcontext}
     if d_state == 1:
         ways["single_pass"] = lambda: mock.patch.object(triton_launch, "SINGLE_PASS", True)

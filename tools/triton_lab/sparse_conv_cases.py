@@ -1,4 +1,4 @@
-"""Inputs for the sparse depthwise convolution that every backend has to pass, and the comparison with what defines it.
+"""Test inputs for the sparse depthwise convolution, for every backend, and the comparison with its definition.
 
 The definition: scatter the kept tokens into a map of zeros, convolve the map, gather at the kept positions.
 """
@@ -18,7 +18,7 @@ GRADIENTS = ("x", "weight", "bias")
 
 
 class Case(NamedTuple):
-    """``layout`` says how ``x`` and ``grad_y`` lie in memory: see :func:`make_inputs`."""
+    """One set of inputs; ``layout`` is the memory layout of ``x`` and ``grad_y``: see :func:`make_inputs`."""
 
     batch: int
     grid: tuple[int, int]
@@ -53,11 +53,11 @@ CASES = [
     Case(2, (11, 12), 90, 5, kernel=9),  # more than 64 taps
     # More tokens than one task handles.
     Case(1, (24, 32), 601, 20),
-    # How tokens lie in memory.
+    # Memory layouts of tokens.
     Case(2, (7, 5), 21, 33, layout="sliced"),
     Case(2, (7, 5), 21, 33, layout="channels_first"),
     Case(2, (7, 5), 21, 33, layout="expanded"),
-    # What they are stored in.
+    # Dtypes.
     *(
         Case(2, (7, 9), 40, channels, dtype=dtype)
         for dtype in (torch.float64, torch.bfloat16, torch.float16)
@@ -68,14 +68,14 @@ CASES = [
 
 
 def random_positions(batch: int, grid: tuple[int, int], kept: int, seed: int = 0) -> Tensor:
-    """Another random choice for each image, ``(B, K)``."""
+    """Choose random positions ``(B, K)``, different for each image."""
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(batch, grid[0] * grid[1], generator=generator)
     return scores.topk(kept, dim=1).indices.sort(1).values
 
 
 def make_inputs(case: Case) -> dict[str, Optional[Tensor]]:
-    """``x, weight, bias, grad_y``, ``positions`` and ``neighbors``."""
+    """Make ``x, weight, bias, grad_y``, ``positions`` and ``neighbors``."""
     generator = torch.Generator().manual_seed(1)
     rows = (case.batch, case.kept, case.channels)
 
@@ -101,7 +101,7 @@ def make_inputs(case: Case) -> dict[str, Optional[Tensor]]:
 
 
 def defined(inputs: dict[str, Optional[Tensor]], grid: tuple[int, int]) -> dict[str, Tensor]:
-    """``y`` and the gradients by name, in float64."""
+    """Compute ``y`` and the gradients by name, in float64."""
     wide = {
         name: None if inputs[name] is None else inputs[name].detach().double()
         for name in (*GRADIENTS, "grad_y")
@@ -114,7 +114,7 @@ def defined(inputs: dict[str, Optional[Tensor]], grid: tuple[int, int]) -> dict[
 
 
 def scatter_convolve_gather(x, weight, bias, positions, grid):
-    """The definition: ``(B, K, C)`` at ``positions`` ``(B, K)`` of ``grid``, convolved as a whole map."""
+    """Convolve ``(B, K, C)`` at ``positions (B, K)`` of ``grid`` as a whole map: the definition."""
     batch, _, channels = x.shape
     index = positions[:, :, None].expand(-1, -1, channels)
     dense = x.new_zeros(batch, grid[0] * grid[1], channels).scatter(1, index, x)
@@ -124,7 +124,7 @@ def scatter_convolve_gather(x, weight, bias, positions, grid):
 
 
 def run_backend(backend) -> Callable[[dict[str, Optional[Tensor]]], dict[str, Tensor]]:
-    """``y`` and the gradients by name, straight from a backend's functions."""
+    """Return a function that computes ``y`` and the gradients by name with a backend's functions."""
 
     def run(inputs):
         x, weight, bias, grad_y = (inputs[name] for name in ("x", "weight", "bias", "grad_y"))
@@ -141,7 +141,7 @@ def run_backend(backend) -> Callable[[dict[str, Optional[Tensor]]], dict[str, Te
 
 
 def check(case: Case, run: Callable[[dict], dict[str, Tensor]], device: str = "cpu") -> None:
-    """Compare what ``run(inputs)`` returns by name with the definition, relative to the largest value."""
+    """Compare the results of ``run(inputs)`` with the definition, relative to the largest value."""
     inputs = make_inputs(case)
     expected = defined(inputs, case.grid)
     inputs = {name: t if t is None else t.to(device) for name, t in inputs.items()}

@@ -1,25 +1,24 @@
-"""What the scan's Triton kernels cost on a GPU, counted in their machine code. Nothing runs on a GPU; none is needed.
+"""Count the cost of the scan's Triton kernels on a GPU from their machine code, without a GPU.
 
-The operator's own launch code is run on tensors without memory, and every kernel that it launches is compiled, with
-the constants, alignments and warps that it is launched with. Then for each call, all its launches added up:
+We run the operator's own launch code on tensors without memory and compile every kernel with the constants, alignments
+and warps of its launch. The figures of a call are sums over its launches:
 
-instructions_per_element   Machine instructions executed, per token, walk and channel. Instructions are counted one by
-                           one in the disassembly (NOP left out, predicated ones counted), each as often as the loop
-                           or the conditional block around it runs. How often that is, is found by executing the
-                           kernel's PTX for some of the launch's programs, with memory that reads as zero. Times the
-                           threads launched, idle ones included, over the elements. Where programs wait for each
-                           other, the first look counts as enough. PyTorch's own kernels, which add up partial
-                           sums, are not in it.
-registers, stack, shared   Of the kernel that takes most: registers of a thread, bytes of its stack, which is where
-                           registers are spilled, bytes of shared memory of a program.
-bytes_per_element          Read and written: of each launch, and of each operation of PyTorch in between, every tensor
-                           that it reads or writes once, or as much of it as its threads access where that is less.
-                           Beside it the least possible: inputs read and outputs written once.
+instructions_per_element   Machine instructions executed per token, walk and channel. We count the instructions of the
+                           disassembly (without NOP, with predicated ones), each as often as the loop or conditional
+                           block around it runs. We find that number by executing the kernel's PTX for some of the
+                           launch's programs, with memory that reads as zero. The count is multiplied by the threads
+                           launched, including idle ones, and divided by the elements. Programs that wait for others
+                           look once. PyTorch's own kernels, which add up partial sums, are not included.
+registers, stack, shared   Of the kernel with the most: registers per thread, bytes of its stack (spilled registers),
+                           bytes of shared memory per program.
+bytes_per_element          Bytes read and written by each launch and by PyTorch's operations in between: every tensor
+                           once, or the bytes that the threads access if that is less. Beside it the least possible:
+                           inputs read and outputs written once.
 predicted_share_of_copy_bandwidth
-                           How fast an H100 would be at best, as a share of the speed of a copy of the least bytes: the
-                           smaller of what its instructions and what its bytes allow, at 1.0e12 warp instructions a
-                           second, half of them reached, and 3.0e12 bytes a second. A ratio of counts, to two digits
-                           as these constants are, and no measurement.
+                           Upper bound of an H100's speed, as a share of the speed of a copy of the least bytes: the
+                           smaller of the bounds by instructions and by bytes, at 1.0e12 warp instructions a second,
+                           half of them reached, and 3.0e12 bytes a second. It is a ratio of counts with two digits,
+                           like these constants, and no measurement.
 
 Shapes: stage 1 of GroupMamba-T at 800x1280 for state 1 (4 walks of 16 channels over 64,000 tokens), and PlainMamba-L1
 at 1600x2560 for state 16 (4 walks of 384 channels over 16,000 tokens, which share all but B and order).
@@ -60,7 +59,7 @@ WARP_INSTRUCTIONS_PER_SECOND = 1.0e12 * 0.5
 BYTES_PER_SECOND = 3.0e12
 
 SAMPLES = 64
-"""Programs of a launch that are executed to find out how often its loops turn."""
+"""Programs of a launch that we execute to count iterations of its loops."""
 
 CAPABILITIES = (80, 90)
 SHAPES = {1: STAGE_1, 16: PLAIN}
@@ -74,7 +73,7 @@ DIRECTIONS = ("forward", "backward")
 
 
 class Call(NamedTuple):
-    """What one pass of the operator does."""
+    """Launches and traffic of one pass of the operator."""
 
     launches: list[Launch]
     torch_bytes: int
@@ -82,7 +81,7 @@ class Call(NamedTuple):
 
 
 def record(inputs: ScanInputs) -> dict[str, Call]:
-    """The forward and the backward pass."""
+    """Record the forward and the backward pass."""
     with _recorded() as forward:
         y, states = triton_launch.forward(inputs)
     with _recorded() as backward:
@@ -112,7 +111,7 @@ class _Traffic(TorchDispatchMode):
         name = func.__name__
         if not func.is_view and "empty" not in name:
             made = result if isinstance(result, (tuple, list)) else [result]
-            # Of a tensor to take after, nothing is read.
+            # zeros_like and other such functions do not read their argument.
             read = () if name.startswith("new_") or "_like." in name else args
             self.bytes += sum(bytes_of(x) for x in (*read, *made) if isinstance(x, Tensor))
         return result
@@ -143,7 +142,7 @@ def measure(launch: Launch, capability: int) -> Kernel:
     arguments = [pointer(k) if k in tensors else x for k, x in enumerate(given)]
     counts = count(program, launch.grid, arguments, compiled.metadata.shared, SAMPLES)
     programs = math.prod(launch.grid)
-    # Caches are taken to be perfect: no launch reads a byte twice, nor more than its threads ask for.
+    # We assume perfect caches: no launch reads a byte twice, nor more than its threads request.
     moved = sum(
         min(bytes_of(tensors[number]), round(accessed * programs / counts.programs))
         for kind in counts.accessed.values()
@@ -162,11 +161,11 @@ def measure(launch: Launch, capability: int) -> Kernel:
 
 
 class MissingTool(RuntimeError):
-    """What is needed to count is not there; the message says what to do."""
+    """A tool for counting is missing; the message tells what to do."""
 
 
 def disassemble(cubin: bytes) -> tuple[str, str]:
-    """The resources that a kernel uses, and its instructions.
+    """Return a kernel's resources and its instructions.
 
     Raises:
         MissingTool: Without ``cuobjdump``.
@@ -184,12 +183,12 @@ def disassemble(cubin: bytes) -> tuple[str, str]:
 
 
 class Executed(NamedTuple):
-    """What a thread executes, on average over the programs that were run.
+    """Average counts per thread over the programs that were run.
 
     Attributes:
-        instructions: Of the machine code.
-        accesses: Of these, loads, stores and barriers, as a share of those in PTX. It is 1 where loops were told
-            right, and neither were accesses saved nor are there any in branches that are not taken.
+        instructions: Machine instructions.
+        accesses: Loads, stores and barriers among them, as a share of those in PTX. It is 1 if loops were matched
+            correctly, no access was optimised away, and branches that are not taken have none.
     """
 
     instructions: float
@@ -217,7 +216,7 @@ def executed(sass: str, program: Program, counts: Counts) -> Executed:
     parts = _parts(code, ptx, in_ptx)
     instructions = accesses = 0.0
     for number, text in enumerate(code.texts):
-        # The innermost part around an instruction says how often it is executed.
+        # An instruction is executed as often as the innermost part around it.
         _, times = min((len(inside), times) for inside, times in parts if number in inside)
         instructions += times * (_operation(text) != "NOP")
         accesses += times * _is_access(text)
@@ -226,17 +225,17 @@ def executed(sass: str, program: Program, counts: Counts) -> Executed:
 
 
 def _parts(code: Code, ptx: Code, in_ptx: Sequence[float]) -> list[tuple[set[int], float]]:
-    """Loops and conditional blocks of machine code, as the numbers of their instructions, and how often each runs.
+    """Find loops and conditional blocks of machine code, as sets of instructions, and how often each runs.
 
-    They are those of the PTX, in the same order. But the assembler may make several loops of one: a first that does
-    several turns at once, and others that do the rest. How many turns a loop does at once is how many times as many
-    accesses to memory and barriers it holds as the PTX. A loop that is missing was unrolled altogether. Conditional
-    blocks are told by their accesses; one that cannot be told counts as if it always ran.
+    They are those of the PTX, in the same order. But the assembler may split a loop: a first one does several
+    iterations at once, others do the rest. The number of iterations at once is the ratio of accesses to memory and
+    barriers between machine code and PTX. A missing loop was fully unrolled. We match conditional blocks by their
+    accesses; a block without a match counts as always executed.
     """
     parts = [(set(range(len(code.texts))), 1.0)]
 
     def match_loops(outer: Loop, original: Loop, share: float) -> None:
-        """``share``: of the turns of the original, how many are done here."""
+        """Match loops inside a loop that does ``share`` of the original's iterations."""
         loops, originals = code.loops_in(outer), ptx.loops_in(original)
         sizes = [code.accesses(loop) for loop in loops]
         groups = _groups([ptx.accesses(loop) for loop in originals], sizes)
@@ -245,7 +244,7 @@ def _parts(code: Code, ptx: Code, in_ptx: Sequence[float]) -> list[tuple[set[int
             size, left = ptx.accesses(inner_original), total
             for k in sorted(group, key=lambda k: -sizes[k]):
                 at_once = max(1, round(sizes[k] / size)) if size else 1
-                # The last one does whatever the others leave.
+                # The last one does the remaining iterations.
                 times = left // at_once if at_once > 1 else left
                 left -= times * at_once
                 parts.append((loops[k].inside, times))
@@ -260,7 +259,7 @@ def _parts(code: Code, ptx: Code, in_ptx: Sequence[float]) -> list[tuple[set[int
         ] * at_once
         for block in code.conditional_blocks(loop):
             kinds = code.accesses_by_kind(block)
-            # What is stored is never left out; what is loaded may be.
+            # Stores are never optimised away; loads may be.
             which = 0 if kinds[0] else 1
             fits = [k for k in known if k[0][which] == kinds[which] > 0]
             if fits:
@@ -273,14 +272,14 @@ def _parts(code: Code, ptx: Code, in_ptx: Sequence[float]) -> list[tuple[set[int
 
 
 def _groups(originals: list[int], sizes: list[int]) -> list[range]:
-    """Which of some loops in a row were made of each original, told by how much they hold."""
+    """Assign consecutive loops to the originals that they were split from, by their sizes."""
     if not originals:
         if sizes:
             raise CannotTell("there are more loops in the machine code than in PTX")
         return []
 
     def cost(original: int, group: range) -> float:
-        """How badly they fit."""
+        """Return how badly they fit."""
         held = [sizes[k] / max(original, 1) for k in group]
         return 10 * (not held) + sum(abs(x - max(1, round(x))) for x in held) + 0.1 * len(held)
 
@@ -292,11 +291,11 @@ def _groups(originals: list[int], sizes: list[int]) -> list[range]:
 
 
 class CannotTell(Exception):
-    """How often a loop turns."""
+    """The number of iterations of a loop is unknown."""
 
 
 class Branch(NamedTuple):
-    """Where an instruction may jump to, and whether the next one may follow."""
+    """Targets of an instruction's jump, and whether the next instruction may follow."""
 
     target: Optional[int]
     goes_on: bool
@@ -309,7 +308,7 @@ def _branches(rows: list[tuple[int, str]]) -> list[Branch]:
     branches: list[Branch] = []
     for _, text in rows:
         operation, target = _operation(text), re.search(r"0x([0-9a-f]+)\s*$", text)
-        # Calls are of subroutines, which return here, or jumps like any other.
+        # A call is of a subroutine, which returns here, or a normal jump.
         jumps = operation in ("BRA", "CALL") and target
         if operation == "BSSY":
             meeting_points[text.split()[1].rstrip(",")] = numbers[int(target[1], 16)]
@@ -322,18 +321,18 @@ def _branches(rows: list[tuple[int, str]]) -> list[Branch]:
 
 
 class Loop(NamedTuple):
-    """The instructions inside, and those from which it turns."""
+    """The instructions inside, and those that jump back."""
 
     inside: set[int]
     ends: list[int]
 
 
 class Code:
-    """Some code: PTX or machine code.
+    """PTX or machine code.
 
     Args:
-        texts: Of its instructions.
-        branches: Where they lead.
+        texts: Texts of its instructions.
+        branches: Jumps of its instructions.
     """
 
     def __init__(self, texts: Sequence[str], branches: Sequence[Branch]) -> None:
@@ -349,10 +348,10 @@ class Code:
         self.whole = Loop(set(range(len(branches))), last)
 
     def _find_loops(self) -> list[Loop]:
-        """In the order in which the text comes to them.
+        """Find loops, in the order of the text.
 
-        A step closes a loop if it leads to where every way to it has passed (Aho, Sethi, Ullman: natural loops). Steps
-        backwards in the text need not, since blocks are moved about.
+        A jump closes a loop if its target dominates it (Aho, Sethi, Ullman: natural loops). Jumps backwards in the text
+        need not close a loop, since the assembler moves blocks.
         """
         loops: dict[int, Loop] = {}
         for first, earlier in enumerate(self.before):
@@ -370,16 +369,16 @@ class Code:
         return [loops[first] for first in sorted(loops)]
 
     def has_passed(self, number: int, other: int) -> bool:
-        """Whether every way to an instruction leads over another."""
+        """Whether ``other`` dominates an instruction: every path to it passes ``other``."""
         return bool(self.passed[number] >> other & 1)
 
     def loops_in(self, outer: Loop) -> list[Loop]:
-        """The outermost loops inside a loop, or the whole."""
+        """Return the outermost loops inside a loop, or inside the whole code."""
         inside = [x for x in self.loops if x.inside < outer.inside or outer is self.whole]
         return [x for x in inside if not any(x.inside < other.inside for other in inside)]
 
     def conditional_blocks(self, loop: Loop) -> list[list[int]]:
-        """Blocks of a loop, and not of one inside, over which not every way to its ends leads."""
+        """Return a loop's own blocks that not every path to its ends passes."""
         inner = set().union(*(x.inside for x in self.loops_in(loop)))
         blocks: list[list[int]] = []
         for number in sorted(loop.inside):
@@ -395,18 +394,18 @@ class Code:
         return [b for b in blocks if not all(self.has_passed(end, b[0]) for end in loop.ends)]
 
     def accesses(self, loop: Loop) -> int:
-        """How many there are in a loop."""
+        """Count accesses in a loop."""
         return sum(_is_access(self.texts[k]) for k in loop.inside)
 
     def accesses_by_kind(self, block: Sequence[int]) -> tuple[int, int]:
-        """Those that are not loads, and those that are."""
+        """Count accesses that are not loads, and loads."""
         found = [self.texts[k] for k in block if _is_access(self.texts[k])]
         loads = sum(bool(re.search(r"(^|\s)(LDG|ld\.)", text)) for text in found)
         return len(found) - loads, loads
 
 
 def _before(branches: Sequence[Branch]) -> list[list[int]]:
-    """From where each instruction is reached, of those that are reached at all."""
+    """List the predecessors of each reachable instruction."""
     count = len(branches)
     after: list[list[int]] = []
     for number, branch in enumerate(branches):
@@ -426,7 +425,7 @@ def _before(branches: Sequence[Branch]) -> list[list[int]]:
 
 
 def _passed(before: list[list[int]]) -> list[int]:
-    """What every way to an instruction leads over, as the bits of an integer."""
+    """Compute the dominators of each instruction, as bits of an integer."""
     everything = (1 << len(before)) - 1
     passed = [1, *[everything] * (len(before) - 1)]
     changed = True
@@ -445,7 +444,7 @@ def _passed(before: list[list[int]]) -> list[int]:
 def _is_access(text: str) -> bool:
     """Whether an instruction, of PTX or machine code, is an access to global memory or a barrier.
 
-    Those the assembler keeps; of exchanges between threads, for one, it drops many.
+    The assembler keeps these; it drops many others, such as exchanges between threads.
     """
     name = next(word for word in text.split() if not word.startswith("@"))
     return name.startswith(("LDG", "STG", "ATOM", "RED.", "BAR", "atom", "red.", "bar.sync")) or (
@@ -494,7 +493,7 @@ def add_up(call: Call, elements: int, d_state: int, capability: int) -> dict[str
 
 
 def rows_of(args: argparse.Namespace) -> Iterator[dict[str, object]]:
-    """One for each call that was asked for."""
+    """Yield one row for each requested call."""
     for d_state in args.d_state:
         for dtype in args.dtype:
             for batch in args.batch:
@@ -502,7 +501,7 @@ def rows_of(args: argparse.Namespace) -> Iterator[dict[str, object]]:
                     inputs = make_inputs(SHAPES[d_state], batch, getattr(torch, dtype), "meta")
                     with chosen():
                         calls = record(inputs)
-                    if design != "default":  # they are of the forward pass
+                    if design != "default":  # the designs differ in the forward pass only
                         del calls["backward"]
                     for direction, call in calls.items():
                         for capability in args.capability:
@@ -519,7 +518,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", metavar="FILE", help="where to write the figures, too")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
     for name, values in (
         ("capability", CAPABILITIES),
         ("d-state", tuple(SHAPES)),

@@ -1,11 +1,9 @@
-"""For builds on Python 3.13 and later: ``exec(code)`` in a function writes where ``locals()`` reads.
+"""Make ``exec(code)`` in a function write where ``locals()`` reads, for builds on Python 3.13 and later.
 
-The setup.py of mmcv 2.1.0, its last version that mmdet 3.3.0 accepts, reads its version by
-``exec(code)`` and ``locals()['__version__']`` in one function. Since Python 3.13 (PEP 667) both get
-a copy of the function's variables of their own, and the build ends in ``KeyError: '__version__'``.
-With this file's folder in ``PYTHONPATH``, Python imports it as it starts, hence its name, and a
-bare ``exec`` is given its caller's frame instead. That leaves the source as it was published,
-where pip finds, checks and caches it as ever.
+The setup.py of mmcv 2.1.0, its last version that mmdet 3.3.0 accepts, reads its version by ``exec(code)`` and
+``locals()['__version__']`` in one function. Since Python 3.13 (PEP 667) each gets its own copy of the function's
+variables, and the build raises ``KeyError: '__version__'``. Python imports a module of this name at its start if the
+folder is in ``PYTHONPATH``; we then pass a bare ``exec`` its caller's frame. So pip can use the published source.
 """
 
 import builtins
@@ -26,7 +24,7 @@ def _exec_into_caller(source, globals=None, locals=None, **closure):
 
 builtins.exec = _exec_into_caller
 
-# A machine may have a sitecustomize of its own, which this one hides.
+# Also run the machine's own sitecustomize, which this one hides.
 _here = os.path.dirname(os.path.abspath(__file__))
 _hidden = PathFinder.find_spec(
     "sitecustomize", [path for path in sys.path if os.path.abspath(path) != _here]
