@@ -1,23 +1,23 @@
-"""Everything to look at when the operators first meet a GPU, in one command and in less than 8 minutes.
+"""Check and time the operators on a GPU, in one command and less than 8 minutes.
 
-Each part runs in a process of its own with a time limit: its share of the whole time and what the parts before it left
-of theirs. One that fails, crashes or hangs is reported, and the next one goes on. DIR/gpu_check.json holds all figures,
-DIR/gpu_check.md is a table of them. Needs torch and triton, neither mmengine nor mmcv nor a network. What is not there
-(compute-sanitizer, ncu, mamba-ssm, mmdet) is skipped, and named. Nothing is installed, and no setting of the GPU is
-changed.
+Each part runs in its own process. Its time limit is its share of the total time plus the time that earlier parts did
+not use. If a part fails, crashes or hangs, we report that and continue with the next. DIR/gpu_check.json has all
+figures, DIR/gpu_check.md is a table of them. This needs torch and Triton, but no mmengine, no mmcv and no network. We
+skip and name parts whose tool is missing (compute-sanitizer, ncu, mamba-ssm, mmdet). We install nothing and change no
+setting of the GPU.
 
 Parts, in this order:
-    versions     what is installed, and a trivial kernel
+    versions     installed versions, and a trivial kernel
     bandwidth    copies of 50 and 800 MB
     primitives   Triton's scans along axis 0, forwards and backwards, and exp2 and softplus over [-90, 90]
-    compile      whatever the other parts launch, in as many processes as there are cores
+    compile      all kernels that the other parts launch, in one process per core
     tests        the operators against their definition, forward and backward
     sanitizer    compute-sanitizer's memcheck and racecheck on small scans
     times        on the GPU and in Python, three shapes, 1 and 16 images, float32 and bfloat16
-    profiler     ncu's instruction counts beside those of triton_cost.py
+    profiler     ncu's instruction counts and those of triton_cost.py
     capture      CUDA graphs, torch.compile, another stream, equal bits in repeated runs
-    mamba_ssm    the same scans by mamba-ssm's CUDA kernels
-    backbones    beside Swin-T, where mmdet is installed
+    mamba_ssm    the same scans with mamba-ssm's CUDA kernels
+    backbones    times of backbones and of Swin-T, if mmdet is installed
     look_back    the single pass, which waits for other programs, launched 10,000 times
 
 Examples:
@@ -60,7 +60,7 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tools/triton_lab")]
 
 
 class Skipped(Exception):
-    """A part cannot run here; the message says why."""
+    """A part cannot run on this machine; the message has the cause."""
 
 
 # ------------------------------------------------------------------------------------- the parent process
@@ -77,7 +77,7 @@ def parse_args() -> argparse.Namespace:
         "--mamba-source",
         type=Path,
         metavar="DIR",
-        help="a checkout of mamba-ssm, whose scan is compiled with nvcc where mamba-ssm is not installed",
+        help="a checkout of mamba-ssm, from which we compile the scan with nvcc if mamba-ssm is not installed",
     )
     parser.add_argument("--only", nargs="+", choices=list(PARTS), metavar="PART", help="some parts")
     parser.add_argument(
@@ -108,9 +108,9 @@ def run_parts(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def part_ends(names: Iterable[str]) -> dict[str, float]:
-    """Seconds from the start by which each part has to end, in this order.
+    """Compute the seconds from the start at which each part must end, in this order.
 
-    Each has its share of the whole time, and what those before it left of theirs.
+    Each has its share of the total time, and the time that earlier parts did not use.
     """
     names = [name for name in PARTS if name in names]
     share = TOTAL_SECONDS / sum(PARTS[name].seconds for name in names)
@@ -119,7 +119,7 @@ def part_ends(names: Iterable[str]) -> dict[str, float]:
 
 
 def run_part(name: str, args: argparse.Namespace, limit: float) -> dict[str, Any]:
-    """Run one part in a process of its own."""
+    """Run one part in a separate process."""
     command = [sys.executable, str(Path(__file__).resolve()), "--part", name]
     command += ["--out", str(args.out), "--device", args.device]
     if args.mamba_source:
@@ -128,15 +128,15 @@ def run_part(name: str, args: argparse.Namespace, limit: float) -> dict[str, Any
 
 
 def run_limited(command: list[str], place: Path, limit: float) -> dict[str, Any]:
-    """Run a process that writes its result to ``{place}.json``, and end it when its time is up.
+    """Run a process that writes its result to ``{place}.json``, and kill it at the time limit.
 
     Args:
-        command: What to run; what it prints goes to ``{place}.log``.
+        command: Command to run; its output goes to ``{place}.log``.
         place: The folder and the part's name.
         limit: Seconds.
 
     Returns:
-        What it wrote, or what became of it.
+        Its result, with a status and a message if it failed.
     """
     file, log_name = place.with_suffix(".json"), f"{place.name}.log"
     file.unlink(missing_ok=True)
@@ -151,15 +151,15 @@ def run_limited(command: list[str], place: Path, limit: float) -> dict[str, Any]
         try:
             code = process.wait(limit)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # with what it started
-            with suppress(subprocess.TimeoutExpired):  # what hangs in the driver cannot be ended
+            os.killpg(process.pid, signal.SIGKILL)  # including its children
+            with suppress(subprocess.TimeoutExpired):  # if it hangs in the driver
                 process.wait(10)
             code = None
     result = dict(rows=[], status="failed")
     if file.exists():
         try:
             result = json.loads(file.read_text())
-        except ValueError:  # the disk is full, say
+        except ValueError:  # such as on a full disk
             result["message"] = f"{file.name} cannot be read; see {log_name}"
     if code is None:
         wrong = sum(row.get("right") is False for row in result["rows"])
@@ -173,13 +173,13 @@ def run_limited(command: list[str], place: Path, limit: float) -> dict[str, Any]
 
 
 def _environment() -> dict[str, str]:
-    """This process's, in which Python finds this repository first, and then what the user wants it to find."""
+    """Return this process's environment, with this repository first in ``PYTHONPATH``."""
     paths = [str(REPOSITORY), str(HERE), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def write_table(results: dict[str, dict[str, Any]], out: Path) -> str:
-    """One Markdown table of all figures, after the name of the device."""
+    """Write a Markdown table of all figures under the name of the device."""
     from report import markdown
 
     about = next(iter(results.get("versions", {}).get("rows", [])), {})
@@ -201,7 +201,7 @@ def write_table(results: dict[str, dict[str, Any]], out: Path) -> str:
 
 
 class Report:
-    """What a part found so far; it is written out each time, so that nothing is lost to a hang."""
+    """The findings of a part; we write them after each one, so that a hang loses nothing."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -214,7 +214,7 @@ class Report:
         print(what, figures, flush=True)
 
     def write(self) -> None:
-        """Write it to its file, which is complete whenever this process is ended."""
+        """Write the file atomically, since this process may be killed at any time."""
         unfinished = self.file.with_suffix(".unfinished")
         unfinished.write_text(json.dumps(self.content, indent=1) + "\n")
         os.replace(unfinished, self.file)
@@ -251,10 +251,10 @@ def _listed(names: Sequence[str], most: int = 3) -> str:
 
 
 def use_device(device: str) -> None:
-    """Make a device, such as cuda:1, this process's current one.
+    """Make a device, such as cuda:1, the current one.
 
     Raises:
-        RuntimeError: If it is not there.
+        RuntimeError: If it does not exist.
     """
     import torch
 
@@ -267,10 +267,10 @@ def use_device(device: str) -> None:
 
 
 def require_triton() -> None:
-    """Make sure that operators run in Triton.
+    """Check that operators run in Triton.
 
     Raises:
-        RuntimeError: If they would run in plain PyTorch, whose figures nobody asked for.
+        RuntimeError: If they would run in plain PyTorch, which we do not want to measure.
     """
     from mmvssm.ops import backend
 
@@ -282,12 +282,12 @@ def require_triton() -> None:
 
 
 def attempt(report: Report, what: str, function: Callable[[], dict[str, object]]) -> None:
-    """Note what a function finds, or that it failed, and go on."""
+    """Add a function's findings or its failure to the report."""
     report.add(what, **outcome(function))
 
 
 def outcome(function: Callable[[], dict[str, object]]) -> dict[str, object]:
-    """What a function finds, or why it failed."""
+    """Return a function's findings, or the cause of its failure."""
     try:
         return function()
     except Skipped as reason:
@@ -302,7 +302,7 @@ def outcome(function: Callable[[], dict[str, object]]) -> dict[str, object]:
 
 
 def check_versions(report: Report, args: argparse.Namespace) -> None:
-    """What is installed, and a kernel that adds two vectors."""
+    """Report installed versions, and run a kernel that adds two vectors."""
     import torch
 
     from mmvssm.version import __version__
@@ -345,7 +345,7 @@ def _version(name: str) -> str:
 
 
 def check_bandwidth(report: Report, args: argparse.Namespace) -> None:
-    """Bytes a second, read and written."""
+    """Measure bytes per second, read and written."""
     for megabytes in (50, 800) if args.device != "cpu" else (1, 4):
         speed = _copy_bandwidth(megabytes, args.device)
         report.add(f"copy of {megabytes} MB", gigabytes_per_second=round(speed / 1e9))
@@ -360,7 +360,7 @@ def _copy_bandwidth(megabytes: int, device: str) -> float:
 
 
 def check_primitives(report: Report, args: argparse.Namespace) -> None:
-    """What the kernels are made of, against float64."""
+    """Compare the building blocks of the kernels with float64."""
     import gpu_check_kernels as kernels
     import torch
 
@@ -428,7 +428,7 @@ def _compare(actual, expected, tolerance: float) -> dict[str, object]:
 
 
 class Job(NamedTuple):
-    """Something to be done in a process of its own: ``function(*arguments)``."""
+    """A call for a separate process: ``function(*arguments)``."""
 
     what: str
     function: Callable[..., None]
@@ -436,14 +436,14 @@ class Job(NamedTuple):
 
 
 def check_compile(report: Report, args: argparse.Namespace) -> None:
-    """Run what the other parts run, once, so that they find every kernel in Triton's cache on disk."""
+    """Run the calls of the other parts once, so that they find every kernel in Triton's cache on disk."""
     jobs = compile_jobs(args.device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     run_jobs(jobs, min(cores, 16) if args.device != "cpu" else 2, report, args.device)
 
 
 def compile_jobs(device: str) -> list[Job]:
-    """One for each set of kernels, those that take longest first."""
+    """Return one job for each set of kernels, the longest first."""
     import torch
 
     jobs = [
@@ -458,7 +458,7 @@ def compile_jobs(device: str) -> list[Job]:
     cases = operator_cases(device)
     if device != "cpu":
         cases += [("scan", case) for case in (*look_back_cases(), *sanitized_cases())]
-        # These are not run: before its own part, the last one, nothing is to wait for a program that may hang.
+        # Do not run the single pass, which may hang, before its own part, the last one.
         for case in look_back_cases():
             jobs.append(Job(f"single pass {case}", _compile_single_pass, (case, device)))
         for shape in single_pass_shapes(device):
@@ -471,7 +471,7 @@ def compile_jobs(device: str) -> list[Job]:
 
 
 def run_jobs(jobs: Sequence[Job], processes: int, report: Report, device: str) -> None:
-    """Do jobs in some processes, and note how long each took. A process that dies takes only its own jobs with it."""
+    """Run jobs in several processes, and record their times. A process that dies loses only its own jobs."""
     context = multiprocessing.get_context("spawn")
     working = {}
     for k in range(min(processes, len(jobs))):
@@ -497,7 +497,7 @@ def run_jobs(jobs: Sequence[Job], processes: int, report: Report, device: str) -
 
 
 def _do_jobs(jobs: Sequence[Job], device: str, results: Connection) -> None:
-    """Do jobs in this process, and send what becomes of each."""
+    """Run jobs in this process, and send the outcome of each."""
     import torch
 
     torch.set_num_threads(1)
@@ -516,7 +516,7 @@ def _do_jobs(jobs: Sequence[Job], device: str, results: Connection) -> None:
 
         results.send(outcome(do))
         if device != "cpu":
-            with suppress(RuntimeError):  # after an error on the GPU, which was noted
+            with suppress(RuntimeError):  # after an error on the GPU, which is in the report
                 torch.cuda.empty_cache()
 
 
@@ -552,7 +552,7 @@ def _run_case(operator: str, case: Any, device: str) -> None:
 
 
 def _compile_single_pass(case: Any, device: str) -> None:
-    """``case``: of the tests, or a shape."""
+    """Return a job for a case of the tests or a shape."""
     import scan_cases
     import torch
     from scan_inputs import Shape, designs, make_inputs
@@ -574,7 +574,7 @@ def _compile_single_pass(case: Any, device: str) -> None:
 
 
 def check_operators(report: Report, args: argparse.Namespace) -> None:
-    """The cases of the tests, as many as the time allows."""
+    """Run the cases of the tests, as many as the time allows."""
     import scan_cases
     import sparse_conv_cases
 
@@ -593,7 +593,7 @@ def check_operators(report: Report, args: argparse.Namespace) -> None:
 
 
 def operator_cases(device: str) -> list[tuple[str, Any]]:
-    """``scan`` or ``sparse convolution`` and a case of it: first, of both, those that show something new."""
+    """List operators and test cases; the cases that show something new come first."""
     import scan_cases
     import sparse_conv_cases
 
@@ -651,7 +651,7 @@ def _run_sparse_conv(inputs: dict) -> dict:
 
 
 def sanitized_cases() -> list:
-    """Small, and with kernels of both kinds."""
+    """Return small inputs, for kernels of both kinds."""
     from scan_cases import Case
 
     return [Case(1, 130, 2, 13, states) for states in (1, 2)]
@@ -670,7 +670,7 @@ print("both agree with the definition")
 
 
 def check_sanitizer(report: Report, args: argparse.Namespace) -> None:
-    """Small scans under NVIDIA's compute-sanitizer; without it they only run."""
+    """Run small scans under NVIDIA's compute-sanitizer if it is installed."""
     small = SANITIZED.format(paths=[str(HERE), str(REPOSITORY / "tests")], device=args.device)
     tool = _cuda_tool("compute-sanitizer")
     for kind in ("memcheck", "racecheck"):
@@ -692,7 +692,7 @@ def check_sanitizer(report: Report, args: argparse.Namespace) -> None:
 
 
 def _cuda_tool(name: str) -> Optional[str]:
-    """The path of a program that comes with CUDA."""
+    """Find a program that comes with CUDA."""
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     folders = [os.path.join(home, "bin") for home in homes if home]
     return shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders))
@@ -709,7 +709,7 @@ def _shapes(device: str) -> list:
 
 
 def check_times(report: Report, args: argparse.Namespace) -> None:
-    """Milliseconds on the GPU, microseconds of Python, and the share of what a copy of the least bytes takes."""
+    """Measure milliseconds on the GPU, microseconds in Python, and the ratio to a copy of the least bytes."""
     from scan_inputs import least_bytes, make_inputs
 
     bandwidth = _copy_bandwidth(800 if args.device != "cpu" else 4, args.device)
@@ -731,7 +731,7 @@ def check_times(report: Report, args: argparse.Namespace) -> None:
 
 
 def timed_inputs(device: str) -> list[tuple[Any, int, Any]]:
-    """Shape, batch size and dtype: in float32 everything once, then in bfloat16."""
+    """Yield shape, batch size and dtype: everything in float32, then in bfloat16."""
     import torch
 
     batches = (1, 16) if device != "cpu" else (1, 2)
@@ -747,7 +747,7 @@ def _label(shape: object, batch: int, dtype: object) -> str:
 
 
 def _passes(inputs) -> tuple[Callable, Callable]:
-    """The operator's forward and backward pass, without autograd's own work."""
+    """Return the operator's forward and backward pass, without autograd's overhead."""
     import torch
 
     operator = torch.ops.mmvssm
@@ -761,7 +761,7 @@ def _passes(inputs) -> tuple[Callable, Callable]:
 
 
 def _time(call: Callable, device: str) -> float:
-    """Seconds on the device, the median of some runs, on a GPU with a cold cache."""
+    """Measure seconds on the device: the median of some runs, on a GPU with a cold cache."""
     return statistics.median(
         _times_on_cpu(call) if device == "cpu" else _times_on_gpu(call, device)
     )
@@ -777,7 +777,7 @@ def _times_on_cpu(call: Callable, runs: int = 3) -> list[float]:
 
 
 def _times_on_gpu(call: Callable, device: str, runs: int = 20) -> list[float]:
-    """Seconds from a call's first kernel to its last, launched while the GPU is kept waiting."""
+    """Measure seconds from a call's first kernel to its last, all launched while the GPU is kept busy."""
     import torch
 
     cache = torch.empty(64_000_000, device=device)  # more than any GPU's cache holds
@@ -797,15 +797,15 @@ def _times_on_gpu(call: Callable, device: str, runs: int = 20) -> list[float]:
         if not late:
             times.append(start.elapsed_time(end) / 1e3)
             continue
-        # Python had not launched everything yet: its time would be measured, not the GPU's.
+        # Python had not launched everything yet, so we would measure its time and not the GPU's.
         wait *= 2
         if wait > 1_000_000_000:
-            raise RuntimeError("a call waits for the GPU, whose time cannot be told from Python's")
+            raise RuntimeError("a call waits for the GPU, so its time includes Python's")
     return times
 
 
 def _host_time(call: Callable, device: str, runs: int = 100) -> float:
-    """Seconds that a call keeps Python busy, the fastest of some runs, the device being waited for in between."""
+    """Measure seconds that a call keeps Python busy: the fastest of some runs, with synchronisation in between."""
     import torch
 
     fastest = float("inf")
@@ -837,7 +837,7 @@ torch.cuda.profiler.stop()
 
 
 def check_profiler(report: Report, args: argparse.Namespace) -> None:
-    """Warp instructions of each kernel, as ncu counts them and as triton_cost.py does."""
+    """Compare ncu's warp instructions of each kernel with those of triton_cost.py."""
     if args.device == "cpu":
         raise Skipped("needs a GPU")
     tool = _cuda_tool("ncu")
@@ -875,7 +875,7 @@ def check_profiler(report: Report, args: argparse.Namespace) -> None:
 
 
 def _ncu_counts(text: str) -> dict[str, list[int]]:
-    """By the kernels' names, in the order of their launches."""
+    """Return counts by kernel name, in launch order."""
     rows = text[text.find('"ID"') :]
     counts: dict[str, list[int]] = {}
     for row in csv.DictReader(io.StringIO(rows)):
@@ -886,7 +886,7 @@ def _ncu_counts(text: str) -> dict[str, list[int]]:
 
 
 def check_capture(report: Report, args: argparse.Namespace) -> None:
-    """What PyTorch does with operators, with the bits of a plain call to compare with."""
+    """Compare CUDA graphs, torch.compile and streams bit by bit with a plain call."""
     import torch
     from scan_inputs import make_inputs
 
@@ -908,7 +908,7 @@ def check_capture(report: Report, args: argparse.Namespace) -> None:
             raise Skipped("needs a GPU")
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
-            torch.cuda._sleep(10_000_000)  # what the kernels have to wait for
+            torch.cuda._sleep(10_000_000)  # the kernels have to wait for this
             copies = type(inputs)(
                 *(x.clone() if isinstance(x, torch.Tensor) else x for x in inputs)
             )
@@ -941,7 +941,7 @@ def check_capture(report: Report, args: argparse.Namespace) -> None:
 
 
 def _replayed(passes: Sequence[Callable], expected: list) -> dict[str, object]:
-    """Whether a CUDA graph of some calls gives what they give."""
+    """Whether a CUDA graph of some calls gives the same results."""
     import torch
 
     captured = torch.cuda.CUDAGraph()
@@ -970,7 +970,7 @@ def _same(first: list, second: list) -> bool:
 
 
 def check_mamba_ssm(report: Report, args: argparse.Namespace) -> None:
-    """Milliseconds of mamba-ssm's kernels, and how many times as long as ours they take.
+    """Measure milliseconds of mamba-ssm's kernels, and their ratio to ours.
 
     Alone, they are given what they want, channels before tokens and each walk in its own order. Arranged counts what
     brings the backbones' tensors there, and the output back.
@@ -1003,7 +1003,7 @@ def check_mamba_ssm(report: Report, args: argparse.Namespace) -> None:
 
 
 def _mamba_passes(kernels, inputs) -> tuple[Any, list[Callable]]:
-    """The output ``(B, L, K, D)``; and the forward pass, the same from and to our layout, and the backward pass."""
+    """Return the output ``(B, L, K, D)``, the forward pass, the same with our layout, and the backward pass."""
     import torch
 
     u, delta, A, B, C, D, bias, order, source = inputs[:9]
@@ -1042,7 +1042,7 @@ def _mamba_passes(kernels, inputs) -> tuple[Any, list[Callable]]:
 
 
 def _mamba_kernels(args: argparse.Namespace) -> Any:
-    """mamba-ssm's compiled extension, installed or built."""
+    """Import mamba-ssm's compiled extension, installed or built."""
     if find_spec("selective_scan_cuda"):
         import selective_scan_cuda
 
@@ -1053,7 +1053,7 @@ def _mamba_kernels(args: argparse.Namespace) -> Any:
 
     built = args.out / "mamba_build" / f"{MAMBA_MODULE}.so"
     log = args.out / "mamba_build.log"
-    while not built.exists():  # by the process that the parent started
+    while not built.exists():  # the process that the parent started builds it
         if (args.out / "mamba_build" / "failed").exists():
             raise RuntimeError(f"mamba-ssm cannot be compiled here; see {log.name}")
         time.sleep(1)
@@ -1088,7 +1088,7 @@ template void selective_scan_bwd_cuda<at::BFloat16, complex_t>(SSMParamsBwd &, c
 
 
 def build_mamba(args: argparse.Namespace) -> int:
-    """Compile mamba-ssm's scan for this GPU, with the options of its own setup.py, beside the other parts."""
+    """Compile mamba-ssm's scan for this GPU, with the options of its own setup.py, parallel to the other parts."""
     os.nice(19)
     folder = args.out / "mamba_build"
     try:
@@ -1114,7 +1114,7 @@ def _architecture(device: str) -> str:
 def mamba_commands(
     source: Path, folder: Path, architecture: str
 ) -> tuple[list[list[str]], list[str]]:
-    """What compiles each file, and what links them to ``linked.so``."""
+    """Return the commands that compile each file, and the one that links them to ``linked.so``."""
     import sysconfig
 
     import torch
@@ -1148,7 +1148,7 @@ def mamba_commands(
 
 
 def check_backbones(report: Report, args: argparse.Namespace) -> None:
-    """GroupMamba-T beside Swin-T and ResNet-50, by backbones.py."""
+    """Compare GroupMamba-T with Swin-T and ResNet-50, by backbones.py."""
     missing = _missing_for_backbones()
     if missing:
         raise Skipped(f"{' and '.join(missing)} is not installed")
@@ -1181,7 +1181,7 @@ def _backbone_shapes(device: str) -> list[tuple[int, int, int]]:
 
 
 def check_look_back(report: Report, args: argparse.Namespace) -> None:
-    """Whether the single pass is right, and ends with the same bits each of many times, alone and beside other work."""
+    """Check that the single pass is right and gives the same bits many times, alone and parallel to other work."""
     if args.device == "cpu":
         raise Skipped("needs a GPU")
     import torch
@@ -1221,12 +1221,12 @@ def check_look_back(report: Report, args: argparse.Namespace) -> None:
 
 
 def single_pass_shapes(device: str) -> list:
-    """Those with one state for each channel."""
+    """Return the cases with one state per channel."""
     return [shape for shape in _shapes(device) if shape.d_state == 1]
 
 
 def compare_designs(inputs: Any) -> dict[str, object]:
-    """The outputs of the single pass, and the states that it leaves for the backward pass, beside the default's."""
+    """Compare outputs and saved states of the single pass with the default design's."""
     import torch
     from scan_inputs import designs
 
@@ -1244,7 +1244,7 @@ def compare_designs(inputs: Any) -> dict[str, object]:
 
 
 def run_in_single_pass(case: Any, device: str) -> dict[str, object]:
-    """A case of the tests with the single pass, and the backward pass from what it leaves."""
+    """Run a case of the tests with the single pass, and the backward pass from its saved states."""
     import scan_cases
     from scan_inputs import designs
 
@@ -1256,7 +1256,7 @@ def run_in_single_pass(case: Any, device: str) -> dict[str, object]:
 
 
 def look_back_cases() -> list:
-    """With more than one block of tiles, a last tile that is not full, and a last block of channels that is not."""
+    """Return cases with several blocks of tiles, and with partly filled last tiles and blocks of channels."""
     import torch
     from scan_cases import Case
 
@@ -1270,7 +1270,7 @@ def look_back_cases() -> list:
 
 @contextmanager
 def _launched() -> Iterator[list[str]]:
-    """The names of the kernels that the scan launches."""
+    """Return the names of the kernels that the scan launches."""
     from mmvssm.ops.selective_scan import triton_launch
 
     launch, names = triton_launch.launch, []
@@ -1284,7 +1284,7 @@ def _launched() -> Iterator[list[str]]:
 
 
 class Part(NamedTuple):
-    """A part, and the seconds that it may take at least: see :func:`part_ends`."""
+    """A part, and its guaranteed seconds: see :func:`part_ends`."""
 
     run: Callable[[Report, argparse.Namespace], None]
     seconds: float
@@ -1328,7 +1328,7 @@ def main() -> int:
 
 
 def _start_build(args: argparse.Namespace) -> Optional[subprocess.Popen]:
-    """Compile mamba-ssm's scan in the background, where it has to be."""
+    """Compile mamba-ssm's scan in the background if necessary."""
     if args.device == "cpu" or args.mamba_source is None or find_spec("selective_scan_cuda"):
         return None
     folder = args.out / "mamba_build"
