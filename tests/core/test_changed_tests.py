@@ -1,4 +1,4 @@
-"""Which tests ``make test-changed`` runs."""
+"""The choice of tests by ``make test-changed``."""
 
 import changed_tests
 import pytest

@@ -1,4 +1,4 @@
-"""Every config loads, fits together, builds, trains and is optimised as the recipes say."""
+"""Every config loads, is consistent, builds, trains, and has the optimizer settings of its recipe."""
 
 import ast
 import re

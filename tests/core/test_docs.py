@@ -1,4 +1,4 @@
-"""Run or check all that the README and the pages of docs show: code, commands, options, files, names and links."""
+"""Run or check the code, commands, options, files, names and links in the README and docs."""
 
 import argparse
 import ast

@@ -1,4 +1,4 @@
-"""Imports go down the list of rooms, and importing the package changes nothing for others."""
+"""Imports go down the list of folders, and importing the package has no side effects."""
 
 import shutil
 import subprocess

@@ -1,4 +1,4 @@
-"""Loading without running code, and judging what was loaded."""
+"""Loading of checkpoints without running code from them."""
 
 import os
 import subprocess

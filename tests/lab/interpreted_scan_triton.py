@@ -1,4 +1,4 @@
-"""The Triton kernels run by Triton's interpreter, on the CPU. Collected by ``test_triton_launch.py`` only.
+"""The Triton kernels in Triton's interpreter, on the CPU; only ``test_scan_triton.py`` collects this file.
 
 The interpreter has to be chosen, by TRITON_INTERPRET=1, before triton is first imported, and then holds for the whole
 process: hence a process of its own.

@@ -1,4 +1,4 @@
-"""The Triton kernels run by Triton's interpreter, on the CPU. Collected by ``test_sparse_depthwise_conv.py`` only.
+"""The Triton kernels in Triton's interpreter, on the CPU; only ``test_sparse_depthwise_conv.py`` collects this file.
 
 See ``interpreted_scan_triton.py`` for why they have a process of their own.
 """

@@ -1,4 +1,4 @@
-"""The first look at a GPU, run on the CPU: every part reports, and no part stops the others."""
+"""gpu_check.py on the CPU: every part reports, and no part stops the others."""
 
 import itertools
 import json

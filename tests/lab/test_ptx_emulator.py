@@ -1,4 +1,4 @@
-"""The emulator that tests of Triton kernels rely on: it computes what a GPU would, and notices what it has to."""
+"""The PTX emulator: it computes a GPU's results, and detects races and invalid accesses."""
 
 import os
 

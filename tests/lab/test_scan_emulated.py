@@ -1,4 +1,4 @@
-"""The scan's Triton kernels, compiled for GPUs that are not there and executed in NumPy: see ``ptx_emulator.py``.
+"""The scan's Triton kernels, compiled for absent GPUs and executed in NumPy: see ``ptx_emulator.py``.
 
 Unlike in Triton's interpreter, what runs is the compilers' work, and accesses outside tensors and races are errors.
 """

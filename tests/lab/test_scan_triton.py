@@ -1,4 +1,4 @@
-"""The Triton kernels: right in Triton's interpreter, compiled for GPUs that are not there, and right on one that is."""
+"""The scan's Triton kernels in Triton's interpreter, compiled for absent GPUs, and on a GPU."""
 
 import functools
 import math

@@ -1,4 +1,4 @@
-"""Costs are those of the kernels that the operator launches, counted as they would be executed."""
+"""Costs of the kernels that the operator launches, counted as they would be executed."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What tools/browse_dataset.py draws and counts, on data whose annotations are known."""
+"""Pictures and counts of tools/browse_dataset.py, on data with known annotations."""
 
 import json
 import re

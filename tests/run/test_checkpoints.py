@@ -1,4 +1,4 @@
-"""Judging checkpoints that were loaded."""
+"""Checks of loaded checkpoints."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Several processes of one run: what the first does for all, and who says what went wrong."""
+"""Several ranks of one run: work that rank 0 does for all, and the rank that reports an error."""
 
 import os
 import time

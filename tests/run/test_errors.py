@@ -1,4 +1,4 @@
-"""Mistakes are told in one sentence."""
+"""One-line errors for users' mistakes."""
 
 import subprocess
 import sys

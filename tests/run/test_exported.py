@@ -1,4 +1,4 @@
-"""tools/test.py with an exported file in the place of a checkpoint."""
+"""tools/test.py with an exported file instead of a checkpoint."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What the surroundings do to a run is told in one sentence, and the run ends."""
+"""One-line errors for failures of the machine."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""Checkpoints that try to run code, read memory or remove files, at every door they can come in by.
+"""Checkpoints that try to run code, read memory or remove files, through every way of loading them.
 
 A canary, a folder that they try to make or remove, shows whether one got its way.
 """

@@ -1,4 +1,4 @@
-"""Configs for mmpretrain where that is not installed, or does not load."""
+"""Configs for mmpretrain if it is not installed or does not load."""
 
 from importlib.util import find_spec
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""tools/train.py --plain: a config run by mmengine alone."""
+"""tools/train.py --plain: a config run with mmengine alone."""
 
 import os
 from pathlib import Path

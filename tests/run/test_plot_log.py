@@ -1,4 +1,4 @@
-"""Reading what mmengine logs, and drawing it."""
+"""Reading and drawing mmengine's logs."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""tools/predict.py: what it predicts against the libraries' own inference, what it reads, writes and says."""
+"""tools/predict.py: predictions compared with the libraries' own inference, inputs, outputs and messages."""
 
 import errno
 import json

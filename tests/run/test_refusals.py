@@ -1,4 +1,4 @@
-"""Refusals by tools/train.py and tools/test.py: settings, checkpoints and work dirs that cannot work.
+"""Settings, checkpoints and work dirs that tools/train.py and tools/test.py reject.
 
 Each row is a case, its arguments, and words of the error message. A refusal must change no file and make no work dir.
 """

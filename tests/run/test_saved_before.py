@@ -1,4 +1,4 @@
-"""What version 0.1.0 saved, when the modules lay elsewhere and had other names, loads and goes on."""
+"""Files that version 0.1.0 saved, with older module names, load and resume."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""The scan over kept tokens beside the scan over the whole grid with the others set to zero."""
+"""The scan over kept tokens, and the scan over the whole grid with the other tokens set to zero."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests of classification need: mmpretrain, and images in ImageNet's layout."""
+"""Requirements of tests of classification: mmpretrain, and images in ImageNet's layout."""
 
 import importlib.util
 

@@ -1,4 +1,4 @@
-"""What takes long is made once for all processes that share out the tests."""
+"""Make slow things once for all processes that run the tests."""
 
 import fcntl
 import os

@@ -1,4 +1,4 @@
-"""Configs of models that build and run in a moment, on a few generated images."""
+"""Configs of tiny models that build and run quickly, on a few generated images."""
 
 from pathlib import Path
 

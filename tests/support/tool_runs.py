@@ -1,4 +1,4 @@
-"""The tools called in this process, also for inputs that they refuse."""
+"""Call the tools in this process, also with inputs that they reject."""
 
 import logging
 from importlib.util import module_from_spec, spec_from_file_location

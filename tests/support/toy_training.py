@@ -1,4 +1,4 @@
-"""A training run of mmengine that takes a fraction of a second, with all that tools/train.py adds.
+"""A training run of mmengine that takes a fraction of a second, with everything that tools/train.py adds.
 
 Also a program: ``python toy_training.py WORK_DIR OVERRIDES`` trains as the tool does, in a process
 of its own; OVERRIDES is the JSON of settings like those of :func:`toy_config`.

@@ -1,4 +1,4 @@
-"""A function called in two processes of one gloo group; a call that hangs fails."""
+"""Call a function in two processes of one gloo group; a call that hangs fails."""
 
 import multiprocessing
 import os

@@ -1,4 +1,4 @@
-"""The web page in a browser, with what is drawn in it as arrays."""
+"""The web page in a browser, with its drawings as arrays."""
 
 import base64
 import io

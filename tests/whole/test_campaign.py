@@ -1,4 +1,4 @@
-"""Many runs as processes: what waits for what, what fails, what is not done twice, and how it ends."""
+"""Sets of runs as processes: order, failures, skipping of finished runs, and interruption."""
 
 import os
 import shutil

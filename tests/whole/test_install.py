@@ -1,4 +1,4 @@
-"""Installing: the compiled kernel never stands in the way, and torch is never replaced."""
+"""Installation: it never fails because of the compiled kernel, and never replaces torch."""
 
 import ast
 import ctypes

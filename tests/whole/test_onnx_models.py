@@ -1,4 +1,4 @@
-"""What tools/benchmark/onnx_models.py counts as the same."""
+"""Predictions that tools/benchmark/onnx_models.py counts as the same."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""The benchmark of the scan: what it counts is there, whatever the times are."""
+"""The benchmark of the scan reports all figures, whatever the times are."""
 
 import argparse
 

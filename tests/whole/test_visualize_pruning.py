@@ -1,4 +1,4 @@
-"""tools/visualize_pruning.py: the picture, the numbers, and what is said of bad input."""
+"""tools/visualize_pruning.py: the picture, the numbers, and errors for bad input."""
 
 import importlib.util
 import re

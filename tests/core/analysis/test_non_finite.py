@@ -1,4 +1,4 @@
-"""Where the numbers of a model stop being finite."""
+"""Find the module where NaN or infinity begins."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What --data-root sets in a config, and which data sets it refuses."""
+"""The settings that --data-root changes, and the data sets that it rejects."""
 
 import json
 

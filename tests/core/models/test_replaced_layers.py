@@ -1,4 +1,4 @@
-"""Hooks, LoRA, quantisation and the like take effect also where layers are computed in ways of their own."""
+"""Hooks, LoRA, quantisation and similar changes take effect also in fused computations."""
 
 import copy
 import importlib

@@ -1,4 +1,4 @@
-"""What the operators need: torch alone."""
+"""Operators need only torch."""
 
 import subprocess
 import sys

@@ -476,13 +476,15 @@ def test_an_onnxruntime_that_is_too_old_is_one_sentence():
     ]
 
 
-def test_without_the_library_one_sentence_says_so(tmp_path, monkeypatch):
+def test_without_the_library_a_one_line_error(tmp_path, monkeypatch):
     library = tmp_path / "_kernels.so"
     monkeypatch.setattr(backend, "_LIBRARY", library)
-    with pytest.raises(RuntimeError, match=r"were not built.*reinstall mmvssm.*without it\.$"):
+    with pytest.raises(
+        RuntimeError, match=r"were not built.*reinstall mmvssm.*without the operator\.$"
+    ):
         onnxruntime_library()
     library.write_bytes(b"for another machine")
-    with pytest.raises(RuntimeError, match=r"missing, they cannot be loaded"):
+    with pytest.raises(RuntimeError, match=r"kernels, but they cannot be loaded"):
         onnxruntime_library()
 
 
@@ -491,6 +493,6 @@ def test_a_library_of_an_earlier_version_is_said_to_be_one(tmp_path, monkeypatch
     # Any library that has no operators.
     monkeypatch.setattr(backend, "_LIBRARY", Path(torch._C.__file__))
     with pytest.raises(
-        RuntimeError, match="missing, they were built from another version of mmvssm"
+        RuntimeError, match="kernels, but they were built from another version of mmvssm"
     ):
         onnxruntime_library()

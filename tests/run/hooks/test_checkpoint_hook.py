@@ -1,4 +1,4 @@
-"""A process killed while it writes a checkpoint leaves one to resume from, and a good one."""
+"""A process killed during the write of a checkpoint leaves a good one to resume from."""
 
 import errno
 import os

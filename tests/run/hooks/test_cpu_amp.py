@@ -1,4 +1,4 @@
-"""Mixed precision without a GPU."""
+"""Mixed precision on CPUs."""
 
 from types import SimpleNamespace
 

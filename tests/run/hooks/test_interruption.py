@@ -1,4 +1,4 @@
-"""A run that gets SIGTERM saves and ends; resumed, it goes on as if nothing had happened."""
+"""A run that gets SIGTERM saves and stops; resumed, it equals an uninterrupted run."""
 
 import json
 import os

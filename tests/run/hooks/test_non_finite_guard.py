@@ -1,4 +1,4 @@
-"""NaN and infinity neither reach the weights nor a checkpoint, and end the run."""
+"""NaN and infinity reach neither the weights nor a checkpoint, and stop the run."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Randomness that follows from where a run is."""
+"""Randomness that depends only on the run's position."""
 
 import pickle
 import random

@@ -1,4 +1,4 @@
-"""Exported models in onnxruntime, beside the libraries' own inference in PyTorch."""
+"""Exported models in onnxruntime, compared with the libraries' own inference in PyTorch."""
 
 import functools
 import hashlib

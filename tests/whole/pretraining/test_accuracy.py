@@ -1,4 +1,4 @@
-"""tools/experiments/accuracy.py: what its arms are, what it refuses, what it makes of results, and a run of it."""
+"""tools/experiments/accuracy.py: its arms, rejected arguments, reports, and a run of it."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""What the student learns of a teacher, and that nothing else of the teacher comes along."""
+"""The student's loss from a teacher, and that checkpoints contain nothing of the teacher."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""tools/train.py and tools/test.py with mmpretrain: ImageNet's layout, weights handed on, and what is refused."""
+"""tools/train.py and tools/test.py with mmpretrain: ImageNet's layout, transfer of weights, and rejected inputs."""
 
 import json
 import shutil
