@@ -47,7 +47,7 @@ _NOT_CLASSIFYING = (
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Where a data set keeps its images and labels, relative to its root.
+    """Paths of a data set's images and labels, relative to its root.
 
     Attributes:
         name: Its name in messages.

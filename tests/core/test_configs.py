@@ -110,7 +110,7 @@ def test_the_promised_configs_are_there():
 
 @pytest.mark.parametrize("name", NAMES)
 class TestText:
-    """What can be read off a config without building the model."""
+    """Checks of a config without building the model."""
 
     def test_channels_agree(self, name):
         model = load(name).model
@@ -171,7 +171,7 @@ class TestText:
         assert list(drop_pretrained(cfg.model)) == [init_cfg.checkpoint]
 
     def test_can_be_inherited_by_name(self, name, tmp_path):
-        """What builds a pipeline has to know where to look for transforms then, too."""
+        """Building a pipeline must also find the transforms then."""
         (tmp_path / "inheriting.py").write_text(f"_base_ = 'mmvssm::{name}.py'\n")
         cfg, direct = Config.fromfile(tmp_path / "inheriting.py"), load(name)
         assert without_scopes(cfg.to_dict()) == without_scopes(direct.to_dict())

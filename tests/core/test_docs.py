@@ -124,7 +124,7 @@ def test_config_builds_in_mmdet(snippet):
 
 @pytest.mark.parametrize("snippet", named(DISTILLED))
 def test_classifier_config_has_settings_that_exist(snippet):
-    """It needs mmpretrain, so compare its settings with the constructors' arguments as they are written."""
+    """Compare its settings with the constructors' source, since building it needs mmpretrain."""
     classes = {
         node.name: node
         for node in ast.parse((REPO / "mmvssm/pretraining/distillation.py").read_text()).body

@@ -109,7 +109,7 @@ def test_one_span_or_several_of_more_states(wanted, monkeypatch):
 
 
 def test_walks_that_decay_alike(monkeypatch):
-    """Where all that decays depend on is shared by strides of 0, pairs of walks go together."""
+    """If everything that decays depend on has stride 0 along the walks, a program takes two walks."""
     inputs = make_inputs(Case(1, 66, 4, 3, 2, walk="order", layout="expanded"))
     inputs["source"] = inputs["order"][:1].expand(4, -1)
     for name in ("A", "D", "delta_bias"):

@@ -105,7 +105,7 @@ SHAPES = {1: (1, 64000, 4, 16), 3: (1, 5000, 2, 40), 16: (1, 16000, 4, 384)}
 
 
 def launches_of(states, dtype, gap=False):
-    """What forward and backward passes launch."""
+    """Record the launches of a forward and a backward pass."""
     batch, length, walks, channels = SHAPES[states]
 
     def meta(*shape, dtype=torch.float32):

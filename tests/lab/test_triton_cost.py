@@ -257,7 +257,7 @@ def test_operations_of_pytorch_count(monkeypatch):
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    """What the tool finds at one image, from a process of its own."""
+    """The tool's rows for one image, from a separate process."""
     with shared_folder(tmp_path_factory, "cost") as folder:
         file, output = folder / "new/cost.json", folder / "output.txt"
         if not file.exists():

@@ -130,7 +130,7 @@ def test_a_batch_too_small_for_batch_norm():
 
 
 def test_interrupted_where_a_library_makes_another_error_of_it():
-    """As mmengine does while it formats a config, which is for a good part of the time that saving takes."""
+    """mmengine does this while it formats a config, which takes a large part of the time of saving."""
 
     def swallow():
         try:
@@ -170,7 +170,7 @@ def test_pruning_mistakes_are_the_users():
 
 
 class Unsendable:
-    """As a tensor is when shared memory is full: made in a worker, and not to be handed over."""
+    """A data set whose samples a worker cannot send, like tensors when shared memory is full."""
 
     def __init__(self, length=8):
         self.length = length
@@ -228,7 +228,7 @@ def _read_slowly(path):
 
 
 def _runs(pid):
-    """Whether a process is there and has not ended, be it that nobody asked how."""
+    """Whether a process exists and is no zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -295,7 +295,7 @@ def test_a_port_in_use(monkeypatch):
 
 
 def may_mount():
-    """Whether this process may have mounts of its own: root, and a container that lets it."""
+    """Whether this process may have its own mounts, which needs root and a container that allows it."""
     if not shutil.which("unshare"):
         return False
     command = ["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", "/dev/shm"]

@@ -216,7 +216,7 @@ def canary(tmp_path, monkeypatch):
 @pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize("name", FILES)
 def test_nothing_in_a_file_is_run(monkeypatch, name, loader):
-    """Also where a library falls back on full unpickling, which this variable of PyTorch's is like."""
+    """Also with PyTorch's variable that forces full unpickling, as some libraries do."""
     make, refused = FILES[name]
     Path("a.pth").write_bytes(make())
     if loader != "torch.load":
@@ -236,7 +236,7 @@ def test_nothing_in_a_file_is_run(monkeypatch, name, loader):
 
 
 def test_canary_sings():
-    """What the files carry would run where it is unpickled in full."""
+    """Full unpickling would run the code in the files."""
     Path("a.pth").write_bytes(FILES["object in meta"][0]())
     torch.load("a.pth", weights_only=False)
     assert Path("canary").is_dir()
@@ -244,7 +244,7 @@ def test_canary_sings():
 
 
 def test_downloads_are_read_as_local_files_are(monkeypatch):
-    """As an OpenMMLab package loads that falls back on full unpickling."""
+    """Also for OpenMMLab's packages that fall back on full unpickling."""
     Path("evil.pth").write_bytes(FILES["object in meta"][0]())
     Path("text.pth").write_bytes(FILES["config text"][0]())
     schemes = dict(CheckpointLoader._schemes)

@@ -21,7 +21,7 @@ def test_tools_say_how_to_get_it(in_folder, capsys, tool, arguments):
 
 
 def fail_inside(file, message):
-    """What mmengine raises where a module that a config names runs ``file``, which fails."""
+    """Return mmengine's error for a config whose module runs ``file``, which fails."""
     try:
         exec(compile(f"raise RuntimeError({message!r})", file, "exec"))
     except RuntimeError as error:

@@ -35,7 +35,7 @@ def runners(monkeypatch):
 
 
 def names_of_ours(runner):
-    """What a runner has from mmvssm.run: hooks, loop, sampler."""
+    """List the hooks, loop and sampler of a runner that come from mmvssm.run."""
     loop = runner.train_loop
     parts = [*runner.hooks, loop, loop.dataloader.sampler, loop.dataloader.batch_sampler]
     return {type(part).__name__ for part in parts if type(part).__module__.startswith("mmvssm.run")}

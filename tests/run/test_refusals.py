@@ -188,7 +188,7 @@ def tiny_config(extra):
 
 
 def check(*options, extra=EXTRA, **settings):
-    """What setup.open_config does with ``--cfg-options``; returns the keys that nothing confirms."""
+    """Check ``--cfg-options`` as setup.open_config does; return the unconfirmed keys."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--cfg-options", nargs="+", action=SettingsAction)
     options = parser.parse_args(["--cfg-options", *options]).cfg_options
@@ -499,7 +499,7 @@ def test_init_cfg_that_fits_in_part_trains_and_is_said(tiny, trained, capsys):
 
 
 def test_resume_with_nothing_to_resume_starts_from_load_from(tiny, trained, capsys):
-    """As it would without --resume: what is always told to resume, on a cluster, would else forget the weights."""
+    """As without --resume: cluster jobs that always pass --resume would otherwise ignore the weights."""
     tiny()
     weights(trained)
     options = [
@@ -685,7 +685,7 @@ def test_what_json_has_no_number_for():
 
 
 def test_the_config_in_the_work_dir_tests_what_was_trained(trained, in_folder):
-    """As the Makefile's targets do, whose training may be given any arguments."""
+    """The Makefile's targets do this, since their training may have any arguments."""
     call("test.py", trained / "tiny.py", trained / "iter_2.pth", "--work-dir", "tested")
     assert Path("tested/test_results.json").is_file()
 

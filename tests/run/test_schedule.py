@@ -101,7 +101,7 @@ class TestDemo:
         assert "30 epochs instead of 6" in line and "T_max 6 -> 30" in line
 
     def test_as_before_the_rate_stays_at_its_floor(self, demo):
-        """That is what --epochs is for."""
+        """Only --epochs changes the schedule."""
         demo.train_cfg.max_epochs = 30
         values = rates(set_up(demo))
         assert max(values[1200:]) == pytest.approx(1e-5, rel=1e-3)
@@ -258,7 +258,7 @@ class TestSchedulers:
     )
     @pytest.mark.parametrize("length", [24, 12])
     def test_another_kind_is_refused(self, scheduler, length):
-        """Also for the config's own length: resuming with --epochs repeats the schedule."""
+        """Also for the config's own length, since --resume with --epochs repeats the schedule."""
         cfg = Config(
             dict(train_cfg=dict(by_epoch=True, max_epochs=12), param_scheduler=[STEPS, scheduler])
         )

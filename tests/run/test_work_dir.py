@@ -42,7 +42,7 @@ def report(refused):
 
 
 def test_lock_of_a_killed_process():
-    """Also when a process that it forked, such as a data worker, outlives it for a moment."""
+    """Also if a forked process, such as a data worker, outlives it for a moment."""
     context = multiprocessing.get_context("fork")
 
     def train():

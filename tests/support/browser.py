@@ -39,7 +39,7 @@ def find_browser():
 
 
 class PageError(Exception):
-    """What a script in the page threw."""
+    """A script in the page threw an exception."""
 
 
 class Browser:
@@ -202,5 +202,5 @@ class Page:
         self.call("Emulation.setEmulatedMedia", features=[scheme])
 
     def screenshot(self, kind="png", **options):
-        """What is seen, as the bytes of a file."""
+        """Return a screenshot as the bytes of a file."""
         return base64.b64decode(self.call("Page.captureScreenshot", format=kind, **options)["data"])

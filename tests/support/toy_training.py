@@ -124,7 +124,7 @@ class ToyMetric(BaseMetric):
 
 
 def toy_config(work_dir, by_epoch=True, amount=3, **changes):
-    """What tools/train.py makes of a config.
+    """Make a config as tools/train.py would.
 
     Args:
         work_dir: Where to write.
@@ -188,7 +188,7 @@ def toy_runner(work_dir, **settings):
 
 
 def losses(work_dir):
-    """What every iteration logged, apart from times: {iteration: {name: value}}."""
+    """Read the scalars of every iteration, except times: {iteration: {name: value}}."""
     logged = {}
     for file in sorted(Path(work_dir).glob("*/vis_data/scalars.json")):
         for line in file.read_text().splitlines():

@@ -128,7 +128,7 @@ class Viewer:
         )
 
     def text(self, element):
-        """What is to be read there, or nothing where it is hidden."""
+        """Return an element's visible text; empty if it is hidden."""
         return self.page.evaluate(
             f"(x => x.checkVisibility() ? x.innerText : '')(document.getElementById('{element}'))"
         )
@@ -166,18 +166,18 @@ class Viewer:
         return np.array(found).reshape(-1, 4)
 
     def boxes(self):
-        """What is written at each box, the surest last, and where it lies in widths and heights of the picture."""
+        """Return each box's label, the highest score last, and its position in widths and heights of the picture."""
         boxes = "[...document.querySelectorAll('.box')]"
         return self.page.evaluate(f"{boxes}.map((box) => box.innerText)"), self.place(".box")
 
     def colours(self, palette, count):
-        """Those of the first classes, RGB ``(count, 3)``."""
+        """Return the colours of the first classes, RGB ``(count, 3)``."""
         colours = f"Array.from({{ length: {count} }}, (_, i) => colourOf({json.dumps(palette)}, i))"
         found = self.page.evaluate(f"import('/drawing.js').then(({{ colourOf }}) => {colours})")
         return np.array(found, np.uint8)
 
     def legend(self):
-        """What stands beside each class."""
+        """Return the text of each class in the legend."""
         return self.page.evaluate(
             """Object.fromEntries([...document.querySelectorAll("#legend li")].map((item) =>
                 [item.querySelector(".name").innerText, item.querySelector(".amount").innerText]))"""

@@ -43,7 +43,7 @@ class RunsCode:
 
 
 def test_round_trip(weights, tmp_path, monkeypatch):
-    """As the published training script saves: averaged weights and yacs settings beside the plain ones."""
+    """The published training script saves averaged weights and yacs settings besides the plain weights."""
     for name in ("yacs", "yacs.config"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     Settings = type("CfgNode", (dict,), dict(__module__="yacs.config"))

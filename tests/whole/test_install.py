@@ -449,7 +449,7 @@ def test_jobs_of_a_build_fit_the_machine(tools):
 
 
 def test_exec_in_a_function_writes_where_locals_reads(tools, tmp_path):
-    """What mmcv's setup.py counts on, which Python 3.13 no longer does by itself."""
+    """mmcv's setup.py relies on this, but Python 3.13 no longer does it."""
     (tmp_path / "sitecustomize.py").write_text("print('of this machine')\n")
     code = (
         "def version():\n  exec('__version__ = 1')\n  return locals()['__version__']\n"
@@ -577,7 +577,7 @@ def test_versions_are_said_in_one_line(tools, capsys):
 
 
 class Environment:
-    """What is installed, and what pip and Python say, all made up.
+    """Fake installed packages and fake output of pip and Python.
 
     Args:
         here: Versions by name.
@@ -647,7 +647,7 @@ def test_a_torchvision_that_does_not_load_asks_for_another_environment(
 
 
 def test_a_matching_pair_is_the_one_of_the_index(tools, monkeypatch):
-    """Which is not the build of the same version, for the CPU, that pip may see first: "+cpu" counts as newer."""
+    """Not the CPU build of the same version, which pip prefers if it sees it: "+cpu" counts as newer."""
     from packaging.specifiers import SpecifierSet
 
     module, asked = tools["pretraining"], []

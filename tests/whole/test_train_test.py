@@ -126,7 +126,7 @@ def succeed(tool, *args, cwd):
 
 
 def losses(work_dir):
-    """What every iteration logged, apart from times: {iteration: {name: value}}."""
+    """Read the scalars of every iteration, except times: {iteration: {name: value}}."""
     logged = {}
     for file in sorted(work_dir.glob("*/vis_data/scalars.json")):
         for line in file.read_text().splitlines():

@@ -14,7 +14,7 @@ GRADIENTS_TILE = (2, 4, 8)
 """Channels, lanes and groups of steps of the one that is scanned along axis 2, by a warp."""
 
 FUNCTIONS = {"exp2": torch.exp2, "softplus": F.softplus}
-"""What :func:`apply` knows."""
+"""Functions that :func:`apply` supports."""
 
 
 @triton.jit
@@ -67,7 +67,7 @@ def scan_both_ways(
 
 @triton.jit
 def apply(x, y, size, NAME: tl.constexpr, SIZE: tl.constexpr):
-    """A function of each element."""
+    """Apply a function to each element."""
     i = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     value = tl.load(x + i, i < size, other=0.0)
     value = tl.exp2(value) if NAME == "exp2" else step_size(value, True)

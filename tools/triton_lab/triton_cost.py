@@ -302,7 +302,7 @@ class Branch(NamedTuple):
 
 
 def _branches(rows: list[tuple[int, str]]) -> list[Branch]:
-    """Of machine code."""
+    """Find the jumps of machine code."""
     numbers = {at: number for number, (at, _) in enumerate(rows)}
     meeting_points: dict[str, int] = {}
     branches: list[Branch] = []
@@ -461,7 +461,7 @@ def _operation(text: str) -> str:
 
 
 def add_up(call: Call, elements: int, d_state: int, capability: int) -> dict[str, object]:
-    """What a call costs."""
+    """Add up the cost of a call."""
     kernels = [measure(launch, capability) for launch in call.launches]
     instructions = sum(kernel.instructions for kernel in kernels)
     moved = sum(kernel.bytes for kernel in kernels) + call.torch_bytes

@@ -750,7 +750,7 @@ def own_instances(tmp_path, spoil=lambda data: None, **leaf):
 
 
 def test_images_to_predict_on_need_no_annotations(tmp_path):
-    """As those of COCO's test-dev, which names images and categories only."""
+    """COCO's test-dev has only images and categories."""
     cfg, data = own_instances(tmp_path, lambda data: data.val.pop("annotations"))
     path = str(data.root / "annotations/instances_val2017.json")
     cfg.test_evaluator = dict(type="CocoMetric", metric=["bbox", "segm"], ann_file=path)
@@ -1155,7 +1155,7 @@ def own_maps(tmp_path, spoil=lambda data: None):
 
 
 def test_blank_maps_of_images_to_predict_on(tmp_path):
-    """As those of Cityscapes' test set."""
+    """Cityscapes' test set has them."""
     blank = {f"validation/{i}.png": encoded(labels(255)) for i in range(4)}
     cfg, _ = own_maps(tmp_path, lambda data: data.maps.update(blank))
     for test_mode in (True, False):

@@ -112,7 +112,7 @@ def test_packing_has_no_warm_up(tmp_path):
 
 
 def test_checkpoints_stay_exchangeable(tmp_path):
-    """How far the warm-up has come is neither parameter nor buffer, in the model or its file."""
+    """The warm-up's progress is neither a parameter nor a buffer, in the model or its file."""
     run = runner(tmp_path, max_iters=2)
     run.train()
     saved = torch.load(tmp_path / "iter_2.pth", weights_only=True)["state_dict"]

@@ -232,7 +232,7 @@ def test_position_embeddings_follow_the_grid_where_all_has_to_be_deterministic()
 
 
 def load(target, source, anonymous):
-    """As ``load_state_dict`` does, perhaps from a file that does not say of what grid the embedding is."""
+    """Call ``load_state_dict``, perhaps with a file that lacks the embedding's grid."""
     weights = source.state_dict()
     target.load_state_dict(dict(weights) if anonymous else weights)
     return target.pos_embed.detach()
@@ -244,7 +244,7 @@ def load(target, source, anonymous):
     ids=str,
 )
 def test_position_embedding_of_another_grid_is_resized_when_loaded(trained, wanted, recwarn):
-    """Also where both have equally many positions, 8x8 and 4x16."""
+    """Also if both have the same number of positions, 8x8 and 4x16."""
     source, target = build(img_size=trained), build(img_size=wanted, seed=1)
     actual = load(target, source, anonymous=False)
     torch.testing.assert_close(actual, resized(source, target.embed_grid))
@@ -257,7 +257,7 @@ def test_position_embedding_of_the_same_grid_is_loaded_as_it_is():
 
 
 def test_grid_of_the_position_embedding_survives_a_checkpoint(tmp_path):
-    """As mmengine saves and loads a whole detector."""
+    """mmengine saves and loads a whole detector."""
     from mmengine.runner.checkpoint import get_state_dict, load_checkpoint, save_checkpoint
 
     source = torch.nn.ModuleDict(dict(backbone=build(img_size=(32, 128))))
@@ -271,7 +271,7 @@ def test_grid_of_the_position_embedding_survives_a_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("trained, wanted", [(48, 64), (64, 64), ((24, 40), (24, 40))], ids=str)
 def test_position_embedding_that_does_not_say_its_grid(trained, wanted, recwarn):
-    """As published ones: of the model's own grid if there are as many positions, and else of a square."""
+    """Published files have none: we assume the model's grid if the number of positions fits, else a square."""
     source, target = build(img_size=trained), build(img_size=wanted, seed=1)
     actual = load(target, source, anonymous=True)
     torch.testing.assert_close(actual, resized(source, target.embed_grid))
@@ -577,7 +577,7 @@ def test_compiles_as_one_graph(pruning):
 @pytest.mark.skipif(not scan_cpu.available(), reason="no compiled kernel")
 @pytest.mark.parametrize("pruning", [None, PRUNING, PRUNING | dict(alignment="hold")])
 def test_the_four_walks_run_together_on_a_cpu(pruning, monkeypatch):
-    """They share the decay of the state, which is computed once for all of them."""
+    """They share the decay of the state, which we compute once for all."""
     together = []
     forward = scan_cpu.forward
 

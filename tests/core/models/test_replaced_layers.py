@@ -36,7 +36,7 @@ MODELS = {
 
 @pytest.fixture(autouse=True)
 def on_large_maps(monkeypatch):
-    """What is large enough for bands and chunks."""
+    """Use maps that are large enough for bands and chunks."""
     conv_ffn, chunks = (importlib.import_module(f"mmvssm.ops.{m}") for m in ("conv_ffn", "chunks"))
     for module, name, value in (
         *((conv_ffn, "BAND_BYTES", 2_000), (conv_ffn, "WHOLE_BANDS", 0)),
@@ -76,7 +76,7 @@ def image():
 @pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize("kind", ["forward", "forward_pre"])
 def test_every_layers_hook_runs(model, kind, gradients):
-    """One at a time, since a hook elsewhere may be why a layer is called."""
+    """One at a time, since a hook elsewhere may cause the call of a layer."""
     x = image()
     for name, layer in leaves(model).items():
         calls = []
@@ -103,7 +103,7 @@ def test_every_layers_backward_hook_runs(model, kind):
 
 
 class Wrapper(nn.Module):
-    """What a LoRA layer looks like from outside: none of the attributes of the layer in it."""
+    """Looks like a LoRA layer: it lacks the attributes of the wrapped layer."""
 
     def __init__(self, original_layer):
         super().__init__()
@@ -133,7 +133,7 @@ class Twice(nn.Module):
 
 
 def test_parametrizations_take_effect(model):
-    """As of a weight that was doubled."""
+    """A parametrization doubles a weight."""
     x = image()
     for name, layer in leaves(model).items():
         other = copy.deepcopy(model)
@@ -156,7 +156,7 @@ def test_batch_norm_can_be_fused_into_convolutions(model):
 
 
 def test_batch_norm_that_is_told_to_train_does_so_without_gradients():
-    """As where its statistics are computed anew."""
+    """Recomputing its statistics does this."""
     model = GroupMamba(GROUPMAMBA, out_indices=(0,)).eval()
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:

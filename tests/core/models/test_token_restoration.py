@@ -177,7 +177,7 @@ def test_composes_with_library_necks(scope, keep_ratio):
 
 
 def test_mask_tokens_start_small():
-    """As ViT's mask tokens do: a truncated normal distribution of standard deviation 0.02."""
+    """Like ViT's mask tokens: a truncated normal distribution of standard deviation 0.02."""
     neck = TokenRestoration(in_channels=512, fill="mask_token")
     (token,) = neck.mask_tokens
     assert token.std().item() == pytest.approx(0.02, rel=0.2)

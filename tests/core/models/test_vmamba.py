@@ -50,7 +50,7 @@ def test_feature_maps_of_the_published_model(golden):
 
 @pytest.mark.parametrize("older", [False, True])
 def test_logits_of_the_published_classifier(golden, older):
-    """Also under the names of older files, with linear layers as 1x1 convolutions."""
+    """Also with the names of older files, whose linear layers are 1x1 convolutions."""
     values, weights = golden
     weights = without(weights, "outnorm")
     if older:

@@ -320,7 +320,7 @@ SHAREABLE = {"u": 2, "delta": 2, "C": 2, "A": 0, "D": 0, "delta_bias": 0, "rest"
 
 
 def shared_problem(batch, length, channels, states, options=ALL, walks=4, dtype=torch.float32):
-    """As :func:`problem`, with walks that differ in nothing but ``B``, order and gap. Some gaps are large."""
+    """Make a :func:`problem` whose walks differ only in ``B``, order and gap. Some gaps are large."""
     inputs = problem(batch, length, walks, channels, states, options, dtype)
     for name, dim in SHAREABLE.items():
         if inputs[name] is not None:

@@ -263,7 +263,7 @@ def test_expanded_and_strided_inputs():
 
 
 def test_gradients_of_pytorch_are_contiguous_whatever_the_inputs_are():
-    """As the operator promises to compilers."""
+    """The operator's fake implementation tells compilers so."""
     inputs = {name: x.detach() for name, x in make_inputs(1, 5, 2, 3, 4).items()}
     for name in ("A", "rest"):
         inputs[name] = inputs[name].transpose(0, 1).contiguous().transpose(0, 1)
@@ -396,7 +396,7 @@ def test_inputs_on_two_devices_are_refused(name):
 
 @pytest.mark.parametrize("name", TENSORS)
 def test_the_bare_operator_refuses_two_devices(name):
-    """As an exported program calls it, which was moved to another device than its constants."""
+    """An exported program calls it so after a move to another device than its constants."""
     inputs = with_one_elsewhere(name)
     with pytest.raises(ValueError, match=f"{name} must be on the device of u, cpu; got meta"):
         torch.ops.mmvssm.selective_scan(*inputs.values(), True)
@@ -407,7 +407,7 @@ def test_the_bare_operator_refuses_two_devices(name):
 
 @pytest.mark.parametrize("name", [name for name in GRADIENTS if name != "u"])
 def test_the_definition_computes_in_the_widest_dtype(name):
-    """Whichever input is float64, not only ``u`` and ``A``."""
+    """Any input may be the float64 one, not only ``u`` and ``A``."""
     narrow = make_inputs(2, 9, 2, 3, 2, dtype=torch.float32)
     inputs = {**narrow, name: narrow[name].double() * 1.1}
     wide = {

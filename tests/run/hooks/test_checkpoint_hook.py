@@ -185,7 +185,7 @@ def test_a_buffer_that_is_meant_to_be_infinite_may_be(tmp_path):
 
 
 def test_a_best_checkpoint_written_again_under_its_name_stays(tmp_path):
-    """As when a resumed run repeats the evaluation whose file an earlier one had kept."""
+    """A resumed run may repeat the evaluation whose checkpoint is already the best."""
     settings = {"amount": 1, "default_hooks.checkpoint.save_best": "auto"}
     run = toy_runner(tmp_path, **settings)
     best = tmp_path / "best_toy_mAP_epoch_1.pth"

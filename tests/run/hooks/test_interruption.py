@@ -197,7 +197,7 @@ def test_ctrl_c_that_somebody_made_away_with(tmp_path, hook, done):
 
 
 def test_ctrl_c_that_is_ignored_stays_ignored(tmp_path):
-    """As in a shell's background jobs, and under nohup."""
+    """Background jobs of a shell and nohup ignore it."""
     default = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         run = toy_runner(tmp_path, amount=1)
@@ -208,7 +208,7 @@ def test_ctrl_c_that_is_ignored_stays_ignored(tmp_path):
 
 
 def start(work_dir, **settings):
-    """The same as a process, or as one of two, that leads a group of processes."""
+    """Start the training as a process that leads a group of processes."""
     environment = settings.pop("environment", {})
     return subprocess.Popen(
         [sys.executable, str(TRAINER), str(work_dir), json.dumps(settings)],
@@ -261,7 +261,7 @@ def test_workers_report_all_but_a_parent_that_left(capsys):
 
 @pytest.mark.slow
 def test_signals_to_a_whole_group_of_processes(tmp_path):
-    """As Slurm and a terminal send them: to data workers too, which leave it to their parent."""
+    """Slurm and terminals also send signals to data workers, which ignore them."""
     work_dir = tmp_path / "run"
     process = start(work_dir, **SLOW)
     wait_for(work_dir, 8, process)
@@ -328,7 +328,7 @@ UNEQUAL = {
 def test_processes_that_validate_unequal_numbers_of_samples(
     tmp_path, monkeypatch, val_iteration, ends_after
 ):
-    """Also where the signal comes when one of them has no sample left."""
+    """Also if the signal arrives when one rank has no sample left."""
     monkeypatch.chdir(tmp_path)  # where mmengine collects results
 
     def train(rank):

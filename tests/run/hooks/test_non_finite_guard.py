@@ -125,7 +125,7 @@ def test_only_steps_in_a_row_count(tmp_path):
 
 
 def test_accumulated_gradients(tmp_path):
-    """One bad batch of the three that make a step spoils that step, and no other."""
+    """One bad batch of the three in a step spoils only that step."""
     run = train(
         tmp_path,
         exploding("backward", NAN, (4,)),

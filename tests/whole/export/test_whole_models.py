@@ -114,7 +114,7 @@ class Exported:
         return dict(zip(names, map(torch.from_numpy, found)))
 
     def eager(self, images, size=None):
-        """What the library makes of the same images as it gets them from files, resized from another size perhaps."""
+        """Run the library on the same images read from files, perhaps resized from another size."""
         return self.answer(self.model, images, size)
 
     def answer(self, model, images, size=None):
@@ -259,7 +259,7 @@ def test_kept_tokens_are_those_of_the_backbone(segmenters):
 @needs_library
 @pytest.mark.slow
 def test_native_operator_in_whole_models(segmenter, tmp_path):
-    """The same file, whose scans then run in the compiled operator and nowhere else."""
+    """The same file with all scans in the compiled operator."""
     before = session(str(segmenter.path), optimized=tmp_path / "portable.onnx")
     native = session(str(segmenter.path), LIBRARY, tmp_path / "native.onnx")
     left = [_count_scans(tmp_path / f"{name}.onnx") for name in ("portable", "native")]
@@ -278,7 +278,7 @@ def _count_scans(path):
 
 @pytest.mark.slow
 def test_segmenter_at_an_image_s_own_size(segmenters):
-    """As tools/test.py has it, with the size that an image had before it was resized."""
+    """Logits have the size of the image before resizing, as in tools/test.py."""
     segmenter = segmenters("groupmamba")
     images, size = random_images((1, 97, 131)), (60, 150)
     (found,) = segmenter.answer(OnnxModel(str(segmenter.path)), images, size)
@@ -316,7 +316,7 @@ def _check_masks(found, expected):
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [(60, 150), (97, 131), (301, 260)], ids=str)
 def test_detector_at_an_image_s_own_size(detector, size):
-    """As tools/test.py has it: boxes and masks are those of the image before it was resized."""
+    """Boxes and masks refer to the image before resizing, as in tools/test.py."""
     images = random_images((1, 97, 131))
     (found,) = detector.answer(OnnxModel(str(detector.path)), images, size)
     (expected,) = detector.eager(images, size)
@@ -465,7 +465,7 @@ def test_missing_packages(tool, monkeypatch):
 
 
 def test_a_head_that_cannot_be_exported_leaves_nothing(tool, monkeypatch):
-    """One that asks for values, which an exported program has none of."""
+    """The head branches on values, which an exported program cannot do."""
 
     def forward(self, inputs):
         return inputs[0] if inputs[0].sum() > 0 else inputs[1]

@@ -69,7 +69,7 @@ def test_weights_are_those_of_the_model_without_mmpretrain(distillation):
 
 @pytest.mark.parametrize("pruning", [None, dict(layers=(0, 1), keep_ratio=0.5)])
 def test_plainmamba_classifies_the_mean_of_the_tokens_that_are_left(pruning):
-    """As the published model does, whose final norm comes before the mean and whose head is linear."""
+    """The published model also has the final norm before the mean, and a linear head."""
     values, weights = read("plainmamba_small")
     torch.manual_seed(0)
     dim = weights["pos_embed"].shape[2]

@@ -95,7 +95,7 @@ def test_the_promised_configs_are_there():
     "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in IMAGENET]
 )
 def test_imagenet(name):
-    """As many parameters as published, and a step on images of 224x224 that changes all of them."""
+    """The published number of parameters, and a step on images of 224x224 that changes all of them."""
     torch.manual_seed(0)
     cfg = load(name)
     distilled = "distilled" in name

@@ -87,7 +87,7 @@ def samples(labels):
 
 
 def cross_entropy(logits, targets):
-    """Of probabilities, by hand."""
+    """Compute the cross entropy of probabilities by hand."""
     return -(targets * (logits - logits.exp().sum(1, keepdim=True).log())).sum(1).mean()
 
 
@@ -251,7 +251,7 @@ def project(tmp_path_factory):
 
 
 def tensors_in(part):
-    """All that are anywhere in a checkpoint."""
+    """Yield all tensors in a checkpoint."""
     if isinstance(part, torch.Tensor):
         yield part
     elif isinstance(part, (dict, list, tuple)):

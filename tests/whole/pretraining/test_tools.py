@@ -52,7 +52,7 @@ def test_training_and_testing(project, capsys):
 
 
 def test_published_weights_are_evaluated(project):
-    """Those that the published GroupMamba would have, of a distilled model, without a teacher."""
+    """Weights of a distilled model, with the published GroupMamba's names, evaluate without a teacher."""
     arch = Config.fromfile("distilled.py").model.backbone.arch
     converted = convert_groupmamba(published_weights(*arch.values(), num_classes=2))
     torch.save({"state_dict": converted.state_dict, "meta": {}}, "converted.pth")

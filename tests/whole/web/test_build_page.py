@@ -57,7 +57,7 @@ def build(tmp_path, monkeypatch):
 
 
 def write_run(folder, text=DENSE, checkpoints=("best_mIoU_iter_600.pth",)):
-    """What a training leaves."""
+    """Write the files of a training."""
     folder = Path(folder)
     folder.mkdir(parents=True)
     (folder / f"{folder.name}.py").write_text(text)

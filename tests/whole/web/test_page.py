@@ -99,7 +99,7 @@ def pixels_of(picture):
 
 
 def expected(model, pixels):
-    """What onnxruntime makes of RGB pixels ``(H, W, 3)``."""
+    """Run onnxruntime on RGB pixels ``(H, W, 3)``."""
     session = onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"])
     images = pixels.transpose(2, 0, 1)[None].astype(np.float32)
     names = [output.name for output in session.get_outputs()]
@@ -271,7 +271,7 @@ def test_a_photograph_is_turned_as_its_file_says(page, models, tmp_path):
 
 
 def test_sizes_are_those_of_testing(page, models, tmp_path):
-    """As mmcv resizes, and as a user chooses."""
+    """The page resizes like mmcv, or to the user's choice."""
     wide = write_picture(tmp_path / "wide.png", 300, 110)
     page.open_model(models(SEGMENTER, resize=dict(scale=[120, 200], keep_ratio=True)))
     page.give_picture(wide)
@@ -424,7 +424,7 @@ def test_threads_are_allowed(page):
 
 
 def test_on_any_web_server(page, models, picture, tmp_path):
-    """One that sends none of the headers: without threads, and as well otherwise."""
+    """A server without the headers: the page works, without threads."""
     model = models(SEGMENTER)
     with another_server(page) as address, page.page.browser.page(address) as tab:
         other = Viewer(tab, address)
@@ -490,7 +490,7 @@ def test_widths_and_colours(page, models, picture, width, dark):
 
 
 def contrast(page, selector):
-    """Of the text of the first such element with what lies behind it."""
+    """Compute the contrast between an element's text and its background."""
     colours = page.page.evaluate(
         f"""(() => {{
             let element = document.querySelector("{selector}");
@@ -514,7 +514,7 @@ def luminance(colour):
 
 
 def test_every_control_and_picture_has_a_name(page, models, picture):
-    """What a screen reader would say, by the browser's own tree for them."""
+    """A screen reader has a name for each, by the browser's accessibility tree."""
     page.open_model(models(PRUNED))
     page.give_picture(picture)
     nodes = page.page.call("Accessibility.getFullAXTree")["nodes"]
