@@ -155,7 +155,7 @@ class AnotherLoop(EpochBasedTrainLoop):
 def test_a_loop_that_cannot_go_on_within_an_epoch(tmp_path):
     run = toy_runner(tmp_path, **{"train_cfg.type": "AnotherLoop"})
     run.register_hook(Terminate(8))
-    with pytest.raises(Stopped, match=r"epoch 2 is repeated .* from .*epoch_1\.pth"):
+    with pytest.raises(Stopped, match=r"--resume repeats epoch 2 from .*epoch_1\.pth"):
         run.train()
 
 
