@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 import torch
-from mmengine.model import BaseModule
+from mmengine.model import BaseModule, Sequential
 from torch import Tensor, nn
 
 from ...registry import MODELS
@@ -27,7 +27,10 @@ class TokenRestoration(BaseModule):
             dict(type='FPN', in_channels=[192] * 4, out_channels=256, num_outs=5),
         ]
 
-    Maps of a backbone that pruned nothing pass through unchanged.
+    Maps of a backbone that pruned nothing pass through unchanged. mmpose ignores lists of necks; there,
+    put the other necks into this one::
+
+        neck=dict(type='mmvssm.TokenRestoration', then=[dict(type='FeatureMapProcessor', select_index=0)])
 
     Args:
         fill: What goes where a token was pruned: ``'last'``, the value that the token had when it left (dense tasks
@@ -37,6 +40,7 @@ class TokenRestoration(BaseModule):
             surroundings. Kept tokens stay as they are.
         in_channels: Channels of each input, or one number for all. Only needed for ``fill='mask_token'`` and
             ``refine=True``, whose parameters each input has of its own.
+        then: Configs of necks to run after it, in this order.
         init_cfg: mmengine initialisation.
 
     Raises:
@@ -49,6 +53,7 @@ class TokenRestoration(BaseModule):
         refine: bool = False,
         in_channels: Optional[Union[int, Sequence[int]]] = None,
         init_cfg: Optional[dict] = None,
+        then: Sequence[dict] = (),
     ) -> None:
         super().__init__(init_cfg)
         if fill not in FILLS:
@@ -77,26 +82,32 @@ class TokenRestoration(BaseModule):
             for conv in self.refiners:
                 nn.init.zeros_(conv.weight)
                 nn.init.zeros_(conv.bias)
+        self.then = Sequential(*map(MODELS.build, then)) if then else None
 
-    def forward(self, inputs: Sequence[Union[Tensor, PrunedTokens]]) -> tuple[Tensor, ...]:
+    def forward(
+        self, inputs: Union[Sequence[Union[Tensor, PrunedTokens]], Tensor, PrunedTokens]
+    ) -> Any:
         """Restore maps.
 
         Args:
             inputs: A backbone's outputs: maps ``(B, C, H, W)`` or
-                :class:`~mmvssm.models.pruning.PrunedTokens`.
+                :class:`~mmvssm.models.pruning.PrunedTokens`; one alone counts as a tuple of one.
 
         Returns:
-            Maps ``(B, C, H, W)``, contiguous.
+            A tuple of maps ``(B, C, H, W)``, contiguous; or what the last neck of ``then`` makes of it.
 
         Raises:
             ValueError: If there are not as many inputs as ``in_channels``.
         """
+        if isinstance(inputs, (Tensor, PrunedTokens)):
+            inputs = (inputs,)
         if self.num_inputs not in (None, len(inputs)):
             raise ValueError(
                 f"TokenRestoration: in_channels names {self.num_inputs} inputs, but the backbone has {len(inputs)} "
                 "outputs."
             )
-        return tuple(self._restore(i, x) for i, x in enumerate(inputs))
+        maps = tuple(self._restore(i, x) for i, x in enumerate(inputs))
+        return maps if self.then is None else self.then(maps)
 
     def _restore(self, i: int, x: Union[Tensor, PrunedTokens]) -> Tensor:
         which = 0 if self.shared else i

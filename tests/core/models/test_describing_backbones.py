@@ -168,3 +168,17 @@ def test_a_single_output_can_leave_without_its_tuple(build):
 def test_several_outputs_stay_a_tuple(build):
     with pytest.raises(ValueError, match="unwrap_single=True needs exactly one output; there are"):
         build()
+
+
+def test_a_recogniser_of_mmaction_takes_it():
+    pytest.importorskip("mmaction.models", reason="mmaction's Recognizer2D expects no tuple")
+    from mmaction.structures import ActionDataSample
+    from mmengine.registry import MODELS, DefaultScope
+
+    backbone = dict(type="mmvssm.VMamba", arch=V, out_indices=(3,), unwrap_single=True)
+    head = dict(type="TSNHead", num_classes=5, in_channels=40)
+    with DefaultScope.overwrite_default_scope("mmaction"):
+        model = MODELS.build(dict(type="Recognizer2D", backbone=backbone, cls_head=head))
+    samples = [ActionDataSample().set_gt_label(1) for _ in range(2)]
+    model.loss(torch.randn(2, 3, 3, 32, 32), samples)["loss_cls"].backward()
+    assert not [name for name, p in model.named_parameters() if p.grad is None]

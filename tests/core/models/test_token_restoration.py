@@ -181,3 +181,72 @@ def test_mask_tokens_start_small():
     neck = TokenRestoration(in_channels=512, fill="mask_token")
     (token,) = neck.mask_tokens
     assert token.std().item() == pytest.approx(0.02, rel=0.2)
+
+
+def test_an_output_without_its_tuple(pruned):
+    for bare in (pruned, torch.randn(2, 6, 3, 4)):
+        (found,), (expected,) = TokenRestoration()(bare), TokenRestoration()((bare,))
+        assert torch.equal(found, expected)
+
+
+def test_necks_within_are_those_of_a_list(pruned):
+    """Also their initialisation."""
+    pytest.importorskip("mmdet")
+    later = [
+        dict(
+            type="mmvssm.FeaturePyramid", in_channels=6, rescales=(2, 1), norm_cfg=dict(type="BN")
+        ),
+        dict(
+            type="FPN",
+            in_channels=[6, 6],
+            out_channels=4,
+            num_outs=3,
+            init_cfg=dict(type="Constant", layer="Conv2d", val=0.5),
+        ),
+    ]
+    first = dict(type="mmvssm.TokenRestoration")
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        listed, nested = MODELS.build([first, *later]), MODELS.build(dict(first, then=later))
+    nested.init_weights()
+    assert (nested.then[1].lateral_convs[0].conv.weight == 0.5).all()
+    listed[1].load_state_dict(nested.then[0].state_dict())
+    listed[2].load_state_dict(nested.then[1].state_dict())
+    for found, expected in zip(nested((pruned,)), listed((pruned,))):
+        assert torch.equal(found, expected)
+
+
+def test_no_neck_within_adds_nothing():
+    assert TokenRestoration(then=[]).then is None
+    assert not TokenRestoration().state_dict()
+
+
+def test_several_necks_in_mmpose():
+    pytest.importorskip("mmpose.models", reason="mmpose drops lists of necks")
+    from support.tiny_backbones import PLAIN
+
+    codec = dict(type="UDPHeatmap", input_size=(64, 64), heatmap_size=(16, 16), sigma=2)
+    pruning = dict(layers=(0, 1), keep_ratio=0.6)
+    later = [
+        dict(type="mmvssm.FeaturePyramid", in_channels=16, rescales=(4,), norm_cfg=dict(type="BN")),
+        dict(type="FeatureMapProcessor", select_index=0),
+    ]
+    model = dict(
+        type="TopdownPoseEstimator",
+        backbone=dict(type="mmvssm.PlainMamba", arch=PLAIN, pruning=pruning),
+        neck=dict(type="mmvssm.TokenRestoration", then=later),
+        head=dict(
+            type="HeatmapHead",
+            in_channels=16,
+            out_channels=3,
+            deconv_out_channels=(),
+            deconv_kernel_sizes=(),
+            loss=dict(type="KeypointMSELoss"),
+            decoder=codec,
+        ),
+    )
+    with DefaultScope.overwrite_default_scope("mmpose"):
+        model = MODELS.build(model)
+    heatmaps = model.head(model.extract_feat(torch.randn(2, 3, 64, 64)))
+    assert heatmaps.shape == (2, 3, 16, 16)
+    heatmaps.square().mean().backward()
+    assert not [name for name, p in model.named_parameters() if p.grad is None]
