@@ -1,11 +1,22 @@
 """Let configs inherit this package's configs by name: ``_base_ = 'mmvssm::groupmamba_maskrcnn_coco.py'``.
 
-They are in ``mmvssm/.mim/configs``, as in OpenMMLab's packages.
+``mmengine.hub`` and the inferencers of mmdet and mmseg know these names too. The configs lie in
+``mmvssm/.mim/configs``, where packages of OpenMMLab have theirs.
 """
 
+from typing import Optional
+
+from mmengine.config import Config
+from mmengine.hub import get_config
+from mmengine.infer import BaseInferencer
 from mmengine.utils import is_installed
 
-from .private_names import config_lookup, replace_config_lookup
+from .private_names import (
+    config_lookup,
+    metafile_lookup,
+    replace_config_lookup,
+    replace_metafile_lookup,
+)
 
 SCOPE = "mmvssm"
 
@@ -14,6 +25,7 @@ SCOPE = "mmvssm"
 _MODULE = "mmvssm.version"
 
 _package_and_path = config_lookup()
+_config_and_weights = metafile_lookup()
 
 
 def _get_package_and_cfg_path(cfg_path: str) -> tuple[str, str]:
@@ -28,6 +40,17 @@ def _get_package_and_cfg_path(cfg_path: str) -> tuple[str, str]:
     return (module if forked else package), path
 
 
+def _load_model_from_metafile(
+    inferencer: BaseInferencer, model: str
+) -> tuple[Config, Optional[str]]:
+    """The config of a model, and its weights if ``model-index.yml`` has some."""
+    if not model.startswith(f"{SCOPE}::"):
+        return _config_and_weights(inferencer, model)
+    cfg = get_config(model, pretrained=True)
+    return cfg, cfg.get("model_path")
+
+
 def register_configs() -> None:
-    """Make ``mmvssm::`` names work in every config read from now on. Idempotent."""
+    """Let everything that mmengine reads from now on name configs of this package. Idempotent."""
     replace_config_lookup(_get_package_and_cfg_path)
+    replace_metafile_lookup(_load_model_from_metafile)

@@ -6,9 +6,12 @@ Each docstring names the package, the versions that we checked, and why the publ
 from __future__ import annotations
 
 import multiprocessing.queues
-from typing import Any, Callable
+from typing import Any, Callable, Optional
 
+from mmengine.config import Config
 from mmengine.config import config as _config
+from mmengine.hub import hub as _hub
+from mmengine.infer import BaseInferencer
 from mmengine.optim import OptimWrapper
 from mmengine.optim.scheduler.param_scheduler import _ParamScheduler
 from mmengine.runner import Runner
@@ -21,8 +24,20 @@ def config_lookup() -> Callable[[str], tuple[str, str]]:
 
 
 def replace_config_lookup(function: Callable[[str], tuple[str, str]]) -> None:
-    """Make mmengine call ``function`` instead of :func:`config_lookup`."""
-    _config._get_package_and_cfg_path = function
+    """Let mmengine call ``function`` in place of :func:`config_lookup`, for ``_base_`` and in ``mmengine.hub``."""
+    _config._get_package_and_cfg_path = _hub._get_package_and_cfg_path = function
+
+
+def metafile_lookup() -> Callable[[BaseInferencer, str], tuple[Config, Optional[str]]]:
+    """Mmengine 0.10.x: an inferencer's config and weights by a model's name. It knows names without a package alone."""
+    return BaseInferencer._load_model_from_metafile
+
+
+def replace_metafile_lookup(
+    function: Callable[[BaseInferencer, str], tuple[Config, Optional[str]]],
+) -> None:
+    """Let inferencers call ``function`` in place of :func:`metafile_lookup`."""
+    BaseInferencer._load_model_from_metafile = function
 
 
 def checkpoint_loaders() -> dict[str, Callable]:
