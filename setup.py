@@ -125,10 +125,14 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["mmvssm", "mmvssm.*"]),
-    # Where OpenMMLab's packages have their configs; the folder is a link to ours.
+    # Where OpenMMLab's packages have their configs and tools; the folders are links to ours.
     package_data={
-        "mmvssm": [".mim/model-index.yml", ".mim/configs/*.*", ".mim/configs/_base_/*.py"]
+        "mmvssm": [
+            *(".mim/model-index.yml", ".mim/configs/*.*", ".mim/configs/_base_/*.py"),
+            *(f".mim/tools/{files}" for files in ("*.py", "*.sh", "analysis_tools/get_flops.py")),
+        ]
     },
+    exclude_package_data={"mmvssm": [".mim/tools/web.py"]},  # what it needs is in the checkout
     ext_modules=[CPU_KERNEL],
     cmdclass={"build_ext": BuildKernel, "bdist_wheel": TagWheel},
     python_requires=">=3.9",  # the oldest whose syntax suffices; tests/test_install.py checks it

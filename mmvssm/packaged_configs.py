@@ -4,17 +4,18 @@
 ``mmvssm/.mim/configs``, where packages of OpenMMLab have theirs.
 """
 
-from typing import Optional
+from typing import Callable, Optional
 
 from mmengine.config import Config
 from mmengine.hub import get_config
 from mmengine.infer import BaseInferencer
-from mmengine.utils import is_installed
+from mmengine.utils import get_installed_path, is_installed
 
 from .private_names import (
     config_lookup,
     metafile_lookup,
     replace_config_lookup,
+    replace_index_lookup,
     replace_metafile_lookup,
 )
 
@@ -40,10 +41,20 @@ def _get_package_and_cfg_path(cfg_path: str) -> tuple[str, str]:
     return (module if forked else package), path
 
 
+def _get_cfg_metainfo(
+    original: Callable[[str, str], dict], package_path: str, cfg_path: str
+) -> dict:
+    """An index's entry. The authors' addresses in ours become ``mmvssm://`` names, which load under our names."""
+    entry = original(package_path, cfg_path)
+    if package_path == get_installed_path(_MODULE):
+        entry = {**entry, "Weights": f"{SCOPE}://{entry['Name']}"}
+    return entry
+
+
 def _load_model_from_metafile(
     inferencer: BaseInferencer, model: str
 ) -> tuple[Config, Optional[str]]:
-    """The config of a model, and its weights if ``model-index.yml`` has some."""
+    """The config of a model, and its weights if ``model-index.yml`` names some."""
     if not model.startswith(f"{SCOPE}::"):
         return _config_and_weights(inferencer, model)
     cfg = get_config(model, pretrained=True)
@@ -53,4 +64,5 @@ def _load_model_from_metafile(
 def register_configs() -> None:
     """Let everything that mmengine reads from now on name configs of this package. Idempotent."""
     replace_config_lookup(_get_package_and_cfg_path)
+    replace_index_lookup(_get_cfg_metainfo)
     replace_metafile_lookup(_load_model_from_metafile)

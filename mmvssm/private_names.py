@@ -5,11 +5,13 @@ Each docstring names the package, the versions that we checked, and why the publ
 
 from __future__ import annotations
 
+import functools
 import multiprocessing.queues
 from typing import Any, Callable, Optional
 
 from mmengine.config import Config
 from mmengine.config import config as _config
+from mmengine.config import utils as _config_utils
 from mmengine.hub import hub as _hub
 from mmengine.infer import BaseInferencer
 from mmengine.optim import OptimWrapper
@@ -26,6 +28,16 @@ def config_lookup() -> Callable[[str], tuple[str, str]]:
 def replace_config_lookup(function: Callable[[str], tuple[str, str]]) -> None:
     """Let mmengine call ``function`` in place of :func:`config_lookup`, for ``_base_`` and in ``mmengine.hub``."""
     _config._get_package_and_cfg_path = _hub._get_package_and_cfg_path = function
+
+
+def replace_index_lookup(
+    function: Callable[[Callable[[str, str], dict], str, str], dict],
+) -> None:
+    """Mmengine 0.10.x: let ``mmengine.hub`` call ``function(mmengine's own, folder, config)`` for an entry of an index.
+
+    ``get_model`` loads the address that stands there and asks nobody.
+    """
+    _hub._get_cfg_metainfo = functools.partial(function, _config_utils._get_cfg_metainfo)
 
 
 def metafile_lookup() -> Callable[[BaseInferencer, str], tuple[Config, Optional[str]]]:

@@ -25,7 +25,7 @@ def package(tmp_path, monkeypatch):
     (folder / ".mim" / "configs" / "other.py").write_text("answer = 0\n")
     (folder / ".mim" / "model-index.yml").write_text("Import:\n  - configs/metafile.yml\n")
     (folder / ".mim" / "configs" / "metafile.yml").write_text(
-        "Models:\n  - Name: known\n    Config: configs/known.py\n    Weights: mmvssm://known\n"
+        "Models:\n  - Name: known\n    Config: configs/known.py\n    Weights: https://an.address/of_the_authors.pth\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(packaged_configs, "_MODULE", f"{folder.name}.version")

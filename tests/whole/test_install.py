@@ -12,7 +12,10 @@ import sysconfig
 import time
 import venv
 import zipfile
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -40,7 +43,7 @@ def source(tmp_path):
     """
     folder = tmp_path / "source"
     ignore = shutil.ignore_patterns("*.so", "__pycache__")
-    for name in ("mmvssm", "configs", "requirements"):
+    for name in ("mmvssm", "configs", "tools", "requirements"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignore, symlinks=True)
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
@@ -203,17 +206,23 @@ def test_a_wheel_without_the_kernel_fits_any_platform(source):
     assert "Tag: py3-none-any" in about
     assert "Root-Is-Purelib: true" in about
     # What else there is in it.
-    configs = {path.name: path.read_bytes() for path in (ROOT / "configs").rglob("*.py")}
+    configs = {path.name: path.read_bytes() for path in (ROOT / "configs").rglob("*.*")}
     packed = {name: text for name, text in files.items() if "/.mim/configs/" in name}
     assert {Path(name).name: text for name, text in packed.items()} == configs
+    tools = [*(ROOT / "tools").glob("*.*"), ROOT / "tools/analysis_tools/get_flops.py"]
+    expected = {path.name: path.read_bytes() for path in tools if path.name != "web.py"}
+    packed = {name: text for name, text in files.items() if "/.mim/tools/" in name}
+    assert {Path(name).name: text for name, text in packed.items()} == expected
     (licence,) = (text for name, text in files.items() if name.endswith("/LICENSE"))
     assert licence == (ROOT / "LICENSE").read_bytes()
 
 
-@pytest.mark.parametrize("options", [[], ["-e"]], ids=["wheel", "editable"])
-@pytest.mark.slow
-def test_configs_are_inherited_by_name_wherever_a_project_is(source, tmp_path, options):
-    # An environment that has the packages of this one, but for mmvssm.
+def install_beside_others(source, tmp_path, options):
+    """Install into an environment that has the packages of this one, but for mmvssm.
+
+    Returns:
+        Its Python, and its folder of packages.
+    """
     environment = tmp_path / "environment"
     venv.create(environment, with_pip=False)
     scheme = {"base": str(environment), "platbase": str(environment)}
@@ -228,6 +237,20 @@ def test_configs_are_inherited_by_name_wherever_a_project_is(source, tmp_path, o
         env={**os.environ, "CXX": "/bin/false", "CC": "/bin/false"},
         check=True,
     )
+    return environment / "bin" / "python", packages
+
+
+def without_path():
+    """The environment variables, without what would let Python find this checkout."""
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    others = [path for path in paths if path and Path(path).resolve() != ROOT]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(others)}
+
+
+@pytest.mark.parametrize("options", [[], ["-e"]], ids=["wheel", "editable"])
+@pytest.mark.slow
+def test_configs_are_inherited_by_name_wherever_a_project_is(source, tmp_path, options):
+    python, packages = install_beside_others(source, tmp_path, options)
     project = tmp_path / "project"
     project.mkdir()
     (project / "mine.py").write_text(
@@ -238,15 +261,63 @@ def test_configs_are_inherited_by_name_wherever_a_project_is(source, tmp_path, o
         "print(mmvssm.__path__[0], model.type, model.backbone.arch, model.neck.num_outs)"
     )
     said = subprocess.run(
-        [environment / "bin" / "python", "-c", code],
-        cwd=project,
-        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
-        capture_output=True,
-        text=True,
+        [python, "-c", code], cwd=project, env=without_path(), capture_output=True, text=True
     )
     assert said.returncode == 0, said.stderr
     installed = source / "mmvssm" if options else packages / "mmvssm"
     assert said.stdout.split() == [str(installed), "MaskRCNN", "small", "6"]
+
+
+INDEX = """Import:
+  - configs/metafile.yml
+"""
+METAFILE = """Models:
+  - Name: groupmamba_maskrcnn_shapes
+    Config: configs/groupmamba_maskrcnn_shapes.py
+    In Collection: GroupMamba
+    Weights: http://127.0.0.1:PORT/weights.pth
+Collections:
+  - Name: GroupMamba
+    Paper: {URL: https://arxiv.org/abs/2407.13772, Title: GroupMamba}
+"""
+
+
+@pytest.mark.slow
+def test_mim_finds_tools_and_weights_of_a_wheel(source, tmp_path):
+    pytest.importorskip("mim", reason="openmim is not installed")
+    (tmp_path / "weights.pth").write_bytes(b"weights")
+    serve = partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), serve)
+    Thread(target=server.serve_forever, daemon=True).start()
+    (source / "mmvssm/.mim/model-index.yml").write_text(INDEX)
+    metafile = METAFILE.replace("PORT", str(server.server_port))
+    (source / "configs/metafile.yml").write_text(metafile)
+    python, _ = install_beside_others(source, tmp_path, [])
+
+    def mim(*arguments):
+        done = subprocess.run(
+            [python, "-m", "mim", *arguments],
+            cwd=tmp_path,
+            env={**without_path(), "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    name = "groupmamba_maskrcnn_shapes"
+    assert name in mim("search", "mmvssm", "--valid-config")
+    mim("download", "mmvssm", "--config", name, "--dest", "downloads")
+    assert (tmp_path / "downloads" / "weights.pth").read_bytes() == b"weights"
+    assert "mmvssm.GroupMamba" in (tmp_path / "downloads" / f"{name}.py").read_text()
+    assert "finished successfully" in mim(
+        "run", "mmvssm", "get_flops", "GroupMamba", "--shape", "64"
+    )
+    few = ("prepare_data.num_train=4", "prepare_data.num_val=2", "prepare_data.image_size=64")
+    options = ("--epochs", "1", "--work-dir", "run", "--cfg-options", *few)
+    mim("train", "mmvssm", f"{name}.py", *options)
+    assert (tmp_path / "run" / "last_checkpoint").exists()
+    server.shutdown()
 
 
 # --------------------------------------------------------------------------------------------------
