@@ -1,4 +1,4 @@
-"""The ADE20K recipe at a size that two CPU cores train in minutes, on the embedded data set.
+"""The ADE20K recipe at a size that two CPU cores train in minutes, on the generated data set.
 
 The same model, from scratch: a small GroupMamba, narrow heads, 160x160 images.
 """

@@ -1,4 +1,4 @@
-"""The GroupMamba demo on the embedded data set, with a small PlainMamba-Adapter."""
+"""The GroupMamba demo on the generated data set, with a small PlainMamba-Adapter."""
 
 _base_ = "./groupmamba_maskrcnn_shapes.py"
 

@@ -1,4 +1,4 @@
-"""The demo of PlainMamba-Adapter on the embedded data set, pruned: a quarter of the tokens reaches the end."""
+"""The demo of PlainMamba-Adapter on the generated data set, pruned: a quarter of the tokens reaches the end."""
 
 _base_ = "./plainmamba_adapter_maskrcnn_shapes.py"
 

@@ -1,4 +1,4 @@
-"""The PlainMamba demo on the embedded data set, pruned: half of the tokens go after layer 1, half of the rest after 3."""
+"""The PlainMamba demo on the generated data set, pruned: half of the tokens go after layer 1, half of the rest after 3."""
 
 _base_ = ["./plainmamba_maskrcnn_shapes.py"]
 

@@ -1,4 +1,4 @@
-"""The GroupMamba demo on the embedded data set, with a small PlainMamba."""
+"""The GroupMamba demo on the generated data set, with a small PlainMamba."""
 
 _base_ = ["./groupmamba_upernet_shapes.py"]
 

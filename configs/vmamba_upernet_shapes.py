@@ -1,4 +1,4 @@
-"""The GroupMamba demo on the embedded data set, with a small VMamba."""
+"""The GroupMamba demo on the generated data set, with a small VMamba."""
 
 _base_ = "./groupmamba_upernet_shapes.py"
 

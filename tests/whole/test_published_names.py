@@ -65,7 +65,7 @@ def test_from_a_name_to_a_result(name, mirror, tmp_path):
     if published.task == "classification":
         classes = [f"n{i:08d}" for i in range(1000)]
         write_class_folders(tmp_path / "data", classes, train=0, val=1)
-        options = [f"data_root={tmp_path}/data", "test_dataloader.dataset.indices=2"]
+        options = ["test_dataloader.dataset.indices=2"]
         options += [
             f"{split}_dataloader.dataset.data_root={tmp_path}/data" for split in ("val", "test")
         ]

@@ -422,13 +422,15 @@ def _attend(
     grids: Sequence[tuple[int, int]],
 ) -> Tensor:
     """Deformable attention in float32, as published; float64 stays."""
-    shapes = torch.tensor(grids, device=query.device)
-    starts = F.pad(shapes.prod(1).cumsum(0)[:-1], (1, 0))
     with torch.autocast(query.device.type, enabled=False):
         query, values, identity = (
             x if x.dtype == torch.float64 else x.float() for x in (query, values, identity)
         )
         points = points.to(query.dtype).expand(query.shape[0], -1, -1)
+        if torch.compiler.is_compiling():  # mmcv's loops over the values of a tensor
+            return identity + _attend_in_graph(attention, query, values, points, grids)
+        shapes = torch.tensor(grids, device=query.device)
+        starts = F.pad(shapes.prod(1).cumsum(0)[:-1], (1, 0))
         return attention(
             query,
             value=values,
@@ -437,6 +439,33 @@ def _attend(
             spatial_shapes=shapes,
             level_start_index=starts,
         )
+
+
+def _attend_in_graph(
+    attention: nn.Module,
+    query: Tensor,
+    values: Tensor,
+    points: Tensor,
+    grids: Sequence[tuple[int, int]],
+) -> Tensor:
+    """What mmcv's attention adds to ``identity``, by ``grid_sample`` on grids whose sizes are no tensors."""
+    heads, levels = attention.num_heads, attention.num_levels
+    offsets = attention.sampling_offsets(query).unflatten(-1, (heads, levels, -1, 2))
+    weights = attention.attention_weights(query).unflatten(-1, (heads, -1)).softmax(-1)
+    weights = weights.unflatten(-1, (levels, -1))
+    values = attention.value_proj(values).unflatten(-1, (heads, -1))
+    read = []
+    sizes = [height * width for height, width in grids]
+    for level, (part, (height, width)) in enumerate(zip(values.split(sizes, 1), grids)):
+        maps = part.permute(0, 2, 3, 1).flatten(0, 1).unflatten(2, (height, width))
+        x = points[:, :, None, None, 0] + offsets[..., level, :, 0] / width
+        y = points[:, :, None, None, 1] + offsets[..., level, :, 1] / height
+        where = (2 * torch.stack([x, y], -1) - 1).transpose(1, 2).flatten(0, 1)
+        sampled = F.grid_sample(maps, where, align_corners=False)  # (B * heads, C, L, points)
+        weight = weights[..., level, :].transpose(1, 2).flatten(0, 1)[:, None]
+        read.append((sampled * weight).sum(-1))
+    read = sum(read).unflatten(0, (-1, heads)).flatten(1, 2)
+    return attention.output_proj(read.transpose(1, 2))
 
 
 def _full_map(stream: TokenStream) -> Tensor:

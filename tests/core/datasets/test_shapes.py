@@ -1,4 +1,4 @@
-"""The embedded data set: same bytes everywhere, valid annotations, nothing foreign overwritten."""
+"""The generated data set: same bytes everywhere, valid annotations, nothing foreign overwritten."""
 
 import hashlib
 import json
