@@ -187,7 +187,12 @@ class PlainMambaAdapter(PlainMamba):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         c2, c3, c4 = pyramid.maps()
         height, width = c1.shape[2:]
-        c1 = c1 + self.up(c2)[:, :, :height, :width]  # one row or column more, where H or W is odd
+        finer = self.up(c2)  # one row or column more, where H or W is odd
+        if torch.compiler.is_compiling():  # the layout of a slice would depend on the size
+            finer = F.pad(finer, (0, width - finer.shape[3], 0, height - finer.shape[2]))
+        else:
+            finer = finer[:, :, :height, :width]
+        c1 = c1 + finer
         maps = [c1, c2, c3, c4]
         if self.add_vit_feature:
             maps = [c + _resize(x, c.shape[2:]) for c in maps]

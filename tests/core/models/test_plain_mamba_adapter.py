@@ -14,6 +14,7 @@ from mmvssm.models.backbones.plain_mamba_adapter import (
     Extractor,
     Injector,
     _attend,
+    _attend_in_graph,
     _attention,
     reference_points,
 )
@@ -295,3 +296,42 @@ def test_autocast():
             maps = model(x)
     for a, b in zip(maps, expected):
         assert a.isfinite().all() and (a.float() - b).norm() / b.norm() < 0.3
+
+
+def test_attention_in_a_graph_is_that_of_mmcv():
+    torch.manual_seed(0)
+    attention = _attention(24, 3, 2, 4, 0.5).double()
+    for layer in (attention.sampling_offsets, attention.attention_weights):
+        nn.init.normal_(layer.weight, std=0.5)
+    grids = ((5, 7), (3, 2))
+    query = torch.randn(2, 11, 24, dtype=torch.float64)
+    values = torch.randn(2, 41, 24, dtype=torch.float64)
+    points = torch.rand(2, 11, 2, dtype=torch.float64)
+    torch.testing.assert_close(
+        _attend_in_graph(attention, query, values, points, grids),
+        _attend(attention, query, values, torch.zeros_like(query), points, grids),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pruning", [None, dict(layers=(1,), keep_ratio=0.5)])
+def test_export_with_dynamic_sizes(pruning):
+    """Of any height and width. The batch is fixed: PyTorch proves nothing of an image alone."""
+    model = build(pruning=pruning).eval()
+    dims = dict.fromkeys((2, 3), torch.export.Dim.DYNAMIC)
+    with torch.no_grad():
+        program = torch.export.export(model, (torch.randn(1, 3, 72, 100),), dynamic_shapes=(dims,))
+        for size in ((64, 96), (65, 97), (33, 171), (256, 320)):
+            x = torch.randn(1, 3, *size)
+            for a, b in zip(program.module()(x), model(x)):
+                torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_compile_fullgraph():
+    model = build(pruning=dict(layers=(1,), keep_ratio=0.5)).eval()
+    x = torch.randn(1, 3, 64, 80)
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
+        for a, b in zip(compiled, model(x)):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
