@@ -3,21 +3,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+from support.tool_runs import run_here
+
 REPO = Path(__file__).parents[2]
 
 
-def get_flops(*arguments):
-    return subprocess.run(
-        [sys.executable, "tools/analysis_tools/get_flops.py", *arguments],
+TOOL = REPO / "tools/analysis_tools/get_flops.py"
+
+
+def test_detector_by_config():
+    done = subprocess.run(
+        [sys.executable, TOOL, "configs/groupmamba_maskrcnn_shapes.py", "--shape", "64"],
         capture_output=True,
         text=True,
         cwd=REPO,
         env={**os.environ, "PYTHONPATH": str(REPO)},
     )
-
-
-def test_detector_by_config():
-    done = get_flops("configs/groupmamba_maskrcnn_shapes.py", "--shape", "64")
     assert done.returncode == 0, done.stderr
     assert "at 64x64" in done.stdout
     rows = {line.split()[1]: line.split() for line in done.stdout.splitlines() if "|" in line}
@@ -35,7 +36,7 @@ def test_mistakes_in_one_sentence():
         (["configs/none.py"], "there is no config file configs/none.py"),
         (["GroupMamba", "--cfg-options", "arch=huge"], "unknown arch 'huge'; known are 'tiny'"),
     ):
-        done = get_flops(*arguments)
+        done = run_here(TOOL, *arguments)
         assert done.returncode != 0 and "Traceback" not in done.stderr
         (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert words in sentence
