@@ -18,7 +18,7 @@ pytest.importorskip("mmseg")
 
 from mmvssm.datasets.shapes import ShapesGenerator
 from mmvssm.errors import HINT
-from support.tool_runs import sentence_of_refusal, undo_what_tools_set
+from support.tool_runs import run_here, sentence_of_refusal, undo_what_tools_set
 
 REPO = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {
@@ -123,6 +123,34 @@ def succeed(tool, *args, cwd):
     code, out, err = run(tool, *args, cwd=cwd)
     assert code == 0, err[-4000:]
     return out
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """As :func:`run`, in this process and in ``tmp_path``."""
+    monkeypatch.chdir(tmp_path)
+    undo_what_tools_set(monkeypatch)
+
+    def run(tool, *args):
+        done = run_here(REPO / "tools" / tool, *args)
+        return done.returncode, done.stdout, done.stderr
+
+    return run
+
+
+@pytest.fixture
+def succeed_here(here):
+    """As :func:`succeed`, in this process and in ``tmp_path``."""
+
+    def run(*arguments):
+        code, _, err = here(*arguments)
+        assert code == 0, err[-4000:]
+
+    return run
+
+
+# Options of a training whose process goes on, and would wait for the workers' end.
+HERE = ("train_dataloader.num_workers=0", "train_dataloader.persistent_workers=False")
 
 
 def losses(work_dir):
@@ -266,8 +294,16 @@ def trained(shapes, tmp_path_factory):
         folder = tmp_path_factory.mktemp(name)
         path = folder / "small.py"
         path.write_text(text.replace("ROOT", str(shapes)))
-        out = succeed("train.py", path, "--cfg-options", limit, cwd=folder)
-        assert "work_dirs/small" in out.splitlines()[-1]
+        arguments = ("train.py", path, "--cfg-options", limit)
+        if name == "detection":
+            out = succeed(*arguments, cwd=folder)
+            assert "work_dirs/small" in out.splitlines()[-1]
+        else:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(folder)
+                undo_what_tools_set(patch)
+                done = run_here(REPO / "tools/train.py", *arguments[1:])
+            assert done.returncode == 0, done.stderr[-4000:]
         models[name] = (path, folder / "work_dirs/small" / file)
     return models
 
@@ -285,10 +321,12 @@ def test_detector_is_evaluated_drawn_and_dumped(trained, tmp_path):
 
 
 @pytest.mark.slow
-def test_segmenter_is_evaluated_augmented_drawn_and_dumped(trained, tmp_path):
+def test_segmenter_is_evaluated_augmented_drawn_and_dumped(trained, tmp_path, succeed_here):
     path, checkpoint = trained["segmentation"]
     arguments = ("--tta", "--show-dir", "pictures", "--out", "maps")
-    succeed("test.py", path, checkpoint, *arguments, cwd=tmp_path)
+    # A visualizer of the same name would go on drawing where an earlier run did.
+    options = ("--cfg-options", "visualizer.name=tested")
+    succeed_here("test.py", path, checkpoint, *arguments, *options)
     results = json.loads((tmp_path / "work_dirs/small/test_results.json").read_text())
     assert 0 <= results["metrics"]["mIoU"] <= 100
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 4
@@ -296,7 +334,7 @@ def test_segmenter_is_evaluated_augmented_drawn_and_dumped(trained, tmp_path):
 
 
 @pytest.mark.slow
-def test_data_root_of_ones_own_trains_and_tests(trained, tmp_path):
+def test_data_root_of_ones_own_trains_and_tests(trained, tmp_path, here, succeed_here):
     """Other class names, another number of classes: heads and evaluators follow."""
     path, _ = trained["detection"]
     root = tmp_path / "own"
@@ -307,16 +345,16 @@ def test_data_root_of_ones_own_trains_and_tests(trained, tmp_path):
         for annotation in content["annotations"]:
             annotation["category_id"] = 1 if annotation["category_id"] == 1 else 2
         file.write_text(json.dumps(content))
-    limit = ("--cfg-options", "train_cfg.max_epochs=1")
-    succeed("train.py", path, "--data-root", root, *limit, cwd=tmp_path)
+    options = ("--cfg-options", "train_cfg.max_epochs=1", *HERE)
+    succeed_here("train.py", path, "--data-root", root, *options)
     checkpoint = tmp_path / "work_dirs/small/epoch_1.pth"
     loaded = torch.load(checkpoint, weights_only=True)
     assert tuple(loaded["meta"]["dataset_meta"]["classes"]) == ("round", "other")
     assert loaded["state_dict"]["roi_head.bbox_head.fc_cls.weight"].shape[0] == 3
-    succeed("test.py", path, checkpoint, "--data-root", root, cwd=tmp_path)
+    succeed_here("test.py", path, checkpoint, "--data-root", root)
     assert (tmp_path / "work_dirs/small/test/test_results.json").exists()
 
-    code, _, err = run("test.py", path, checkpoint, cwd=tmp_path)
+    code, _, err = here("test.py", path, checkpoint)
     assert code == 1
     assert "does not fit" in err and "2 classes (round, other)" in err
     assert err.splitlines()[1:] == [HINT]
@@ -414,16 +452,18 @@ def test_detection_tta_is_refused(trained, refused):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("text", [DETECTION, PRUNED_SEGMENTATION], ids=["dense", "pruned"])
-def test_mixed_precision_without_a_gpu(config, tmp_path, text):
+def test_mixed_precision_without_a_gpu(trained, config, tmp_path, succeed_here, text):
     """Backbone and neck compute in bfloat16, the losses stay finite and near those of float32."""
-    path = config(text)
-    limit = (
-        "--cfg-options",
-        "train_cfg.max_epochs=1" if text == DETECTION else "train_cfg.max_iters=6",
-    )
-    succeed("train.py", path, "--work-dir", "half", "--amp", *limit, cwd=tmp_path)
-    succeed("train.py", path, "--work-dir", "full", *limit, cwd=tmp_path)
-    half, full = losses(tmp_path / "half"), losses(tmp_path / "full")
+    limit = "train_cfg.max_epochs=1" if text == DETECTION else "train_cfg.max_iters=6"
+
+    def train(work_dir, *options):
+        # A visualizer of the same name would go on writing where an earlier run did.
+        limits = ("--cfg-options", limit, f"visualizer.name={work_dir}", *HERE)
+        succeed_here("train.py", config(text), "--work-dir", work_dir, *options, *limits)
+        return losses(tmp_path / work_dir)
+
+    half = train("half", "--amp")
+    full = losses(trained["detection"][1].parent) if text == DETECTION else train("full")
     assert half != full and sorted(half) == sorted(full) and len(half) == 6
     assert half[1]["loss"] == pytest.approx(full[1]["loss"], rel=0.05)
     assert all(
@@ -457,8 +497,8 @@ def test_mixed_precision_without_a_gpu(config, tmp_path, text):
     ],
     ids=["none that cannot be packed", "no restoration", "a warm-up of nothing"],
 )
-def test_pruning_that_does_not_fit_is_one_sentence(config, tmp_path, text, options, said):
-    code, _, err = run("train.py", config(text), "--cfg-options", *options, cwd=tmp_path)
+def test_pruning_that_does_not_fit_is_one_sentence(config, here, text, options, said):
+    code, _, err = here("train.py", config(text), "--cfg-options", *options, *HERE)
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert code == 1 and len(errors) == 1 and said in errors[0], err[-2000:]
     assert "Traceback" not in err
@@ -479,9 +519,9 @@ def test_wrong_pruning_is_one_sentence(config, refused, options, said):
 
 
 @pytest.mark.slow
-def test_a_training_that_explodes_is_one_sentence(config, tmp_path):
-    options = ("--cfg-options", "optim_wrapper.optimizer.lr=1e30", "optim_wrapper.clip_grad=None")
-    code, out, err = run("train.py", config(DETECTION), *options, cwd=tmp_path)
+def test_a_training_that_explodes_is_one_sentence(config, tmp_path, here):
+    options = ("optim_wrapper.optimizer.lr=1e30", "optim_wrapper.clip_grad=None", *HERE)
+    code, out, err = here("train.py", config(DETECTION), "--cfg-options", *options)
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert code == 1 and len(errors) == 1 and "Traceback" not in err, err[-3000:]
     assert "is not finite" in errors[0] or "holds NaN or infinity" in errors[0]
