@@ -14,6 +14,7 @@ from unittest import mock
 
 import pytest
 import torch
+from mmengine.visualization import Visualizer
 
 from mmvssm.errors import HINT, run_tool
 from mmvssm.run.arguments import predict_parser, test_parser, train_parser
@@ -52,6 +53,7 @@ def run_here(file, *arguments):
     Returns:
         What ``subprocess.run`` would.
     """
+    _forget_visualizers(Visualizer)
     command, code = [str(file), *map(str, arguments)], 0
     out, err = io.StringIO(), io.StringIO()
     surroundings = (mock.patch.object(sys, "argv", command), mock.patch.dict(os.environ))
@@ -64,6 +66,13 @@ def run_here(file, *arguments):
                 print(code, file=err)
                 code = 1
     return CompletedProcess(command, code, out.getvalue(), err.getvalue())
+
+
+def _forget_visualizers(kind):
+    """One of the same name would go on writing where an earlier run did."""
+    kind._instance_dict.clear()
+    for special in kind.__subclasses__():
+        _forget_visualizers(special)
 
 
 def files_in(folder):

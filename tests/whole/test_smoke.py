@@ -23,6 +23,7 @@ import mmvssm  # noqa: F401
 from mmvssm.datasets.shapes import ShapesGenerator
 from mmvssm.safe_checkpoint import load_checkpoint_safely
 from support.tiny_configs import CONFIGS, DETECTOR, SEGMENTER, SIZE
+from support.tool_runs import run_here, undo_what_tools_set
 
 REPOSITORY = CONFIGS.parent
 FIVE_ITERATIONS = """
@@ -60,16 +61,28 @@ def test_configs_are_read(name, model):
     assert MODELS.get(cfg.model.backbone.type).__module__.startswith("mmvssm.")
 
 
+TOOL = REPOSITORY / "tools/train.py"
+
+
 def train(*arguments):
-    """Run tools/train.py in a process of its own."""
+    """Run the tool in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}"}
     done = subprocess.run(
-        [sys.executable, REPOSITORY / "tools/train.py", *arguments],
+        [sys.executable, TOOL, *arguments],
         env={**environment, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.fixture
+def one_thread():
+    """As the process has, whose sums are to be repeated bit for bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def losses_of(work_dir):
@@ -85,7 +98,8 @@ def losses_of(work_dir):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("text", [DETECTOR, SEGMENTER], ids=["detector", "segmenter"])
-def test_five_iterations_and_a_resumed_run_agree(text, shapes, tmp_path):
+def test_five_iterations_and_a_resumed_run_agree(text, shapes, tmp_path, monkeypatch, one_thread):
+    undo_what_tools_set(monkeypatch)
     (tmp_path / "tiny.py").write_text(text.replace("ROOT", str(shapes)))
     config = tmp_path / "smoke.py"
     config.write_text(FIVE_ITERATIONS)
@@ -97,7 +111,8 @@ def test_five_iterations_and_a_resumed_run_agree(text, shapes, tmp_path):
     resumed.mkdir()
     shutil.copy(tmp_path / "whole/iter_3.pth", resumed)
     (resumed / "last_checkpoint").write_text(str(resumed / "iter_3.pth"))
-    train(config, "--work-dir", resumed, "--resume")
+    done = run_here(TOOL, config, "--work-dir", resumed, "--resume")
+    assert done.returncode == 0, done.stderr[-4000:]
     assert losses_of(resumed) == {step: whole[step] for step in (4, 5)}
     weights = [
         load_checkpoint_safely(folder / "iter_5.pth")["state_dict"]

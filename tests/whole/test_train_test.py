@@ -324,9 +324,7 @@ def test_detector_is_evaluated_drawn_and_dumped(trained, tmp_path):
 def test_segmenter_is_evaluated_augmented_drawn_and_dumped(trained, tmp_path, succeed_here):
     path, checkpoint = trained["segmentation"]
     arguments = ("--tta", "--show-dir", "pictures", "--out", "maps")
-    # A visualizer of the same name would go on drawing where an earlier run did.
-    options = ("--cfg-options", "visualizer.name=tested")
-    succeed_here("test.py", path, checkpoint, *arguments, *options)
+    succeed_here("test.py", path, checkpoint, *arguments)
     results = json.loads((tmp_path / "work_dirs/small/test_results.json").read_text())
     assert 0 <= results["metrics"]["mIoU"] <= 100
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 4
@@ -457,9 +455,8 @@ def test_mixed_precision_without_a_gpu(trained, config, tmp_path, succeed_here, 
     limit = "train_cfg.max_epochs=1" if text == DETECTION else "train_cfg.max_iters=6"
 
     def train(work_dir, *options):
-        # A visualizer of the same name would go on writing where an earlier run did.
-        limits = ("--cfg-options", limit, f"visualizer.name={work_dir}", *HERE)
-        succeed_here("train.py", config(text), "--work-dir", work_dir, *options, *limits)
+        options += ("--cfg-options", limit, *HERE)
+        succeed_here("train.py", config(text), "--work-dir", work_dir, *options)
         return losses(tmp_path / work_dir)
 
     half = train("half", "--amp")
