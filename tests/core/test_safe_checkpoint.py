@@ -1,6 +1,7 @@
 """Loading of checkpoints without running code from them."""
 
 import os
+import pickle
 import subprocess
 import sys
 from collections import OrderedDict
@@ -10,9 +11,15 @@ import numpy as np
 import pytest
 import torch
 from mmengine.logging import HistoryBuffer
+from mmengine.runner.checkpoint import CheckpointLoader
 from torch import nn
 
-from mmvssm.safe_checkpoint import UnsafeCheckpointError, load_checkpoint_safely
+from mmvssm.private_names import checkpoint_loaders
+from mmvssm.safe_checkpoint import (
+    UnsafeCheckpointError,
+    guard_checkpoint_loader,
+    load_checkpoint_safely,
+)
 
 
 class Calls:
@@ -56,8 +63,19 @@ def test_training_state_of_mmengine_is_read(tmp_path):
         Calls(subprocess.check_call, ["touch", "harmed"]),
         partial(print, "hello"),
         nn.Linear(1, 1),
+        Calls(np.zeros(1).__reduce__()[0], HistoryBuffer, (0,), b"b"),
     ],
-    ids=["system", "eval", "getattr", "dunder", "method", "subprocess", "partial", "module"],
+    ids=[
+        "system",
+        "eval",
+        "getattr",
+        "dunder",
+        "method",
+        "subprocess",
+        "partial",
+        "module",
+        "no array",
+    ],
 )
 def test_code_and_objects_are_refused(tmp_path, monkeypatch, thing):
     monkeypatch.chdir(tmp_path)
@@ -89,6 +107,35 @@ def test_absent_damaged_and_foreign_files(tmp_path):
     torch.save([torch.ones(1)], tmp_path / "list.pth")
     with pytest.raises(UnsafeCheckpointError, match="holds a list"):
         load_checkpoint_safely(tmp_path / "list.pth")
+
+
+@pytest.mark.parametrize("thing, refused", [(Calls(os.mkdir, "harmed"), True), (1, False)])
+@pytest.mark.parametrize(
+    "force, forbid", [(None, "1"), ("0", None)], ids=["full loading forced", "nothing forced"]
+)
+def test_a_loader_that_loads_all_cannot(tmp_path, monkeypatch, force, forbid, thing, refused):
+    """Whatever the environment says, which is then as before."""
+    monkeypatch.chdir(tmp_path)
+    before = dict(TORCH_FORCE_WEIGHTS_ONLY_LOAD=force, TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=forbid)
+    for name, value in before.items():
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    monkeypatch.setitem(
+        checkpoint_loaders(),
+        "full://",
+        lambda address, map_location=None: torch.load(address[7:], weights_only=False),
+    )
+    guard_checkpoint_loader()
+    torch.save({"x": thing}, "a.pth")
+    if refused:
+        with pytest.raises(pickle.UnpicklingError, match="weights_only"):
+            CheckpointLoader.load_checkpoint("full://a.pth")
+    else:
+        assert CheckpointLoader.load_checkpoint("full://a.pth") == {"x": thing}
+    assert not (tmp_path / "harmed").exists()
+    assert {name: os.environ.get(name) for name in before} == before
 
 
 @pytest.mark.slow

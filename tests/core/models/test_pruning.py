@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmvssm.models.pruning import (
+    METRICS,
     PrunedTokens,
     PruningError,
     TokenPruning,
@@ -63,6 +64,12 @@ def test_number_of_kept_tokens_is_rounded_up(num_tokens, percent):
 def test_only_pruning_layers_prune():
     both = pruning(keep_ratio=[0.5, 0.25])
     assert [both.num_kept(i, 100) for i in range(8)] == [100, 100, 50, 100, 100, 25, 100, 100]
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_nothing_is_learned_by_importance(metric):
+    y = torch.randn(2, 5, 3, requires_grad=True)
+    assert not pruning(metric=metric).importance(y).requires_grad
 
 
 def test_progress_matters_in_training_only():
