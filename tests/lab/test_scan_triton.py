@@ -1,14 +1,14 @@
-"""The scan's Triton kernels in Triton's interpreter, compiled for absent GPUs, and on a GPU."""
+"""The scan's Triton kernels: what is launched, in Triton's interpreter, and on a GPU."""
 
 import functools
 import math
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import scan_inputs
 import torch
 from scan_cases import CASES, GRADIENTS, Case, check, make_inputs
 
@@ -57,15 +57,21 @@ def test_without_a_compiler_it_says_so_once_and_falls_back(monkeypatch, tmp_path
 
 
 @needs_triton
-def test_one_state_takes_two_launches_and_a_plan_that_is_kept():
+def test_one_state_takes_two_launches_and_a_plan_that_is_plans():
     """The second call with inputs of the same shapes and strides works out nothing."""
+
+    def launch_both_passes():
+        inputs = scan_inputs.make_inputs(scan_inputs.STAGE_1, 1, torch.float32, "meta")
+        with recorded_launches() as launches:
+            y, states = triton_launch.forward(inputs)
+            triton_launch.backward(y, inputs, states)
+        return [x.kernel.__name__ for x in launches]
+
     before = dict(triton_launch._plans)
-    first = [
-        x for x in launches_of(1, torch.float32) if x.kernel.__name__ in ("run_ends", "outputs")
-    ]
-    assert [x.kernel.__name__ for x in first] == ["run_ends", "outputs", "run_ends"]
+    scans = [name for name in launch_both_passes() if name in ("run_ends", "outputs")]
+    assert scans == ["run_ends", "outputs", "run_ends"]
     plans = triton_launch._plans.keys() - before.keys()
-    launches_of(1, torch.float32)
+    launch_both_passes()
     assert triton_launch._plans.keys() - before.keys() == plans
 
 
@@ -96,90 +102,6 @@ def test_kernels_in_the_interpreter(which):
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-# ----------------------------------------------------------------------------------- compiled, not run
-
-# What the models pass, at sizes at which every kernel is launched.
-SHAPES = {1: (1, 64000, 4, 16), 3: (1, 5000, 2, 40), 16: (1, 16000, 4, 384)}
-
-
-def launches_of(states, dtype, gap=False):
-    """Record the launches of a forward and a backward pass."""
-    batch, length, walks, channels = SHAPES[states]
-
-    def meta(*shape, dtype=torch.float32):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    order = meta(walks, length, dtype=torch.int32)
-    inputs = ScanInputs(
-        *(meta(batch, length, walks, channels, dtype=dtype) for _ in range(2)),
-        meta(walks, channels, states),
-        *(meta(batch, length, walks, states, dtype=dtype) for _ in range(2)),
-        *(meta(walks, channels) for _ in range(2)),
-        *(order, order if gap else None, order if gap else None),
-        meta(walks, channels) if gap else None,
-    )
-    with recorded_launches() as launches:
-        y, saved = triton_launch.forward(inputs)
-        triton_launch.backward(y, inputs, saved)
-    return launches
-
-
-KINDS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
-
-
-@needs_triton
-@pytest.mark.slow
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="triton interprets")
-@pytest.mark.parametrize(
-    ("states", "dtype", "gap", "capability"),
-    # Without gaps, in both dtypes and for both capabilities: see test_triton_cost.py.
-    [
-        (1, torch.float32, True, 90),
-        (3, torch.bfloat16, True, 90),
-        (16, torch.bfloat16, True, 80),
-    ],
-)
-def test_compiles_without_spills(states, dtype, gap, capability, tmp_path, monkeypatch):
-    triton = pytest.importorskip("triton", minversion="3.3")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    for launch in launches_of(states, dtype, gap):
-        signature, constants, aligned = {}, {}, {}
-        for i, parameter in enumerate(launch.kernel.params):
-            name, x = parameter.name, launch.arguments[parameter.name]
-            if parameter.is_constexpr or x is None:
-                signature[name], constants[name] = "constexpr", x
-            elif isinstance(x, torch.Tensor):
-                signature[name], aligned[(i,)] = KINDS[x.dtype], [["tt.divisibility", 16]]
-            else:
-                assert parameter.do_not_specialize, f"{name} would be compiled anew for every size"
-                signature[name] = "i32"
-        compiled = triton.compile(
-            ASTSource(launch.kernel, signature, constants, aligned),
-            target=GPUTarget("cuda", capability, 32),
-            options=launch.options,
-        )
-        registers, stack = _resources(triton, compiled.asm["cubin"], tmp_path)
-        assert stack == 0, f"{launch.kernel.__name__} spills registers"
-        assert registers * launch.options["num_warps"] * 32 <= 65536, launch.kernel.__name__
-
-
-def _resources(triton, cubin: bytes, folder: Path) -> tuple[int, int]:
-    """Registers per thread and bytes of stack, which is where registers are spilled."""
-    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    if not cuobjdump.exists():
-        pytest.skip("triton came without cuobjdump")
-    (folder / "kernel.cubin").write_bytes(cubin)
-    report = subprocess.run(
-        [cuobjdump, "-res-usage", folder / "kernel.cubin"], capture_output=True, text=True
-    ).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", report)
-    assert found, report
-    return int(found[1]), int(found[2])
 
 
 # ------------------------------------------------------------------------------------------- on a GPU

@@ -256,10 +256,10 @@ def use_device(device: str) -> None:
     Raises:
         RuntimeError: If it does not exist.
     """
-    import torch
-
     if device == "cpu":
         return
+    import torch
+
     if not torch.cuda.is_available():
         raise RuntimeError("torch sees no CUDA GPU here; the same flow runs with --device cpu")
     if ":" in device:
@@ -673,7 +673,7 @@ def check_sanitizer(report: Report, args: argparse.Namespace) -> None:
     """Run small scans under NVIDIA's compute-sanitizer if it is installed."""
     small = SANITIZED.format(paths=[str(HERE), str(REPOSITORY / "tests")], device=args.device)
     tool = _cuda_tool("compute-sanitizer")
-    for kind in ("memcheck", "racecheck"):
+    for kind in ("memcheck", "racecheck") if args.device != "cpu" else ("memcheck",):
         command = [sys.executable, "-c", small]
         if args.device != "cpu":
             if tool is None:

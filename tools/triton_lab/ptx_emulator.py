@@ -62,7 +62,7 @@ class Instruction(NamedTuple):
     @property
     def types(self) -> list[str]:
         """The types that it names, as NumPy names them; ``bf`` is bfloat16, ``?`` a predicate."""
-        return [_TYPES[word] for word in self.words if word in _TYPES]
+        return _types(self.words)
 
     @property
     def communicates(self) -> bool:
@@ -71,6 +71,11 @@ class Instruction(NamedTuple):
         return self.name in ("atom", "red") or (
             self.name in ("ld", "st") and not ordered.isdisjoint(self.words)
         )
+
+
+@functools.cache
+def _types(words: tuple[str, ...]) -> list[str]:
+    return [_TYPES[word] for word in words if word in _TYPES]
 
 
 @dataclass
@@ -318,6 +323,7 @@ class _Threads:
 
     # ---------------------------------------------------------------------------------- control flow
 
+    @np.errstate(all="ignore")
     def run(self) -> None:
         """Execute the program to its end."""
         instructions = self.program.instructions
@@ -395,8 +401,7 @@ class _Threads:
         if handler is not None:
             handler(instruction, mask)
         elif instruction.name in _PURE:
-            with np.errstate(all="ignore"):
-                self._compute(instruction, mask)
+            self._compute(instruction, mask)
         elif instruction.name not in _WITHOUT_EFFECT:
             raise NotImplementedError(instruction.text)
 
@@ -441,9 +446,9 @@ class _Threads:
         if name == "_":
             return
         if value.dtype != bool:
-            prefix = re.match(r"%?[a-z]+", name)[0]
-            width = self.program.widths.get(prefix, f"u{value.dtype.itemsize}")
-            if int(width[1]) == value.dtype.itemsize:
+            size = value.dtype.itemsize
+            width = self.program.widths.get(_letters(name), f"u{size}")
+            if int(width[1]) == size:
                 value = value.view(width) if value.ndim else value[None].view(width)
             else:  # extended by its sign, or cut off
                 value = value.astype(f"{value.dtype.kind}{width[1]}").view(f"u{width[1]}")
@@ -457,10 +462,7 @@ class _Threads:
     # ----------------------------------------------------------------------------------------- memory
 
     def _address(self, operand: str, dtype: str) -> np.ndarray:
-        base, sign, offset = re.match(
-            r"\[\s*([%\w]+)\s*(?:([+-])\s*(-?\w+))?\s*\]", operand
-        ).groups()
-        offset = int(offset or "0", 0) * (-1 if sign == "-" else 1)
+        base, offset = _base_and_offset(operand)
         return self.get(base, dtype).astype(np.int64) + offset
 
     def _do_ld(self, i: Instruction, mask) -> None:
@@ -712,12 +714,11 @@ class _Threads:
 
     def _do_setp(self, i: Instruction, mask) -> None:
         x, y = (self.get(operand, i.types[-1]) for operand in i.operands[1:3])
-        with np.errstate(all="ignore"):
-            holds = _COMPARISONS[i.words[0]](x, y)
-            # "ltu" is true where either is not a number, "lt" false; "lo" is for integers.
-            if x.dtype.kind == "f" and i.words[0] not in ("nan", "num"):
-                unordered = np.isnan(x) | np.isnan(y)
-                holds = holds | unordered if i.words[0].endswith("u") else holds & ~unordered
+        holds = _COMPARISONS[i.words[0]](x, y)
+        # "ltu" is true where either is not a number, "lt" false; "lo" is for integers.
+        if x.dtype.kind == "f" and i.words[0] not in ("nan", "num"):
+            unordered = np.isnan(x) | np.isnan(y)
+            holds = holds | unordered if i.words[0].endswith("u") else holds & ~unordered
         names = i.operands[0].split("|")
         results = (holds, ~holds)
         if len(i.operands) > 3:
@@ -745,19 +746,17 @@ class _Threads:
         value = self.get(i.operands[1], source)
         for word in i.words:
             if word in _ROUNDING:
-                with np.errstate(all="ignore"):
-                    value = _ROUNDING[word](value)
-        with np.errstate(all="ignore"):
-            if target[0] in "ui" and value.dtype.kind == "f":
-                limits = np.iinfo(target)
-                wide = np.nan_to_num(value.astype(np.longdouble), nan=0.0)
-                value = np.clip(wide, limits.min, limits.max).astype(target)
-            elif target in ("bf", "f2"):
-                value = _narrow(value, target)
-            else:
-                if "sat" in i.words:
-                    value = np.clip(value, 0, 1)
-                value = value.astype(target)
+                value = _ROUNDING[word](value)
+        if target[0] in "ui" and value.dtype.kind == "f":
+            limits = np.iinfo(target)
+            wide = np.nan_to_num(value.astype(np.longdouble), nan=0.0)
+            value = np.clip(wide, limits.min, limits.max).astype(target)
+        elif target in ("bf", "f2"):
+            value = _narrow(value, target)
+        else:
+            if "sat" in i.words:
+                value = np.clip(value, 0, 1)
+            value = value.astype(target)
         self.set(i.operands[0], value, mask)
 
     def _compute(self, i: Instruction, mask) -> None:
@@ -812,10 +811,28 @@ _COMPARISONS: dict[str, Callable] = {
 }
 
 
+# What a text means is found once: a loop comes by the same instruction thousands of times.
+
+
+@functools.cache
+def _letters(register: str) -> str:
+    return re.match(r"%?[a-z]+", register)[0]
+
+
+@functools.cache
+def _base_and_offset(operand: str) -> tuple[str, int]:
+    """Of ``[%rd1+4]``."""
+    found = re.match(r"\[\s*([%\w]+)\s*(?:([+-])\s*(-?\w+))?\s*\]", operand)
+    base, sign, offset = found.groups()
+    return base, int(offset or "0", 0) * (-1 if sign == "-" else 1)
+
+
+@functools.cache
 def _registers(operand: str) -> list[str]:
     return [name.strip() for name in operand.strip("{} ").split(",")]
 
 
+@functools.cache
 def _immediate(operand: str, dtype: str) -> np.ndarray:
     if operand == "global_smem":
         return np.zeros((), dtype)

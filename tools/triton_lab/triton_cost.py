@@ -149,8 +149,8 @@ def measure(launch: Launch, capability: int) -> Kernel:
         for number, accessed in kind.items()
     )
 
-    usage, sass = disassemble(compiled.asm["cubin"])
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    sass = disassemble(compiled.asm["cubin"])
+    registers, stack = resources(sass)
     instructions, accesses = executed(sass, program, counts)
     return Kernel(
         launch.kernel.__name__,
@@ -164,8 +164,8 @@ class MissingTool(RuntimeError):
     """A tool for counting is missing; the message tells what to do."""
 
 
-def disassemble(cubin: bytes) -> tuple[str, str]:
-    """Return a kernel's resources and its instructions.
+def disassemble(cubin: bytes) -> str:
+    """The resources that a kernel uses, and its instructions.
 
     Raises:
         MissingTool: Without ``cuobjdump``.
@@ -176,10 +176,13 @@ def disassemble(cubin: bytes) -> tuple[str, str]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)
-        return tuple(
-            subprocess.run([tool, what, file], capture_output=True, text=True, check=True).stdout
-            for what in ("-res-usage", "-sass")
-        )
+        command = [tool, "-res-usage", "-sass", file]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def resources(sass: str) -> tuple[int, int]:
+    """Registers of a thread, and bytes of its stack, which is where registers are spilled."""
+    return tuple(map(int, re.search(r"REG:(\d+) STACK:(\d+)", sass).groups()))
 
 
 class Executed(NamedTuple):
