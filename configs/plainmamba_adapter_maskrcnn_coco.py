@@ -5,7 +5,13 @@ sync_bn. Images without objects are kept. The batch of 16 is 8 GPUs with 2 image
 --auto-scale-lr.
 """
 
-_base_ = "./groupmamba_maskrcnn_coco.py"
+_base_ = [
+    "mmdet::_base_/models/mask-rcnn_r50_fpn.py",
+    "mmdet::_base_/datasets/coco_instance.py",
+    "./_base_/adamw_adapter.py",
+    "mmdet::_base_/default_runtime.py",
+]
+custom_imports = dict(imports=["mmvssm"], allow_failed_imports=False)
 
 norm_cfg = dict(type="SyncBN", requires_grad=True)
 sync_bn = "torch"
@@ -28,21 +34,3 @@ model = dict(
     ),
 )
 train_dataloader = dict(dataset=dict(filter_cfg=dict(filter_empty_gt=False)))
-optim_wrapper = dict(
-    paramwise_cfg=dict(
-        _delete_=True,
-        custom_keys={
-            "level_embed": dict(decay_mult=0.0),
-            "pos_embed": dict(decay_mult=0.0),
-            "norm": dict(decay_mult=0.0),
-            "bias": dict(decay_mult=0.0),
-            "A_log": dict(decay_mult=0.0),
-            "mixer.D": dict(decay_mult=0.0),
-            "direction_Bs": dict(decay_mult=0.0),
-        },
-    ),
-)
-param_scheduler = [
-    dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=500),
-    dict(type="MultiStepLR", by_epoch=True, begin=0, end=12, milestones=[8, 11], gamma=0.1),
-]

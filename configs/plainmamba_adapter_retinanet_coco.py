@@ -7,7 +7,7 @@ is 8 GPUs with 2 images each; with another number of GPUs, pass --auto-scale-lr.
 _base_ = [
     "mmdet::_base_/models/retinanet_r50_fpn.py",
     "mmdet::_base_/datasets/coco_detection.py",
-    "mmdet::_base_/schedules/schedule_1x.py",
+    "./_base_/adamw_adapter.py",
     "mmdet::_base_/default_runtime.py",
 ]
 custom_imports = dict(imports=["mmvssm"], allow_failed_imports=False)
@@ -28,22 +28,4 @@ model = dict(
         norm_cfg=dict(type="SyncBN", requires_grad=True),
     ),
 )
-optim_wrapper = dict(
-    optimizer=dict(_delete_=True, type="AdamW", lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
-    paramwise_cfg=dict(
-        custom_keys={
-            "level_embed": dict(decay_mult=0.0),
-            "pos_embed": dict(decay_mult=0.0),
-            "norm": dict(decay_mult=0.0),
-            "bias": dict(decay_mult=0.0),
-            "A_log": dict(decay_mult=0.0),
-            "mixer.D": dict(decay_mult=0.0),
-            "direction_Bs": dict(decay_mult=0.0),
-        },
-    ),
-    clip_grad=dict(max_norm=35, norm_type=2),
-)
-param_scheduler = [
-    dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=500),
-    dict(type="MultiStepLR", by_epoch=True, begin=0, end=12, milestones=[8, 11], gamma=0.1),
-]
+optim_wrapper = dict(clip_grad=dict(max_norm=35, norm_type=2))
