@@ -1,6 +1,6 @@
 """Token pruning for vision state-space models (NeurIPS 2024, arXiv 2409.18962).
 
-What is kept, when, and what travels from a pruned backbone to the neck that rebuilds its maps.
+Which tokens a backbone keeps after which layers, and what it passes to the neck that rebuilds its maps.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ METRICS: dict[str, Callable[[Tensor], Tensor]] = {
 """Importance of tokens ``(B, L)`` from the scan's output ``(B, L, D)``: the paper's, and those of its ablation."""
 
 RANDOM = "random"
-"""Instead of a metric: any tokens, the baseline that says what a metric is worth.
+"""Baseline without a metric: random tokens.
 
-While training they are drawn anew for each image and step; in evaluation they are the same ones for all images.
+Training draws them anew for each image and step; evaluation keeps the same ones in all images.
 """
 
 REDUCTIONS = ("prune", "merge")
-"""What becomes of tokens that leave.
+"""How the number of tokens is reduced.
 
-``'prune'``: the least important ones are dropped. ``'merge'``, a baseline that needs no training: each is averaged into
-the most similar of its neighbours, see :func:`similarity_to_neighbors`, whatever the metric.
+``'prune'`` drops the least important tokens. ``'merge'``, a baseline that needs no training, ignores the metric and
+averages each dropped token into the most similar of its neighbours (:func:`similarity_to_neighbors`).
 """
 
 ALIGNMENTS = ("decay", "hold", "none")
-"""What becomes of the hidden state where a walk passes a pruned position.
+"""How the hidden state changes where a walk passes a pruned position.
 
-``'decay'``: what a token of value zero would make of it; ``'hold'``: nothing; ``'none'``: there are no such positions,
-since the kept tokens are packed row by row into a smaller grid, and walked there.
+``'decay'``: as at a token of value zero. ``'hold'``: not at all. ``'none'``: walks pass no such positions, because the
+kept tokens are packed row by row into a smaller grid.
 
-Whether the published method decays the state or holds it is not settled: no code of the alignment came with the paper,
-and what others write about it describes it both ways.
+It is unclear whether the published method decays or holds the state: its release lacks the alignment, and descriptions
+of it differ.
 """
 
 PRESETS: dict[str, dict] = {
@@ -54,31 +54,31 @@ PRESETS: dict[str, dict] = {
     "L2": dict(layers=(3, 7, 11), keep_ratio=0.65),
     "L3": dict(layers=(5, 11, 17), keep_ratio=0.7),
 }
-"""Settings for PlainMamba's sizes that save 40 % of its FLOPs or more."""
+"""Settings that save at least 40 % of the FLOPs of PlainMamba's sizes."""
 
 
 class PruningError(UserError, ValueError):
-    """Pruned tokens met a setting or a neck that does not go with them. The message says what to do."""
+    """Raise where pruned tokens meet a setting or a neck that cannot take them. The message says what to do."""
 
 
 class NotAMapError(PruningError, AttributeError):
-    """Pruned tokens were asked for what only maps have. An ``AttributeError``, so that ``hasattr`` answers."""
+    """Raise where a caller asks pruned tokens for what only maps have; ``hasattr`` then returns False."""
 
 
 class TokenPruning:
-    """When to prune, and how much.
+    """After which layers a backbone prunes, and how many tokens.
 
     Args:
-        layers: After which layers tokens leave, counted from 0, increasing.
-        keep_ratio: The share of its tokens, in (0, 1], that each of these layers keeps: one number, or one for each.
-        metric: How important a token is: see :data:`METRICS`, and :data:`RANDOM`.
+        layers: Layers after which tokens are dropped, counted from 0, increasing.
+        keep_ratio: Share of tokens, in (0, 1], that each of these layers keeps: one number, or one for each layer.
+        metric: Importance of a token: one of :data:`METRICS`, or :data:`RANDOM`.
         alignment: See :data:`ALIGNMENTS`.
-        reduction: See :data:`REDUCTIONS`. Merging can make no less than half of the tokens at a time.
-        num_layers: How many layers there are.
+        reduction: See :data:`REDUCTIONS`. Merging keeps at least half of the tokens at a time.
+        num_layers: Number of layers.
 
     Attributes:
-        progress: From 0 to 1. While training, this much of the pruning takes place: the keep ratio
-            is ``1 - progress * (1 - keep_ratio)``. Evaluation always prunes fully.
+        progress: Share of the pruning, from 0 to 1, that takes place while training: the keep ratio is
+            ``1 - progress * (1 - keep_ratio)``. Evaluation always prunes fully.
 
     Raises:
         ValueError: If one of the arguments is not as described.
@@ -95,7 +95,7 @@ class TokenPruning:
         num_layers: int,
     ) -> None:
         layers = (layers,) if isinstance(layers, int) else tuple(layers)
-        # Tokens that leave after the last layer would save nothing.
+        # Dropping tokens after the last layer would save nothing.
         in_range = all(isinstance(i, int) and 0 <= i < num_layers - 1 for i in layers)
         if not layers or not in_range or list(layers) != sorted(set(layers)):
             raise ValueError(
@@ -153,16 +153,16 @@ class TokenPruning:
         return cls(**settings, num_layers=num_layers)
 
     def num_kept(self, layer: int, num_tokens: int, training: bool = False) -> int:
-        """How many of ``num_tokens`` tokens go on after ``layer``: all, where it does not prune."""
+        """Number of ``num_tokens`` tokens that ``layer`` keeps: all, where it does not prune."""
         if layer not in self.keep_ratios:
             return num_tokens
         ratio = self._warmed_up(self.keep_ratios[layer]) if training else self.keep_ratios[layer]
         numerator, denominator = _as_fraction(ratio)
-        # Of positive numbers only: ONNX, where this may end up, divides negative ones otherwise.
+        # Positive numbers only, because ONNX rounds the division of negative ones differently.
         return (num_tokens * numerator + denominator - 1) // denominator
 
     def training_keep_ratio(self) -> float:
-        """The keep ratio now used in training, the smallest where layers differ."""
+        """The current keep ratio in training; the smallest where layers differ."""
         return self._warmed_up(min(self.keep_ratios.values()))
 
     def _warmed_up(self, ratio: float) -> float:
@@ -181,21 +181,20 @@ class TokenPruning:
 
 @functools.lru_cache
 def _as_fraction(ratio: float) -> tuple[int, int]:
-    """The ratio that was meant.
+    """The fraction nearest to a ratio, as numerator and denominator.
 
-    0.1 * 30 is a little more than 3 in floating point, and 4 would be kept. And whole numbers can be calculated with
-    while torch.export doesn't know them yet.
+    In floating point, 0.1 * 30 exceeds 3, so 4 tokens would be kept. Whole numbers also suit torch.export's symbols.
     """
     fraction = Fraction(ratio).limit_denominator(1_000_000)
     return fraction.numerator, fraction.denominator
 
 
 def select(importance: Tensor, num_kept: int) -> tuple[Tensor, Tensor]:
-    """Divide tokens into the most important ones and the rest, each in the order in which they were.
+    """Split tokens into the most important ones and the rest, each in their old order.
 
     Args:
-        importance: ``(B, L)``. Of two equally important tokens the first is kept.
-        num_kept: How many to keep.
+        importance: ``(B, L)``. Of two equally important tokens, the first is kept.
+        num_kept: Number of tokens to keep.
 
     Returns:
         Indices of the kept ``(B, num_kept)`` and the dropped ``(B, L - num_kept)`` tokens, int64, increasing.
@@ -207,22 +206,22 @@ def select(importance: Tensor, num_kept: int) -> tuple[Tensor, Tensor]:
 def similarity_to_neighbors(
     tokens: Tensor, positions: Optional[Tensor], grid: tuple[int, int], absent: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Find out which tokens can be merged at the smallest loss, and into which.
+    """Match each token that may be merged with its most similar neighbour.
 
-    The matching of ToMe (ICLR 2023, arXiv 2210.09461) among neighbours of a grid. Every second token along the walk
-    that goes through the rows like a snake may leave; on a full grid these are the black squares of a chessboard. It
-    would join the most similar, by the cosine, of those that come before and after it along this walk and along the
-    one through the columns; on a full grid these are the up to four around it, all of them on white squares.
+    This is the matching of ToMe (ICLR 2023, arXiv 2210.09461) among neighbours of a grid. Every second token along the
+    snake walk through the rows may be merged: on a full grid, the black squares of a chessboard. Its candidates are the
+    tokens before and after it along this walk and along the walk through the columns: on a full grid, the white squares
+    around it. The candidate with the largest cosine similarity is taken.
 
     Args:
         tokens: ``(B, L, C)``.
-        positions: Where they are in the grid, row by row, int64 ``(B, L)``; None if they fill it.
-        grid: Its height and width.
-        absent: Tokens that nothing is to join, bool ``(B, L)``.
+        positions: Their row-major positions in the grid, int64 ``(B, L)``; None if they fill it.
+        grid: Height and width of the grid.
+        absent: Tokens that no other may join, bool ``(B, L)``.
 
     Returns:
-        Importance ``(B, L)``, the less the more similar to the other, and 2 or more of tokens that are to stay; and the
-        index of the token to join, int64 ``(B, L)``, a token's own where there is none.
+        Importance ``(B, L)``: minus the similarity, or at least 2 for tokens that cannot be merged. And the index of
+        the token to join, int64 ``(B, L)``; a token's own index where there is none.
     """
     batch, count, _ = tokens.shape
     height, width = grid
@@ -235,7 +234,7 @@ def similarity_to_neighbors(
     )
     orders = [snake.argsort(1) for snake in snakes]
     ranks = [order.argsort(1) for order in orders]
-    leaves = ranks[0] % 2 == 1
+    mergeable = ranks[0] % 2 == 1
     unit = F.normalize(tokens.detach().float(), dim=-1)
     best = unit.new_full((batch, count), -math.inf)
     target = torch.arange(count, device=tokens.device).expand(batch, count)
@@ -243,25 +242,25 @@ def similarity_to_neighbors(
         for step in (-1, 1):
             there = (rank + step >= 0) & (rank + step < count)
             other = order.gather(1, (rank + step).clamp(0, count - 1))
-            there &= leaves & ~leaves.gather(1, other) & ~absent.gather(1, other)
+            there &= mergeable & ~mergeable.gather(1, other) & ~absent.gather(1, other)
             similarity = (unit * take(unit, other)).sum(-1).masked_fill(~there, -math.inf)
             target = torch.where(similarity > best, other, target)
             best = torch.maximum(best, similarity)
-    alone = torch.where(leaves, 2.0, 3.0)  # above any cosine, turned round
+    alone = torch.where(mergeable, 2.0, 3.0)  # above minus any cosine
     return torch.where(best == -math.inf, alone, -best), target
 
 
 def merge(tokens: Tensor, sizes: Tensor, leaving: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Average tokens that leave into others.
+    """Average tokens into others.
 
     Args:
         tokens: ``(B, L, C)``.
-        sizes: How many tokens each of them stands for ``(B, L)``, by which it counts.
-        leaving: Indices of those that leave ``(B, K)``, int64.
-        target: For each token that into which it goes ``(B, L)``, int64.
+        sizes: Number of tokens that each token stands for, which is its weight ``(B, L)``.
+        leaving: Indices of the tokens to merge ``(B, K)``, int64.
+        target: For each token, the index of the token that it would join ``(B, L)``, int64.
 
     Returns:
-        Tokens and sizes with those that stay changed.
+        All tokens and sizes; those of the joined tokens have changed.
     """
     joined = target.gather(1, leaving)
     weighted = tokens * sizes[..., None].to(tokens.dtype)
@@ -273,15 +272,14 @@ def merge(tokens: Tensor, sizes: Tensor, leaving: Tensor, target: Tensor) -> tup
 
 
 def padding_tokens(images: Tensor, patch_size: int) -> Tensor:
-    """Which tokens see nothing but padding.
+    """Find the tokens that see nothing but padding.
 
-    So that images of a batch have one size, mmdet and mmseg pad them at the bottom and on the right with zeros, after
-    they were normalised. That is looked for here, and not asked for, since neither hands a backbone more than the
-    images: rows of zeros at the bottom, columns of zeros on the right. Pixels are whole numbers and the usual means are
-    not, so after normalisation by those none is zero; where one can be, black borders count as padding too.
+    mmdet and mmseg pad the normalised images of a batch to one size, with zeros at the bottom and on the right. They
+    pass a backbone nothing but the images, so we look for rows and columns of zeros there. Pixels are whole numbers and
+    the usual means are not, so no normalised pixel is zero; with other means, black borders count as padding too.
 
-    How many tokens are kept is a share of the padded grid's, since images of a batch keep equally many: beside a larger
-    neighbour an image keeps more of its tokens, and once it has kept all, padding.
+    All images of a batch keep the same number of tokens, a share of the padded grid. So an image beside a larger one
+    keeps more of its own tokens, and padding only once it has kept all of them.
 
     Args:
         images: ``(B, C, H, W)``.
@@ -292,7 +290,7 @@ def padding_tokens(images: Tensor, patch_size: int) -> Tensor:
     """
     magnitude = images.abs()
     rows, columns = (magnitude.amax(dims) != 0 for dims in ((1, 3), (1, 2)))
-    # Up to the last one used all count as used, and a token's are if its first is.
+    # All rows up to the last used one count as used; a token is used if its first row or column is.
     rows, columns = (
         used.flip(1).cumsum(1).flip(1)[:, ::patch_size] > 0 for used in (rows, columns)
     )
@@ -301,7 +299,7 @@ def padding_tokens(images: Tensor, patch_size: int) -> Tensor:
 
 def take(x: Tensor, index: Tensor) -> Tensor:
     """The tokens ``(B, K, C)`` at ``index (B, K)`` of ``x (B, L, C)``."""
-    # Whole rows: several times as fast as torch.gather, whose index names single elements.
+    # Copying whole rows is several times as fast as torch.gather, which indexes single elements.
     first = torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
     return x.flatten(0, 1).index_select(0, (index + first).flatten()).unflatten(0, index.shape)
 
@@ -311,7 +309,7 @@ def restore_map(tokens: Tensor, positions: Tensor, grid: tuple[int, int]) -> Ten
 
     Args:
         tokens: ``(B, K, C)``.
-        positions: Where they are on the grid, row by row, int64 ``(B, K)``.
+        positions: Their row-major positions on the grid, int64 ``(B, K)``.
         grid: ``(h, w)``.
 
     Returns:
@@ -333,7 +331,7 @@ def packed_grid(num_tokens: int, grid: tuple[int, int]) -> tuple[int, int]:
     height, width = grid
 
     def distortion(rows: int) -> float:
-        # Rounded, so that of two equally good grids it is always the flatter one.
+        # Rounded, so that the flatter of two equally good grids wins.
         return round(abs(math.log(rows * rows * width / (num_tokens * height))), 9)
 
     rows = min((r for r in range(1, num_tokens + 1) if num_tokens % r == 0), key=distortion)
@@ -348,17 +346,17 @@ def packed_grid(num_tokens: int, grid: tuple[int, int]) -> tuple[int, int]:
 
 @dataclass(frozen=True, eq=False)
 class PrunedTokens:
-    """A feature map some of whose tokens were pruned on the way.
+    """A feature map of which a backbone has pruned tokens.
 
-    :class:`~mmvssm.models.necks.TokenRestoration` makes a map ``(B, C, H, W)`` of it. Positions count row by row. Like
-    modules, and unlike tensors, two of them are equal if they are the same one.
+    :class:`~mmvssm.models.necks.TokenRestoration` makes a map ``(B, C, H, W)`` of it. Positions are row-major. Two
+    objects are equal only if they are the same object, as with modules.
 
     Attributes:
-        tokens: What the kept tokens have become ``(B, K, C)``.
-        positions: Where they are, int64 ``(B, K)``, increasing.
+        tokens: Kept tokens ``(B, K, C)``.
+        positions: Their positions, int64 ``(B, K)``, increasing.
         grid: Height and width of the full grid.
-        departed: What each pruned token was when it left ``(B, H * W - K, C)``.
-        departed_positions: Where they were, int64 ``(B, H * W - K)``, in the order in which they left.
+        departed: Last value of each dropped token ``(B, H * W - K, C)``.
+        departed_positions: Their positions, int64 ``(B, H * W - K)``, in the order in which they were dropped.
     """
 
     tokens: Tensor
@@ -368,13 +366,13 @@ class PrunedTokens:
     departed_positions: Tensor
 
     def to(self, *args, **kwargs) -> PrunedTokens:
-        """The same elsewhere or in another dtype, as ``Tensor.to`` has it; positions stay int64."""
+        """Move to another device or dtype, as ``Tensor.to``; positions stay int64."""
         tokens, departed = (x.to(*args, **kwargs) for x in (self.tokens, self.departed))
         positions, left = (x.to(tokens.device) for x in (self.positions, self.departed_positions))
         return PrunedTokens(tokens, positions, self.grid, departed, left)
 
     def __getattr__(self, name: str) -> NoReturn:
-        # Asked for what only tensors have, such as shape or dim.
+        # Such as shape or dim, which only tensors have.
         if name.startswith("__"):
             raise AttributeError(name)
         raise NotAMapError(f"PrunedTokens has no {name!r}. {_NO_NECK}")
@@ -384,7 +382,7 @@ class PrunedTokens:
         raise PruningError(_NO_NECK)
 
 
-# What it holds are the inputs and outputs of an exported program.
+# Its tensors are inputs and outputs of exported programs.
 torch.export.register_dataclass(
     PrunedTokens, serialized_type_name="mmvssm.models.pruning.PrunedTokens"
 )
@@ -395,21 +393,21 @@ _NO_NECK = (
 )
 
 
-def leave(
+def drop_tokens(
     tokens: Tensor,
     before: Optional[PrunedTokens],
     grid: tuple[int, int],
     kept: Tensor,
     dropped: Tensor,
 ) -> PrunedTokens:
-    """Let tokens leave.
+    """Drop tokens, and note their last values.
 
     Args:
-        tokens: All that are still there ``(B, K, C)``.
-        before: What had left already; None if nothing had.
+        tokens: Those that earlier layers kept ``(B, K, C)``.
+        before: What earlier layers have dropped; None if nothing.
         grid: The full grid.
-        kept: Which of ``tokens`` stay, as returned by :func:`select`.
-        dropped: Which leave.
+        kept: Indices of ``tokens`` to keep, as returned by :func:`select`.
+        dropped: Indices of ``tokens`` to drop.
     """
     departed, positions = take(tokens, dropped), dropped
     if before is None:

@@ -1,8 +1,7 @@
 """PlainMamba (BMVC 2024, arXiv 2403.17695), with token pruning (NeurIPS 2024, arXiv 2409.18962).
 
-Tokens are ``(B, L, C)`` from the patch embedding to the last layer. While none is pruned they fill a grid row by row,
-and a convolution sees the same memory as a channels-last image; afterwards a :class:`Layout` says
-where they are.
+Tokens are ``(B, L, C)`` from the patch embedding to the last layer. Unpruned tokens fill a grid row by row, so their
+memory is that of a channels-last image. A :class:`Layout` holds the positions of pruned ones.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from ...registry import MODELS
 from ..pruning import (
     PrunedTokens,
     TokenPruning,
-    leave,
+    drop_tokens,
     merge,
     packed_grid,
     padding_tokens,
@@ -76,26 +75,25 @@ class PlainMamba(Backbone):
             ``layers_with_dwconv``'s convolutions are stored: their BatchNorm would count each batch twice.
         pruning: None for the dense model; or ``dict(layers=..., keep_ratio=..., metric='clip', alignment='decay',
             reduction='prune')``, see :class:`~mmvssm.models.pruning.TokenPruning`; or the name of one of its presets,
-            ``'L1'``, ``'L2'`` or ``'L3'``. ``layers`` are those after which tokens leave.
+            ``'L1'``, ``'L2'`` or ``'L3'``. ``layers`` are those after which tokens are dropped.
         raster_source: Whether step ``i`` of every walk reads ``delta``, ``B`` and ``C`` from the ``i``-th token in
             raster order, as the published weights expect, instead of from the token that it visits.
         double_step_bias: Whether the bias of ``dt_proj`` counts twice, as the published weights expect.
         init_cfg: mmengine initialisation, for example
-            ``dict(type='Pretrained', checkpoint='plainmamba_l1.pth', prefix='backbone.')``. The checkpoint's position
-            embedding is resized where ``img_size`` differs. State dicts say of what grid it is; where that was lost, as
-            it is by ``prefix``, or never said, as in published ones, it is taken for this model's own grid if it has as
-            many positions, and else for a square.
+            ``dict(type='Pretrained', checkpoint='mmvssm://plainmamba_l1', prefix='backbone.')``. The checkpoint's
+            position embedding is resized where ``img_size`` differs. Its grid is noted in state dicts of ours, but not
+            in published ones, and ``prefix`` loses the note. Without it, an embedding with as many positions as this
+            model's has this model's grid, and any other is square.
         unwrap_single: Whether to return the map itself, in place of a tuple of one, for projects that expect that. It
             needs exactly one of ``out_indices``.
 
-    Without ``init_cfg`` step sizes start log-uniform in [0.001, 0.1], as Mamba's. So does the code published for
-    PlainMamba, which notes that the bias of ``dt_proj`` should not be initialised again (``plain_mamba_layer.py``,
-    ``_no_reinit``). But OpenMMLab's ``init_weights`` heeds no such note, and the published classification configs give
-    every linear layer a normal weight and a bias of zero (``plain_mamba_l1_in1k_300e.py``): that training started with
-    all step sizes near ln 2 = 0.69. The intended start is kept here, since it is what the layer's code describes and
-    what this package's figures were measured with; for the other, pass
-    ``init_cfg=dict(type='TruncNormal', layer='Linear', std=0.02, bias=0.0)``. Convolutions start as GroupMamba's do,
-    the published ones as PyTorch's.
+    Without ``init_cfg``, step sizes start log-uniform in [0.001, 0.1], as Mamba's. The published layer does the same
+    and marks the bias of ``dt_proj`` as not to be initialised again (``plain_mamba_layer.py``, ``_no_reinit``). But
+    mmengine's ``init_weights`` ignores the mark, and the published classification configs set the biases of all linear
+    layers to zero (``plain_mamba_l1_in1k_300e.py``): that training started with all step sizes near ln 2 = 0.69. We
+    keep the start that the layer's code describes, and measured all our figures with it. For the other, pass
+    ``init_cfg=dict(type='TruncNormal', layer='Linear', std=0.02, bias=0.0)``. Convolutions start as GroupMamba's, the
+    published ones as PyTorch's.
 
     Raises:
         ValueError: If an argument is not as described.
@@ -232,7 +230,7 @@ class PlainMamba(Backbone):
         return [("patch_embed.", "pos_embed"), *layers]
 
     def walk_layers(self, x: Tensor) -> Iterator[LayerState]:
-        """Yield what each layer left, before the output norm."""
+        """Yield the output of each layer, before the output norm."""
         stream = self.embed(x)
         for i in range(len(self.layers)):
             state, stream = self.run_layer(i, stream)
@@ -254,10 +252,10 @@ class PlainMamba(Backbone):
 
         Args:
             i: The layer, counted from 0.
-            stream: What enters it.
+            stream: The layer's input.
 
         Returns:
-            What the layer left, and what enters the next layer.
+            The layer's output, and the next layer's input.
         """
         grid, pruned = stream.grid, stream.pruned
         num_tokens = num_kept = stream.tokens.shape[1]
@@ -281,7 +279,7 @@ class PlainMamba(Backbone):
                 sizes = importance.new_ones(importance.shape)
             tokens, sizes = merge(tokens, sizes, dropped, target)
             sizes = sizes.gather(1, kept)
-        pruned = leave(tokens, pruned, grid, kept, dropped)
+        pruned = drop_tokens(tokens, pruned, grid, kept, dropped)
         layout = self._pruned_layout(pruned)
         return state, TokenStream(pruned.tokens, grid, layout, stream.padding, pruned, sizes)
 
@@ -322,7 +320,7 @@ class PlainMamba(Backbone):
         return Layout(walks, pruned.grid, pruned.positions, {})
 
     def _pos_embed_for(self, grid: tuple[int, int]) -> Tensor:
-        # A compiler must not be asked about sizes, which would fix them. To the same size it changes nothing.
+        # Comparing sizes under a compiler would fix them. Resizing to the same size changes nothing.
         if not torch.compiler.is_compiling() and grid == self.embed_grid:
             return self.pos_embed
         return _resize_pos_embed(self.pos_embed, self.embed_grid, grid)
@@ -330,13 +328,13 @@ class PlainMamba(Backbone):
     def _resize_loaded_pos_embed(self, state_dict, prefix, local_metadata, *args) -> None:
         loaded = state_dict.get(prefix + "pos_embed")
         if loaded is None or loaded.dim() != 3 or loaded.shape[2] != self.embed_dims:
-            return  # another model's, which is reported as for any other weight
+            return  # torch reports another model's embedding like any other weight
         source = local_metadata.get("embed_grid") or self._likely_grid(loaded.shape[1])
         if tuple(source) != self.embed_grid:
             state_dict[prefix + "pos_embed"] = _resize_pos_embed(loaded, source, self.embed_grid)
 
     def _likely_grid(self, count: int) -> tuple[int, int]:
-        """What grid a position embedding has that does not say so, as published ones do not."""
+        """The grid of a loaded position embedding of ``count`` positions without a note of its grid."""
         side = math.isqrt(count)
         square = (side, side) if side * side == count else None
         same = self.embed_grid if math.prod(self.embed_grid) == count else None
@@ -366,13 +364,13 @@ class PlainMamba(Backbone):
 
 
 class Layout(NamedTuple):
-    """Where the tokens of a layer are.
+    """Positions of the tokens of a layer.
 
     Attributes:
-        walks: In which order to scan them.
-        grid: The height and width of their grid.
-        positions: Where they are on it, int64 ``(B, L)``; None where they fill it.
-        neighbors: Then, for each size of kernel that was needed so far, which of them lie around which.
+        walks: Orders in which to scan them.
+        grid: Height and width of their grid.
+        positions: Their row-major positions, int64 ``(B, L)``; None where they fill the grid.
+        neighbors: With positions, the neighbour tables by kernel size, filled when a size is first needed.
     """
 
     walks: SnakeWalks
@@ -392,7 +390,7 @@ class Layout(NamedTuple):
         return sparse_depthwise_conv(x, conv.weight, self.neighbors[size], conv.bias)
 
     def _call(self, conv: nn.Module, x: Tensor) -> Tensor:
-        """The same by a module of which nothing is known, on a map of the whole grid."""
+        """Call any other module, on a map of the whole grid."""
         if self.positions is None:
             return convolve(conv, x.unflatten(1, self.grid)).flatten(1, 2)
         maps = x.new_zeros(x.shape[0], self.grid[0] * self.grid[1], x.shape[2])
@@ -401,14 +399,14 @@ class Layout(NamedTuple):
 
 
 class LayerState(NamedTuple):
-    """What a layer left.
+    """The output of a layer.
 
     Attributes:
-        tokens: ``(B, L, C)``, those that the layer was given.
+        tokens: ``(B, L, C)``, before this layer drops any.
         grid: The full grid.
-        pruned: Which tokens these are and what had left before; its own ``tokens`` are the layer's input. None if
-            nothing had left.
-        importance: ``(B, L)``, where this layer prunes; some of the tokens then go no further, padding before others.
+        pruned: Positions of these tokens, and what earlier layers dropped; its own ``tokens`` are the layer's input.
+            None if nothing was dropped.
+        importance: ``(B, L)``, where this layer prunes: it drops the least important tokens, padding first.
     """
 
     tokens: Tensor
@@ -418,15 +416,15 @@ class LayerState(NamedTuple):
 
 
 class TokenStream(NamedTuple):
-    """What enters a layer.
+    """The input of a layer.
 
     Attributes:
         tokens: ``(B, L, C)``.
         grid: The full grid.
-        layout: Where the tokens are.
-        padding: Which positions of the full grid see nothing but padding, bool ``(B, h * w)``; None for a dense model.
-        pruned: Which tokens these are and what was dropped before; None if nothing was.
-        sizes: How many tokens each stands for ``(B, L)``, once tokens were merged.
+        layout: Positions of the tokens.
+        padding: Positions of the full grid that see nothing but padding, bool ``(B, h * w)``; None for a dense model.
+        pruned: Positions of these tokens, and what earlier layers dropped; None if nothing was dropped.
+        sizes: Number of tokens that each stands for ``(B, L)``, once tokens were merged.
     """
 
     tokens: Tensor
@@ -462,7 +460,7 @@ class ConvPatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """``(B, in_channels, H, W)`` to ``(B, h * w, dim)`` and ``(h, w)``."""
         x = self.convs(x.contiguous(memory_format=torch.channels_last))
-        # mmcv's padding, padding="corner", asks whether there is any to be done, which would fix that in torch.export.
+        # Not by mmcv's padding="corner": it compares sizes, which torch.export would fix.
         right, bottom = -x.shape[3] % self.stride, -x.shape[2] % self.stride
         if torch.compiler.is_compiling() or right or bottom:
             x = F.pad(x, (0, right, 0, bottom))
@@ -496,7 +494,7 @@ class PlainMambaLayer(nn.Module):
         else:
             x, y = self._mix(x, layout)
         if self.dwconv is not None:
-            # Not to be recomputed: BatchNorm updates its running statistics whenever it runs.
+            # Outside of the checkpoint, because BatchNorm updates its statistics whenever it runs.
             x = layout.convolve(self.dwconv, x)
             x = F.gelu(self.dwconv_norm(x.flatten(0, 1)).unflatten(0, x.shape[:2]))
         return x, y
@@ -547,7 +545,7 @@ class PlainMambaMixer(nn.Module):
 
         Args:
             x: ``(B, L, dim)``.
-            layout: Where they are.
+            layout: Their positions.
 
         Returns:
             ``(B, L, dim)``, and the scan's output before the gate, summed over the walks, ``(B, L, 2 * dim)``.
@@ -573,7 +571,7 @@ class PlainMambaMixer(nn.Module):
             ``(B, L, 2 * dim)``.
         """
         step_bias = bias_of(self.dt_proj, self.dt_rank, x) * (2 if self.double_step_bias else 1)
-        # Of a token of value zero all projections but the biases are zero.
+        # The projections of a token of value zero are their biases.
         rest = None if walks.traversal.gap is None else every_walk(F.softplus(step_bias), 0)
         direction = F.embedding(walks.arrival, self.direction_Bs).transpose(-3, -2)
         y = selective_scan(

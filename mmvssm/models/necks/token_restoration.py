@@ -1,4 +1,4 @@
-"""Token restoration: feature maps from what a pruned backbone leaves."""
+"""Token restoration: feature maps from the tokens of a pruned backbone."""
 
 from __future__ import annotations
 
@@ -33,13 +33,12 @@ class TokenRestoration(BaseModule):
         neck=dict(type='mmvssm.TokenRestoration', then=[dict(type='FeatureMapProcessor', select_index=0)])
 
     Args:
-        fill: What goes where a token was pruned: ``'last'``, the value that the token had when it left (dense tasks
-            suffer when pruned tokens are thrown away: SViT, WACV 2024); ``'zero'``; or ``'mask_token'``, a learned
-            vector.
-        refine: Whether a depthwise 3x3 convolution, which starts as the identity, refines what was filled in from its
-            surroundings. Kept tokens stay as they are.
-        in_channels: Channels of each input, or one number for all. Only needed for ``fill='mask_token'`` and
-            ``refine=True``, whose parameters each input has of its own.
+        fill: Value at the position of a dropped token: ``'last'``, the token's last value (dense tasks suffer without
+            it: SViT, WACV 2024); ``'zero'``; or ``'mask_token'``, a learned vector.
+        refine: Whether a depthwise 3x3 convolution, which starts as the identity, refines filled positions by their
+            surroundings. Kept tokens do not change.
+        in_channels: Channels of each input, or one number for all. Needed for ``fill='mask_token'`` and
+            ``refine=True``, which have parameters for each input.
         then: Configs of necks to run after it, in this order.
         init_cfg: mmengine initialisation.
 
@@ -112,8 +111,8 @@ class TokenRestoration(BaseModule):
     def _restore(self, i: int, x: Union[Tensor, PrunedTokens]) -> Tensor:
         which = 0 if self.shared else i
         if isinstance(x, Tensor):
-            # In training every parameter takes part in every step, or distributed training would
-            # wait for gradients that never come; where nothing was pruned they have no effect.
+            # In training every parameter takes part in every step, because distributed training waits for all
+            # gradients; where nothing was pruned, the parameters have no effect.
             learns = self.training and not (self.mask_tokens is None and self.refiners is None)
             if not learns:
                 return x

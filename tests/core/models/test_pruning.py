@@ -11,7 +11,7 @@ from mmvssm.models.pruning import (
     PrunedTokens,
     PruningError,
     TokenPruning,
-    leave,
+    drop_tokens,
     merge,
     packed_grid,
     padding_tokens,
@@ -106,8 +106,8 @@ def test_take_with_gradient():
 
 def test_leaving_twice():
     tokens = torch.arange(5.0).view(1, 5, 1)
-    once = leave(tokens, None, (1, 5), torch.tensor([[0, 2, 4]]), torch.tensor([[1, 3]]))
-    twice = leave(once.tokens + 10, once, (1, 5), torch.tensor([[0, 2]]), torch.tensor([[1]]))
+    once = drop_tokens(tokens, None, (1, 5), torch.tensor([[0, 2, 4]]), torch.tensor([[1, 3]]))
+    twice = drop_tokens(once.tokens + 10, once, (1, 5), torch.tensor([[0, 2]]), torch.tensor([[1]]))
     assert twice.tokens.flatten().tolist() == [10, 14]
     assert twice.positions.tolist() == [[0, 4]]
     assert twice.departed.flatten().tolist() == [1, 3, 12]
