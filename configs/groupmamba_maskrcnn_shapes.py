@@ -61,7 +61,7 @@ channels = 64
 norm_cfg = dict(type="BN", requires_grad=True)
 model = dict(
     backbone=dict(
-        init_cfg=None,
+        init_cfg=dict(_delete_=True),
         arch=dict(
             _delete_=True,
             stem_hidden_dim=16,
@@ -99,6 +99,7 @@ model = dict(
 # Schedule.
 max_epochs = 6
 train_cfg = dict(max_epochs=max_epochs, val_interval=2)
+auto_scale_lr = dict(base_batch_size=4)
 optim_wrapper = dict(
     optimizer=dict(lr=1e-3),
     clip_grad=dict(max_norm=10.0),

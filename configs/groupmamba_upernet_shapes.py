@@ -103,7 +103,7 @@ norm_cfg = dict(type="BN", requires_grad=True)
 model = dict(
     data_preprocessor=dict(size=(image_size, image_size)),
     backbone=dict(
-        init_cfg=None,
+        init_cfg=dict(_delete_=True),
         arch=dict(
             _delete_=True,
             stem_hidden_dim=16,
@@ -125,6 +125,7 @@ model = dict(
 # Schedule.
 max_iters = 1800
 train_cfg = dict(max_iters=max_iters, val_interval=600)
+auto_scale_lr = dict(base_batch_size=8)
 optim_wrapper = dict(optimizer=dict(lr=3e-3), clip_grad=dict(_delete_=True, max_norm=10.0))
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=50),

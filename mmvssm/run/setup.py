@@ -211,8 +211,12 @@ def use_worker_init(cfg: Config) -> None:
     """Make every data loader of a config start its workers with :func:`~.hooks.workers.init_worker`.
 
     Args:
-        cfg: Changed in place. A loader's own ``worker_init_fn`` stays.
+        cfg: Changed in place. A loader's own ``worker_init_fn`` stays. Without workers, ``persistent_workers`` is
+            turned off, which PyTorch refuses otherwise.
     """
     for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
-        if cfg.get(name):
-            cfg[name].setdefault("worker_init_fn", ConfigDict(type="mmvssm.init_worker"))
+        loader = cfg.get(name)
+        if loader:
+            loader.setdefault("worker_init_fn", ConfigDict(type="mmvssm.init_worker"))
+            if not loader.get("num_workers"):
+                loader.persistent_workers = False

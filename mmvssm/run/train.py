@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from mmengine.config import Config, ConfigDict
+from mmengine.dist import get_world_size
 from mmengine.hooks import CheckpointHook
 from mmengine.runner import Runner
 
@@ -172,6 +173,11 @@ def _apply_options(cfg: Config, args: argparse.Namespace) -> None:
         if "base_batch_size" not in (cfg.get("auto_scale_lr") or {}):
             raise UserError("--auto-scale-lr needs auto_scale_lr.base_batch_size in the config")
         cfg.auto_scale_lr.enable = True
+        base = cfg.auto_scale_lr.base_batch_size
+        images = cfg.train_dataloader.batch_size * get_world_size()
+        print_once(
+            f"Learning rates times {images / base:g}: {images} images a step, and the config's rates are for {base}"
+        )
 
 
 def _add_hooks(cfg: Config, *types: str) -> None:

@@ -156,7 +156,7 @@ class TestText:
         assert cfg.model.get("pretrained") is None
         init_cfg = cfg.model.backbone.get("init_cfg")
         if not is_large(name):
-            assert init_cfg is None
+            assert not init_cfg
             return
         backbone = cfg.model.backbone
         published = find_model(init_cfg.checkpoint.removeprefix("mmvssm://"))
@@ -227,6 +227,11 @@ class TestRecipes:
             0.05,
         )
         assert cfg.auto_scale_lr.base_batch_size == 16
+
+    @pytest.mark.parametrize("name", SHAPES)
+    def test_scaling_learning_rates_starts_from_the_config_s_own_batch(self, name):
+        cfg = load(name)
+        assert cfg.auto_scale_lr.base_batch_size == cfg.train_dataloader.batch_size
 
     @pytest.mark.parametrize("name", [n for n in NAMES if n.endswith("upernet_ade20k")])
     def test_upernet_ade20k(self, name):
