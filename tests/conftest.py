@@ -1,7 +1,18 @@
 """Settings of every test."""
 
+import functools
+
 import pytest
+from mmengine.config import config, utils
 from mmengine.registry import DefaultScope
+
+from mmvssm import packaged_configs
+
+# For each `_base_` in another package mmengine looks anew for what is installed, and reads some 70 YAML files there: a
+# second of CPU time for a config. None of these changes while tests run.
+utils.load = functools.cache(utils.load)
+for module in (config, packaged_configs):
+    module.is_installed = functools.cache(module.is_installed)
 
 
 @pytest.fixture(autouse=True)
