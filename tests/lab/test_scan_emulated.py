@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 # Odd channels, a different walk for each image, gaps and sources, unless a case says otherwise.
 CASES = [
     # Compiled as for the models, with the capability. Without gaps: see test_triton_cost.py.
-    (Case(2, 72, 2, 5, 1), 90),
+    (Case(2, 72, 2, 13, 1), 90),
     (Case(1, 72, 1, 35, 3, dtype=torch.bfloat16), 90),
     (Case(1, 72, 2, 35, 16, dtype=torch.bfloat16), 80),
 ]
