@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import time
@@ -100,7 +101,7 @@ def test_every_part_at_small_sizes(tmp_path):
         assert row["backward_host_us"] > 0
     table = (out / "gpu_check.md").read_text()
     assert table.splitlines()[0] == f"# GPU check on {versions['device']}"
-    assert "| mamba_ssm |" in table
+    assert re.search(r"\| mamba_ssm +\|", table)
     assert table in done.stdout
 
 

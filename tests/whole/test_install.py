@@ -45,7 +45,14 @@ def source(tmp_path):
     ignore = shutil.ignore_patterns("*.so", "__pycache__")
     for name in ("mmvssm", "configs", "tools", "requirements"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignore, symlinks=True)
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+    for name in (
+        "setup.py",
+        "pyproject.toml",
+        "MANIFEST.in",
+        "model-index.yml",
+        "README.md",
+        "LICENSE",
+    ):
         shutil.copy(ROOT / name, folder)
     kernels = list((folder / "mmvssm" / "ops").rglob("*.cpp"))
     for kernel in kernels:
