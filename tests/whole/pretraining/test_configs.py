@@ -35,6 +35,7 @@ IMAGENET = {
     "plainmamba_l2_imagenet": 25_760_832 + 385_000,
     "plainmamba_l3_imagenet": 50_507_456 + 449_000,
     "plainmamba_pruned_imagenet": 7_358_656 + 193_000,
+    "plainmamba_pruned_release_imagenet": 7_358_656 + 193_000,
     "plainmamba_l2_pruned_imagenet": 25_760_832 + 385_000,
     "plainmamba_l3_pruned_imagenet": 50_507_456 + 449_000,
     "vmamba_imagenet": 30_249_064,
@@ -200,3 +201,14 @@ def test_can_be_inherited_by_name(name, tmp_path):
             name = transform.type.removeprefix("mmpretrain.")
             assert type(TRANSFORMS.build(transform)).__name__ == name
         assert DATASETS.build(dict(dataset, lazy_init=True)).metainfo["classes"]
+
+
+def test_the_release_s_fine_tuning():
+    """Fine-tuning as in the code release of the pruning paper: constant rate, averaged weights, pruned from the start."""
+    cfg = load("plainmamba_pruned_release_imagenet")
+    optimizer = cfg.optim_wrapper.optimizer
+    assert (optimizer.lr, optimizer.weight_decay, cfg.train_cfg.max_epochs) == (1e-5, 1e-8, 30)
+    assert cfg.auto_scale_lr.base_batch_size == 512 == 8 * cfg.train_dataloader.batch_size
+    (hook,) = cfg.custom_hooks
+    assert (hook.type, hook.momentum) == ("mmpretrain.EMAHook", pytest.approx(1 - 0.99996))
+    assert cfg.model.backbone.drop_path_rate == 0.0 and cfg.load_from == "mmvssm://plainmamba_l1"
