@@ -204,7 +204,7 @@ def test_can_be_inherited_by_name(name, tmp_path):
 
 
 def test_the_release_s_fine_tuning():
-    """Fine-tuning as in the code release of the pruning paper: constant rate, averaged weights, pruned from the start."""
+    """As in the code release of the pruning paper: constant rate, averaged weights, pruned from the start."""
     cfg = load("plainmamba_pruned_release_imagenet")
     optimizer = cfg.optim_wrapper.optimizer
     assert (optimizer.lr, optimizer.weight_decay, cfg.train_cfg.max_epochs) == (1e-5, 1e-8, 30)
