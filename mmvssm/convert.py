@@ -11,7 +11,7 @@ import torch
 
 from .errors import UserError, add_traceback_option, run_tool, user_mistakes
 from .files import write_whole
-from .models.published import CONVERTERS, convert_whole, inert_globals, recognise, unwrap
+from .models.published import CONVERTERS, convert, convert_whole, inert_globals, recognise, unwrap
 from .safe_checkpoint import force_weights_only, load_checkpoint_safely
 from .version import __version__
 
@@ -50,7 +50,7 @@ def main() -> None:
         weights = unwrap(checkpoint, args.key)
         # Of another model than was named: its converter says what it expected.
         of_model = recognise(weights) == args.model
-        conversion = convert_whole(weights) if of_model else CONVERTERS[args.model](weights)
+        conversion = convert_whole(weights) if of_model else convert(args.model, weights)
 
     for what, names in (
         ("used nowhere", conversion.unused),

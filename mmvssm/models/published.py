@@ -502,6 +502,26 @@ def recognise(weights: Mapping[str, Tensor]) -> Optional[str]:
     )
 
 
+def convert(model: str, published: Mapping[str, Tensor]) -> Conversion:
+    """Convert weights by one of :data:`CONVERTERS`; nothing is taken for granted of their names and shapes.
+
+    Raises:
+        ValueError: If they are not those of that model.
+    """
+    # A converter builds as many layers as the names count.
+    counted = max((int(n) for name in published for n in re.findall(r"\d{1,18}", name)), default=0)
+    if counted >= max(len(published), 64):
+        raise ValueError(
+            f"These are not the weights of a published model: one name counts to {counted}."
+        )
+    try:
+        return CONVERTERS[model](published)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"These are not the weights of a published {model} model: their shapes do not fit together ({error})."
+        ) from error
+
+
 def read_published(model: str, weights: Mapping[str, Tensor]) -> Optional[dict[str, Tensor]]:
     """A backbone's weights under our names, where they are of a published model.
 
@@ -515,7 +535,7 @@ def read_published(model: str, weights: Mapping[str, Tensor]) -> Optional[dict[s
     """
     if recognise(weights) != model:
         return None
-    conversion = CONVERTERS[model](weights)
+    conversion = convert(model, weights)
     ours = {
         name.removeprefix("backbone."): value
         for name, value in conversion.state_dict.items()
@@ -534,7 +554,7 @@ def convert_whole(weights: Mapping[str, Tensor]) -> Optional[Conversion]:
     model = recognise(weights)
     if model is None:
         return None
-    conversion = CONVERTERS[model](weights)
+    conversion = convert(model, weights)
     if not any(name.startswith("backbone.") for name in weights):
         return conversion
     others = {name: v for name, v in weights.items() if not name.startswith("backbone.")}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import os
 import pickle
 from collections.abc import Callable, Iterator, Mapping
@@ -148,7 +149,13 @@ def with_published(load: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _convert_if_published(checkpoint: Any, path: Any) -> Optional[dict[str, Any]]:
-    return convert_checkpoint(checkpoint, str(path)) if isinstance(checkpoint, Mapping) else None
+    if not isinstance(checkpoint, Mapping):
+        return None
+    try:
+        return convert_checkpoint(checkpoint, str(path))
+    except ValueError as error:  # perhaps another project's, which calls some layers the same
+        print_log(f"{path} is left under its own names: {error}", "current", logging.WARNING)
+        return None
 
 
 def convert_checkpoint(
@@ -166,7 +173,7 @@ def convert_checkpoint(
         of no published model.
 
     Raises:
-        ValueError: If ``key`` is given and holds no weights.
+        ValueError: If ``key`` is given and holds no weights, or if weights with a published model's names are not its.
     """
     keys = [k for k in WRAPPINGS if isinstance(checkpoint.get(k), Mapping)]
     try:

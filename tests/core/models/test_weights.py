@@ -359,3 +359,37 @@ def test_other_files_are_read_and_refused_as_before(tmp_path):
     torch.save({"model": golden("vmamba"), "args": Hostile()}, tmp_path / "hostile.pth")
     with pytest.raises(UnsafeCheckpointError, match="was refused because it carries code or"):
         load(tmp_path / "hostile.pth")
+
+
+BROKEN = {
+    "lacks others": {"layers.0.mamba.A_log": torch.zeros(4, 2)},
+    "a shape": {
+        "layers.0.mamba.A_log": torch.zeros(4, 2),
+        "patch_embed.projection.weight": torch.zeros(()),
+        "pos_embed": torch.zeros(1),
+    },
+    "a count": {
+        **{
+            name: torch.zeros(1, 1, 1, 1) for name in ("pos_embed", "patch_embed.projection.weight")
+        },
+        "layers.0.mamba.A_log": torch.zeros(4, 2),
+        "layers.999999999.norm.weight": torch.zeros(4),
+    },
+}
+
+
+@pytest.mark.parametrize("weights", BROKEN.values(), ids=BROKEN)
+def test_names_of_a_published_model_prove_nothing(weights, tmp_path, monkeypatch):
+    """Another project's file stays as it is; by a published name, and in a backbone, it is refused in one sentence."""
+    torch.save(weights, tmp_path / "plainmamba_l1.pth")
+    assert (
+        module.with_published(load_checkpoint_safely)(tmp_path / "plainmamba_l1.pth").keys()
+        == weights.keys()
+    )
+    monkeypatch.setenv(module.VARIABLE, str(tmp_path))
+    with pytest.raises(UserError, match="not the weights of a published") as caught:
+        load_published("plainmamba_l1")
+    assert "\n" not in str(caught.value)
+    arch = convert_plainmamba(golden("plainmamba")).arch
+    with pytest.raises(ValueError, match="not the weights of a published"):
+        PlainMamba(arch, img_size=64).load_state_dict(weights, strict=False)
