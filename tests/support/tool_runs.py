@@ -43,6 +43,7 @@ TOOLS = {
 
 def call(tool, *arguments):
     """Run a tool with command-line arguments."""
+    _forget_visualizers(Visualizer)
     main, parser = TOOLS[tool]
     run_tool(lambda: main(parser().parse_args(list(map(str, arguments)))))
 
@@ -69,7 +70,7 @@ def run_here(file, *arguments):
 
 
 def _forget_visualizers(kind):
-    """One of the same name would go on writing where an earlier run did."""
+    """One of the same name, which two runs in one second share, would write where the earlier run did."""
     kind._instance_dict.clear()
     for special in kind.__subclasses__():
         _forget_visualizers(special)
