@@ -123,7 +123,7 @@ Averaged weights come first: the published accuracies are theirs.
 """
 
 READERS: dict[str, Callable[[Mapping], Union[Mapping, None]]] = {}
-"""For each class of backbone, what turns published names into ours; filled by ``models/published.py``."""
+"""For each class of backbone, what turns published names into ours; filled by ``models/published``."""
 
 
 def accept_published_names(backbone: nn.Module) -> None:
