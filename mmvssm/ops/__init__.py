@@ -7,18 +7,27 @@ defines the contract. The other modules speed up CPUs by processing maps in piec
 from .backend import onnxruntime_library
 from .chunks import in_chunks
 from .conv_ffn import conv_ffn
-from .depthwise_conv import depthwise_conv
+from .depthwise_conv import centred, depthwise_conv, line_conv
 from .selective_scan import selective_scan
-from .selective_scan.traversal import SnakeWalks, Traversal, cross_traversal, snake_walks
+from .selective_scan.traversal import (
+    SnakeWalks,
+    Traversal,
+    cross_traversal,
+    line_walks,
+    snake_walks,
+)
 from .sparse_depthwise_conv import neighbor_table, sparse_depthwise_conv
 
 __all__ = [
     "SnakeWalks",
     "Traversal",
+    "centred",
     "conv_ffn",
     "cross_traversal",
     "depthwise_conv",
     "in_chunks",
+    "line_conv",
+    "line_walks",
     "neighbor_table",
     "onnxruntime_library",
     "selective_scan",

@@ -45,6 +45,35 @@ def cross_traversal(height: int, width: int, device: Optional[torch.device] = No
     return Traversal(torch.cat([forward, forward.flip(-1)]))
 
 
+def line_walks(
+    length: int,
+    positions: Optional[Tensor] = None,
+    *,
+    with_gaps: bool = True,
+    device: Optional[torch.device] = None,
+) -> Traversal:
+    """Two walks over a full or pruned line, forwards and backwards (Vim, section 3.3).
+
+    Args:
+        length: Places on the line.
+        positions: Those that have tokens: integers ``(B, L)``, increasing; by default all.
+        with_gaps: Whether to count absent places between steps.
+        device: Device of the walks if ``positions`` is None.
+
+    Returns:
+        Walks over tokens numbered as in ``positions``: ``(2, L)``, or ``(B, 2, L)`` where there are gaps.
+    """
+    count = length if positions is None else positions.shape[1]
+    device = device if positions is None else positions.device
+    forwards = torch.arange(count, dtype=torch.int32, device=device)
+    order = torch.stack([forwards, forwards.flip(0)])
+    if positions is None or not with_gaps:
+        return Traversal(order)
+    steps = torch.stack([positions, length - 1 - positions.flip(1)], 1).to(torch.int32)
+    before = torch.nn.functional.pad(steps[..., :-1], (1, 0), value=-1)
+    return Traversal(order.expand(steps.shape), gap=steps - before - 1)
+
+
 START, RIGHT, LEFT, UP, DOWN = range(5)
 """How a step of a continuous walk arrived at its position (PlainMamba, "Direction-Aware Updating")."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from types import ModuleType
-from typing import Optional
+from typing import Optional, Union
 
 import torch
 from torch import Tensor
@@ -18,7 +18,9 @@ from .. import backend
 from . import cpu, pytorch, triton_launch
 
 
-def neighbor_table(positions: Tensor, grid: tuple[int, int], kernel_size: int) -> Tensor:
+def neighbor_table(
+    positions: Tensor, grid: tuple[int, int], kernel_size: Union[int, tuple[int, int]]
+) -> Tensor:
     """For each kept token, list the tokens under the taps of a kernel centred on it.
 
     Taps are numbered row by row, as the weights of ``torch.nn.Conv2d`` lie in memory. The table serves every
@@ -27,16 +29,17 @@ def neighbor_table(positions: Tensor, grid: tuple[int, int], kernel_size: int) -
     Args:
         positions: Row-major grid positions of the kept tokens of each image ``(B, K)``, int32 or int64, increasing.
         grid: Height and width of the grid.
-        kernel_size: Height and width of the kernel, odd.
+        kernel_size: Height and width of the kernel, odd; one number for both, or a pair.
 
     Returns:
-        Indices in ``0 .. K-1`` of the neighbours ``(B, K, kernel_size**2)``, int32, contiguous; -1 where the tap's
+        Indices in ``0 .. K-1`` of the neighbours ``(B, K, height * width)``, int32, contiguous; -1 where the tap's
         position is outside the grid or pruned.
 
     Raises:
         ValueError: If ``kernel_size`` is not odd, or the shape or dtype of ``positions`` does not fit.
     """
-    if kernel_size < 1 or kernel_size % 2 == 0:
+    size = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
+    if any(side < 1 or side % 2 == 0 for side in size):
         raise ValueError(
             f"neighbor_table: kernel_size must be odd, to have a centre; got {kernel_size}."
         )
@@ -48,17 +51,19 @@ def neighbor_table(positions: Tensor, grid: tuple[int, int], kernel_size: int) -
     height, width = grid
     batch, kept = positions.shape
     # A border as wide as the kernel's reach keeps every tap inside the map without comparisons.
-    border = kernel_size // 2
-    stride = width + 2 * border
+    above, beside = size[0] // 2, size[1] // 2
+    stride = width + 2 * beside
     positions = positions.long()
-    places = positions + 2 * border * (positions // width) + border * (stride + 1)
+    places = positions + 2 * beside * (positions // width) + above * stride + beside
     numbers = torch.arange(kept, dtype=torch.int32, device=positions.device)
-    index_map = numbers.new_full((batch, (height + 2 * border) * stride), -1)
+    index_map = numbers.new_full((batch, (height + 2 * above) * stride), -1)
     index_map = index_map.scatter(1, places, numbers.expand(batch, kept))
-    reach = torch.arange(-border, border + 1, device=positions.device)
-    taps = (reach[:, None] * stride + reach).flatten()
+    rows, columns = (
+        torch.arange(-reach, reach + 1, device=positions.device) for reach in (above, beside)
+    )
+    taps = (rows[:, None] * stride + columns).flatten()
     under_taps = (places[:, :, None] + taps).flatten(1)
-    return index_map.gather(1, under_taps).view(batch, kept, kernel_size**2)
+    return index_map.gather(1, under_taps).view(batch, kept, len(taps))
 
 
 def sparse_depthwise_conv(
@@ -66,18 +71,18 @@ def sparse_depthwise_conv(
 ) -> Tensor:
     """Depthwise convolution (cross-correlation, stride 1) at kept tokens only; pruned neighbours count as zero.
 
-    Equals scattering the tokens into a zero map ``(B, C, H, W)``, ``torch.nn.functional.conv2d`` with
-    ``padding=k // 2`` and ``groups=C``, and gathering at the kept positions. Sums are float32 (float64 for float64
-    inputs) in a fixed order, so two runs give the same bits. ``x``, ``weight`` and ``bias`` are differentiable once.
+    Equals scattering the tokens into a zero map ``(B, C, H, W)``, ``torch.nn.functional.conv2d`` with ``padding`` of
+    half the kernel and ``groups=C``, and gathering at the kept positions. Sums are float32 (float64 for float64 inputs)
+    in a fixed order, so two runs give the same bits. ``x``, ``weight`` and ``bias`` are differentiable once.
 
-    The gradient of ``x`` relies on a symmetry that every table of :func:`neighbor_table` has: with ``T = k * k`` taps,
+    The gradient of ``x`` relies on a symmetry that every table of :func:`neighbor_table` has: with ``T`` taps,
     ``neighbors[b, i, t] == j`` if and only if ``neighbors[b, j, T - 1 - t] == i``. What tap ``t`` carries from one
     token to another, tap ``T - 1 - t`` carries back, so the gradient is the same convolution with the taps reversed.
 
     Args:
         x: Kept tokens ``(B, K, C)``: batch, token, channel. Channels should be adjacent in memory.
-        weight: As in ``torch.nn.Conv2d(C, C, k, groups=C)``, ``(C, 1, k, k)``, ``k`` odd.
-        neighbors: By :func:`neighbor_table` for the same ``k``, ``(B, K, k * k)``, int32.
+        weight: As in ``torch.nn.Conv2d(C, C, (h, w), groups=C)``, ``(C, 1, h, w)``, ``h`` and ``w`` odd.
+        neighbors: By :func:`neighbor_table` for the same ``(h, w)``, ``(B, K, h * w)``, int32.
         bias: ``(C,)``.
 
     Returns:
@@ -97,15 +102,16 @@ def _check(x: Tensor, weight: Tensor, neighbors: Tensor, bias: Optional[Tensor])
             f"{name}: x must have shape (B, K, C), batch, token, channel, each at least 1; got {tuple(x.shape)}."
         )
     batch, kept, channels = x.shape
-    size = weight.shape[-1] if weight.dim() == 4 else 0
-    if tuple(weight.shape) != (channels, 1, size, size) or size % 2 == 0:
+    size = tuple(weight.shape[2:])
+    odd = len(size) == 2 and size[0] % 2 == size[1] % 2 == 1
+    if tuple(weight.shape[:2]) != (channels, 1) or not odd:
         raise ValueError(
-            f"{name}: weight must have shape (C, 1, k, k) = ({channels}, 1, k, k) with k odd to go with x of shape "
+            f"{name}: weight must have shape (C, 1, h, w) = ({channels}, 1, h, w), h and w odd, to go with x of shape "
             f"{tuple(x.shape)}; got {tuple(weight.shape)}."
         )
-    if tuple(neighbors.shape) != (batch, kept, size**2):
+    if tuple(neighbors.shape) != (batch, kept, math.prod(size)):
         raise ValueError(
-            f"{name}: neighbors must have shape (B, K, k * k) = {(batch, kept, size**2)} to go with x of shape "
+            f"{name}: neighbors must have shape (B, K, h * w) = {(batch, kept, math.prod(size))} to go with x of shape "
             f"{tuple(x.shape)} and weight of shape {tuple(weight.shape)}; got {tuple(neighbors.shape)}."
         )
     if neighbors.dtype != torch.int32:

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmvssm.ops import depthwise_conv
+from mmvssm.ops import centred, depthwise_conv, line_conv, neighbor_table, sparse_depthwise_conv
 from mmvssm.ops.sparse_depthwise_conv import cpu
 
 
@@ -49,3 +49,41 @@ def test_large_kernels_have_fast_gradients_on_a_cpu():
     with torch.autocast("cpu", torch.bfloat16):
         assert depthwise_conv(x, weight, (2, 3)).dtype == torch.bfloat16
     assert depthwise_conv(x.double(), weight.double(), (2, 3)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("length, taps", [(1, 4), (3, 4), (11, 4), (9, 1)])
+@pytest.mark.parametrize("backwards", [False, True])
+def test_a_line_s_convolution_is_one_sided(length, taps, backwards):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(2, length, 5), torch.randn(5, 1, taps), torch.randn(5)
+    leaves = [leaf.requires_grad_() for leaf in (x, weight, bias)]
+    line = x.double().flip(1) if backwards else x.double()
+    line = F.conv1d(
+        line.transpose(1, 2), weight.double(), bias.double(), padding=taps - 1, groups=5
+    )
+    expected = line[..., :length].transpose(1, 2)
+    expected = expected.flip(1) if backwards else expected
+    grad_y = torch.randn_like(x)
+    gradients = torch.autograd.grad(expected, leaves, grad_y.double())
+    with torch.no_grad():
+        pairs = [(line_conv(*leaves, backwards=backwards), expected)]
+    neighbors = neighbor_table(torch.arange(length).expand(2, -1), (1, length), (1, 2 * taps - 1))
+    kept = sparse_depthwise_conv(x, centred(weight, backwards), neighbors, bias)
+    for actual in (line_conv(*leaves, backwards=backwards), kept):
+        pairs += [(actual, expected)]
+        pairs += zip(torch.autograd.grad(actual, leaves, grad_y), gradients)
+    for a, e in pairs:
+        assert (a - e).abs().max() <= 1e-5 * e.abs().max()
+
+
+def test_kernels_may_be_wider_than_high():
+    torch.manual_seed(0)
+    x, weight = torch.randn(1, 20, 3), torch.randn(3, 1, 1, 5)
+    expected = F.conv2d(x.transpose(1, 2).unflatten(2, (4, 5)), weight, padding=(0, 2), groups=3)
+    expected = expected.flatten(2).transpose(1, 2)
+    neighbors = neighbor_table(torch.arange(20)[None], (4, 5), (1, 5))
+    for actual in (
+        depthwise_conv(x, weight, (4, 5)),
+        sparse_depthwise_conv(x, weight, neighbors),
+    ):
+        assert torch.allclose(actual, expected, atol=1e-5)

@@ -2,7 +2,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmvssm.ops import cross_traversal, snake_walks
+from mmvssm.ops import cross_traversal, line_walks, snake_walks
 
 
 def test_cross_traversal_on_a_small_grid():
@@ -83,3 +83,12 @@ def test_walks_over_kept_positions_are_the_full_walks_without_the_others(
             if raster:
                 assert walks.traversal.source[b, k].tolist() == source
     assert snake_walks(height, width, positions, with_gaps=False).traversal.gap is None
+
+
+def test_line_walks_go_both_ways_and_count_what_they_pass():
+    assert line_walks(3).order.tolist() == [[0, 1, 2], [2, 1, 0]]
+    pruned = line_walks(7, torch.tensor([[0, 1, 5], [2, 3, 6]]))
+    assert pruned.order.tolist() == [[[0, 1, 2], [2, 1, 0]]] * 2
+    assert pruned.gap.tolist() == [[[0, 0, 3], [1, 3, 0]], [[2, 0, 2], [0, 2, 0]]]
+    assert pruned.gap.dtype == torch.int32 and pruned.source is None
+    assert line_walks(7, torch.tensor([[0, 1, 5]]), with_gaps=False).order.shape == (2, 3)
