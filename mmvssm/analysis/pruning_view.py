@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..datasets.walk import inference_pipeline
 from ..errors import UserError
-from ..models.backbones.plain_mamba import LayerState
+from ..models.backbones.token_backbone import LayerState
 from .flops import count
 
 _MIN_RUNS = 5

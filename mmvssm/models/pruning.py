@@ -271,7 +271,7 @@ def merge(tokens: Tensor, sizes: Tensor, leaving: Tensor, target: Tensor) -> tup
     return torch.where(changed, sums / merged[..., None].to(tokens.dtype), tokens), merged
 
 
-def padding_tokens(images: Tensor, patch_size: int) -> Tensor:
+def padding_tokens(images: Tensor, stride: int, grid: tuple[int, int]) -> Tensor:
     """Find the tokens that see nothing but padding.
 
     mmdet and mmseg pad the normalised images of a batch to one size, with zeros at the bottom and on the right. They
@@ -283,16 +283,18 @@ def padding_tokens(images: Tensor, patch_size: int) -> Tensor:
 
     Args:
         images: ``(B, C, H, W)``.
-        patch_size: Height and width of a token in pixels.
+        stride: Pixels from one token to the next.
+        grid: Rows and columns of tokens.
 
     Returns:
-        bool ``(B, ceil(H / patch_size) * ceil(W / patch_size))``, row by row.
+        bool ``(B, h * w)``, row by row.
     """
     magnitude = images.abs()
     rows, columns = (magnitude.amax(dims) != 0 for dims in ((1, 3), (1, 2)))
     # All rows up to the last used one count as used; a token is used if its first row or column is.
     rows, columns = (
-        used.flip(1).cumsum(1).flip(1)[:, ::patch_size] > 0 for used in (rows, columns)
+        used.flip(1).cumsum(1).flip(1)[:, ::stride][:, :count] > 0
+        for used, count in zip((rows, columns), grid)
     )
     return ~(rows[:, :, None] & columns[:, None]).flatten(1)
 

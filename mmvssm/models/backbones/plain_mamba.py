@@ -7,8 +7,7 @@ memory is that of a channels-last image. A :class:`Layout` holds the positions o
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, Optional, Union
 
 import torch
@@ -27,20 +26,8 @@ from ...ops import (
     sparse_depthwise_conv,
 )
 from ...registry import MODELS
-from ..pruning import (
-    PrunedTokens,
-    TokenPruning,
-    drop_tokens,
-    merge,
-    packed_grid,
-    padding_tokens,
-    select,
-    similarity_to_neighbors,
-    take,
-)
-from .base import Backbone
+from ..pruning import PrunedTokens, TokenPruning, packed_grid, take
 from .common import (
-    accept_published_names,
     check_rates,
     convolve,
     drop_path_schedule,
@@ -50,6 +37,7 @@ from .common import (
     resolve_out_indices,
 )
 from .fast_paths import bias_of, is_plain_depthwise, linear_without_bias
+from .token_backbone import TokenBackbone, as_output
 
 NUM_WALKS = 4
 OUTPUT_EPS = 1e-6
@@ -57,7 +45,7 @@ OUTPUT_EPS = 1e-6
 
 
 @MODELS.register_module()
-class PlainMamba(Backbone):
+class PlainMamba(TokenBackbone):
     """PlainMamba backbone, dense or pruned.
 
     Args:
@@ -151,7 +139,8 @@ class PlainMamba(Backbone):
                 f"PlainMamba: layers_with_dwconv must be from 0 to {num_layers - 1}; got "
                 f"{list(arch['layers_with_dwconv'])}."
             )
-        self.embed_dims, self.patch_size = arch["embed_dims"], patch_size
+        self.embed_dims = arch["embed_dims"]
+        self.patch_size = self.stride = patch_size
         self.out_indices = resolve_out_indices(
             "PlainMamba",
             num_layers - 1 if out_indices is None else out_indices,
@@ -171,11 +160,9 @@ class PlainMamba(Backbone):
         self.pruning = None if pruning is None else TokenPruning.of(pruning, num_layers)
 
         img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-        self.embed_grid = tuple(math.ceil(size / patch_size) for size in img_size)
         self.patch_embed = ConvPatchEmbed(
             in_channels, self.embed_dims, patch_size, arch["num_convs_patch_embed"]
         )
-        self.pos_embed = nn.Parameter(torch.zeros(1, math.prod(self.embed_grid), self.embed_dims))
         rates = drop_path_schedule(drop_path_rate, num_layers)
         self.layers = nn.ModuleList(
             PlainMambaLayer(
@@ -191,11 +178,7 @@ class PlainMamba(Backbone):
             {str(i): nn.LayerNorm(self.embed_dims, eps=OUTPUT_EPS) for i in self.out_indices}
         )
         self.apply(init_parameters)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        accept_published_names(self)  # before the position embedding is resized
-        self.register_state_dict_post_hook(_note_embed_grid)
-        self._register_load_state_dict_pre_hook(self._resize_loaded_pos_embed)
-        self._freeze_stages()
+        self.add_pos_embed(tuple(math.ceil(size / patch_size) for size in img_size))
 
     def forward(
         self, x: Tensor
@@ -219,98 +202,21 @@ class PlainMamba(Backbone):
                 ``torch.export`` fixes the sizes of the images.
         """
         return self.pack(
-            self._output(i, state)
+            as_output(state, self.norms[str(i)])
             for i, state in enumerate(self.walk_layers(x))
             if i in self.out_indices
         )
 
-    def layer_prefixes(self) -> list[tuple[str, ...]]:
-        """The embeddings, and each layer."""
-        layers = ((f"layers.{i}.",) for i in range(len(self.layers)))
-        return [("patch_embed.", "pos_embed"), *layers]
-
-    def walk_layers(self, x: Tensor) -> Iterator[LayerState]:
-        """Yield the output of each layer, before the output norm."""
-        stream = self.embed(x)
-        for i in range(len(self.layers)):
-            state, stream = self.run_layer(i, stream)
-            yield state
-
-    def embed(self, x: Tensor) -> TokenStream:
-        """The tokens that enter the first layer, of images ``(B, in_channels, H, W)``."""
-        if x.dim() != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(
-                f"{type(self).__name__}: expected images (B, {self.in_channels}, H, W); got {tuple(x.shape)}."
-            )
-        padding = None if self.pruning is None else padding_tokens(x, self.patch_size)
-        tokens, grid = self.patch_embed(x)
-        tokens = tokens + self._pos_embed_for(grid)
-        return TokenStream(tokens, grid, self._dense_layout(grid, x.device), padding)
-
-    def run_layer(self, i: int, stream: TokenStream) -> tuple[LayerState, TokenStream]:
-        """Run layer ``i`` and prune after it, where it prunes.
-
-        Args:
-            i: The layer, counted from 0.
-            stream: The layer's input.
-
-        Returns:
-            The layer's output, and the next layer's input.
-        """
-        grid, pruned = stream.grid, stream.pruned
-        num_tokens = num_kept = stream.tokens.shape[1]
-        if self.pruning is not None:
-            num_kept = self.pruning.num_kept(i, num_tokens, self.training)
-        tokens, y = self.layers[i](stream.tokens, stream.layout, self.with_cp)
-        if num_kept == num_tokens:
-            return LayerState(tokens, grid, pruned), stream._replace(tokens=tokens)
-        padding = stream.padding if pruned is None else stream.padding.gather(1, pruned.positions)
-        merges = self.pruning.reduction == "merge"
-        if merges:
-            positions = None if pruned is None else pruned.positions
-            importance, target = similarity_to_neighbors(tokens, positions, grid, padding)
-        else:
-            importance = self.pruning.importance(y, self.training)
-        state = LayerState(tokens, grid, pruned, importance)
-        kept, dropped = select(importance.masked_fill(padding, -math.inf), num_kept)
-        sizes = stream.sizes
-        if merges:
-            if sizes is None:
-                sizes = importance.new_ones(importance.shape)
-            tokens, sizes = merge(tokens, sizes, dropped, target)
-            sizes = sizes.gather(1, kept)
-        pruned = drop_tokens(tokens, pruned, grid, kept, dropped)
-        layout = self._pruned_layout(pruned)
-        return state, TokenStream(pruned.tokens, grid, layout, stream.padding, pruned, sizes)
-
-    def train(self, mode: bool = True) -> PlainMamba:
-        """Set the training mode of all but the frozen stages."""
-        super().train(mode)
-        self._freeze_stages()
-        return self
-
-    def _output(self, i: int, state: LayerState) -> Union[Tensor, PrunedTokens]:
-        norm = self.norms[str(i)]
-        tokens = norm(state.tokens)
-        if state.pruned is None:
-            # mmcv's RoIAlign and its like read memory as if every tensor were contiguous.
-            return tokens.transpose(1, 2).contiguous().unflatten(2, state.grid)
-        return PrunedTokens(
-            tokens,
-            state.pruned.positions,
-            state.grid,
-            norm(state.pruned.departed),
-            state.pruned.departed_positions,
-        )
-
-    def _dense_layout(self, grid: tuple[int, int], device: torch.device) -> Layout:
+    def dense_layout(self, grid: tuple[int, int], device: torch.device) -> Layout:
+        """Walks over the whole grid."""
         walks = snake_walks(*grid, raster_source=self.raster_source, device=device)
         return Layout(walks, grid)
 
-    def _pruned_layout(self, pruned: PrunedTokens) -> Layout:
+    def pruned_layout(self, pruned: PrunedTokens) -> Layout:
+        """Walks over the tokens that are left."""
         if self.pruning.alignment == "none":
             grid = packed_grid(pruned.tokens.shape[1], pruned.grid)
-            return self._dense_layout(grid, pruned.tokens.device)
+            return self.dense_layout(grid, pruned.tokens.device)
         walks = snake_walks(
             *pruned.grid,
             pruned.positions,
@@ -318,49 +224,6 @@ class PlainMamba(Backbone):
             with_gaps=self.pruning.alignment == "decay",
         )
         return Layout(walks, pruned.grid, pruned.positions, {})
-
-    def _pos_embed_for(self, grid: tuple[int, int]) -> Tensor:
-        # Comparing sizes under a compiler would fix them. Resizing to the same size changes nothing.
-        if not torch.compiler.is_compiling() and grid == self.embed_grid:
-            return self.pos_embed
-        return _resize_pos_embed(self.pos_embed, self.embed_grid, grid)
-
-    def _resize_loaded_pos_embed(self, state_dict, prefix, local_metadata, *args) -> None:
-        loaded = state_dict.get(prefix + "pos_embed")
-        if loaded is None or loaded.dim() != 3 or loaded.shape[2] != self.embed_dims:
-            return  # torch reports another model's embedding like any other weight
-        source = local_metadata.get("embed_grid") or self._likely_grid(loaded.shape[1])
-        if tuple(source) != self.embed_grid:
-            state_dict[prefix + "pos_embed"] = _resize_pos_embed(loaded, source, self.embed_grid)
-
-    def _likely_grid(self, count: int) -> tuple[int, int]:
-        """The grid of a loaded position embedding of ``count`` positions without a note of its grid."""
-        side = math.isqrt(count)
-        square = (side, side) if side * side == count else None
-        same = self.embed_grid if math.prod(self.embed_grid) == count else None
-        likely = same or square
-        advice = "build the model with the img_size of that training; other images may have any size all the same"
-        if likely is None:
-            raise ValueError(
-                f"PlainMamba: the checkpoint's position embedding has {count} positions and does not say of what grid, "
-                f"and they are no square: {advice}."
-            )
-        if square and self.embed_grid[0] != self.embed_grid[1]:
-            warnings.warn(
-                f"PlainMamba: the checkpoint's position embedding has {count} positions and does not say of what grid; "
-                f"it is taken for {likely[0]}x{likely[1]}. If it was trained on another one, {advice}.",
-                stacklevel=2,
-            )
-        return likely
-
-    def _freeze_stages(self) -> None:
-        if self.frozen_stages >= 0:
-            self.patch_embed.eval()
-            self.patch_embed.requires_grad_(False)
-            self.pos_embed.requires_grad_(False)
-        for layer in self.layers[: max(self.frozen_stages, 0)]:
-            layer.eval()
-            layer.requires_grad_(False)
 
 
 class Layout(NamedTuple):
@@ -396,43 +259,6 @@ class Layout(NamedTuple):
         maps = x.new_zeros(x.shape[0], self.grid[0] * self.grid[1], x.shape[2])
         maps = maps.scatter(1, self.positions[..., None].expand_as(x), x)
         return take(convolve(conv, maps.unflatten(1, self.grid)).flatten(1, 2), self.positions)
-
-
-class LayerState(NamedTuple):
-    """The output of a layer.
-
-    Attributes:
-        tokens: ``(B, L, C)``, before this layer drops any.
-        grid: The full grid.
-        pruned: Positions of these tokens, and what earlier layers dropped; its own ``tokens`` are the layer's input.
-            None if nothing was dropped.
-        importance: ``(B, L)``, where this layer prunes: it drops the least important tokens, padding first.
-    """
-
-    tokens: Tensor
-    grid: tuple[int, int]
-    pruned: Optional[PrunedTokens] = None
-    importance: Optional[Tensor] = None
-
-
-class TokenStream(NamedTuple):
-    """The input of a layer.
-
-    Attributes:
-        tokens: ``(B, L, C)``.
-        grid: The full grid.
-        layout: Positions of the tokens.
-        padding: Positions of the full grid that see nothing but padding, bool ``(B, h * w)``; None for a dense model.
-        pruned: Positions of these tokens, and what earlier layers dropped; None if nothing was dropped.
-        sizes: Number of tokens that each stands for ``(B, L)``, once tokens were merged.
-    """
-
-    tokens: Tensor
-    grid: tuple[int, int]
-    layout: Layout
-    padding: Optional[Tensor] = None
-    pruned: Optional[PrunedTokens] = None
-    sizes: Optional[Tensor] = None
 
 
 class ConvPatchEmbed(nn.Module):
@@ -593,17 +419,3 @@ def every_walk(x: Tensor, dim: int) -> Tensor:
     shape = list(x.shape)
     shape.insert(dim, NUM_WALKS)
     return x.unsqueeze(dim).expand(shape)
-
-
-def _note_embed_grid(model: PlainMamba, state_dict, prefix: str, local_metadata: dict) -> None:
-    """Say beside the weights, as modules say their version, what grid the position embedding is of."""
-    local_metadata["embed_grid"] = model.embed_grid
-
-
-def _resize_pos_embed(pos_embed: Tensor, source: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """``(1, L, C)`` of one grid to another, bicubic."""
-    maps = pos_embed.transpose(1, 2).unflatten(2, source)
-    # On a GPU this has no deterministic backward pass, and PyTorch would refuse it.
-    device = torch.device("cpu") if torch.are_deterministic_algorithms_enabled() else maps.device
-    maps = F.interpolate(maps.to(device), size=grid, mode="bicubic", align_corners=False)
-    return maps.to(pos_embed.device).flatten(2).transpose(1, 2)

@@ -21,7 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from ...registry import MODELS
 from ..pruning import restore_map
 from .common import init_parameters
-from .plain_mamba import LayerState, PlainMamba, TokenStream
+from .plain_mamba import PlainMamba
+from .token_backbone import LayerState, TokenStream
 
 NORM_EPS = 1e-6
 """LayerNorm epsilon in injectors and extractors."""

@@ -180,7 +180,7 @@ def test_drop_path_grows_linearly_and_drops_single_images():
     model = build(drop_path_rate=0.5).train()
     rates = [layer.drop_path.drop_prob for layer in model.layers]
     assert rates == pytest.approx([0, 0.125, 0.25, 0.375, 0.5])
-    layer, layout = model.layers[-1], model._dense_layout((2, 3), torch.device("cpu"))
+    layer, layout = model.layers[-1], model.dense_layout((2, 3), torch.device("cpu"))
     x = torch.randn(64, 6, 16)
     torch.nn.init.normal_(layer.mixer.out_proj.weight)
     candidates = torch.stack([x, x + 2 * layer.mixer(layer.norm(x), layout)[0]])
@@ -380,8 +380,8 @@ def test_compact_layer_with_nothing_pruned_equals_the_dense_layer(raster_source)
     everything = PrunedTokens(
         tokens, torch.arange(30).expand(2, -1), (5, 6), tokens[:, :0], torch.zeros(2, 0).long()
     )
-    compact = model._pruned_layout(everything)
-    dense = model._dense_layout((5, 6), tokens.device)
+    compact = model.pruned_layout(everything)
+    dense = model.dense_layout((5, 6), tokens.device)
     for layer in model.layers:
         for a, e in zip(layer(tokens, compact), layer(tokens, dense)):
             torch.testing.assert_close(a, e, atol=1e-10, rtol=1e-10)
@@ -399,7 +399,7 @@ def test_layer_with_aligned_state_equals_the_masked_layer():
     tokens = torch.randn(batch, 28, 16, dtype=torch.float64)
     compact_tokens = tokens[kept[..., 0]].view(batch, 11, 16)
     state = PrunedTokens(compact_tokens, positions, grid, tokens[:, :0], positions[:, :0])
-    out, y = mixer(compact_tokens, model._pruned_layout(state))
+    out, y = mixer(compact_tokens, model.pruned_layout(state))
 
     dense = Layout(snake_walks(*grid, raster_source=False), grid)
     x = mixer.in_proj(tokens) * kept
@@ -472,7 +472,7 @@ def test_the_most_important_tokens_stay(metric):
     x = torch.randn(1, 3, 48, 64)
     states = list(model.walk_layers(x))
     # The definition, from the layer's own scan.
-    _, y = model.layers[1](states[0].tokens, model._dense_layout((6, 8), x.device))
+    _, y = model.layers[1](states[0].tokens, model.dense_layout((6, 8), x.device))
     score = {
         "clip": lambda t: max(t, 0.0),
         "value": lambda t: t,

@@ -215,7 +215,7 @@ def test_padding_is_what_is_zero_below_and_to_the_right():
     x[0] = torch.randn(3, 10, 13)  # fills the batch's size
     x[1, :, :4, :9] = torch.randn(3, 4, 9)
     x[2, 1, 8, 12] = 1  # a single pixel that is not zero, in one channel
-    padding = padding_tokens(x, 4).view(4, 3, 4)
+    padding = padding_tokens(x, 4, (3, 4)).view(4, 3, 4)
     assert not padding[0].any()
     assert (~padding[1]).int().tolist() == [[1, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
     assert not padding[2].any()
