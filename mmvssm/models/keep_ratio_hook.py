@@ -51,7 +51,8 @@ class KeepRatioWarmup(Hook):
     def before_train(self, runner: Runner) -> None:
         """Check that the model prunes, in a way that can change gradually."""
         prunings = _prunings(runner)
-        if any(pruning.alignment == "none" for pruning in prunings) and self.progress(0) < 1:
+        packs = any(pruning.alignment in pruning.needs_grid for pruning in prunings)
+        if packs and self.progress(0) < 1:
             raise PruningError(
                 "KeepRatioWarmup: alignment='none' cannot pack every number of tokens that a warm-up passes through; "
                 "set num_iters=0, or choose alignment='decay' or 'hold'."

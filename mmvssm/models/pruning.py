@@ -84,6 +84,12 @@ class TokenPruning:
         ValueError: If one of the arguments is not as described.
     """
 
+    metrics = (*METRICS, RANDOM)
+    alignments = ALIGNMENTS
+    presets = PRESETS
+    needs_grid = ("none",)
+    """Alignments that pack tokens into a smaller grid, which not every number of them fills."""
+
     def __init__(
         self,
         layers: Sequence[int],
@@ -115,8 +121,8 @@ class TokenPruning:
         if not all(0 < ratio <= 1 for ratio in ratios):
             raise ValueError(f"pruning: keep_ratio must be in (0, 1]; got {keep_ratio}.")
         for what, value, known in (
-            ("metric", metric, (*METRICS, RANDOM)),
-            ("alignment", alignment, ALIGNMENTS),
+            ("metric", metric, self.metrics),
+            ("alignment", alignment, self.alignments),
             ("reduction", reduction, REDUCTIONS),
         ):
             if value not in known:
@@ -136,14 +142,14 @@ class TokenPruning:
 
     @classmethod
     def of(cls, settings: Union[str, dict], num_layers: int) -> TokenPruning:
-        """Build from a config: a dict of arguments, or the name of one of :data:`PRESETS`."""
+        """Build from a config: a dict of arguments, or the name of one of the presets."""
         if isinstance(settings, str):
-            if settings not in PRESETS:
+            if settings not in cls.presets:
                 raise ValueError(
-                    f"pruning: unknown preset {settings!r}; known are {', '.join(map(repr, PRESETS))}, or a dict with "
-                    "layers and keep_ratio, and perhaps metric, alignment and reduction."
+                    f"pruning: unknown preset {settings!r}; known are {', '.join(map(repr, cls.presets))}, or a dict "
+                    "with layers and keep_ratio, and perhaps metric, alignment and reduction."
                 )
-            settings = PRESETS[settings]
+            settings = cls.presets[settings]
         known = {"layers", "keep_ratio", "metric", "alignment", "reduction"}
         if not {"layers", "keep_ratio"} <= set(settings) <= known:
             raise ValueError(
@@ -248,6 +254,28 @@ def similarity_to_neighbors(
             best = torch.maximum(best, similarity)
     alone = torch.where(mergeable, 2.0, 3.0)  # above minus any cosine
     return torch.where(best == -math.inf, alone, -best), target
+
+
+def similarity_to_others(tokens: Tensor, absent: Tensor) -> tuple[Tensor, Tensor]:
+    """Match every second token with the most similar of the others, wherever it is (ToMe, section 3).
+
+    Args:
+        tokens: What they are compared by ``(B, L, C)``.
+        absent: Tokens that neither merge nor are joined, bool ``(B, L)``.
+
+    Returns:
+        As :func:`similarity_to_neighbors`.
+    """
+    unit = F.normalize(tokens.detach().float(), dim=-1)
+    similarity = unit[:, ::2] @ unit[:, 1::2].mT
+    similarity = similarity.masked_fill(absent[:, None, 1::2], -math.inf)
+    best, joined = similarity.max(-1)
+    alone = absent[:, ::2] | (best == -math.inf)
+    importance = unit.new_full(absent.shape, 3.0)
+    importance[:, ::2] = torch.where(alone, 2.0, -best)
+    target = torch.arange(absent.shape[1], device=tokens.device).repeat(absent.shape[0], 1)
+    target[:, ::2] = torch.where(alone, target[:, ::2], 2 * joined + 1)
+    return importance, target
 
 
 def merge(tokens: Tensor, sizes: Tensor, leaving: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

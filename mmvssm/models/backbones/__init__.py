@@ -3,6 +3,7 @@
 from .group_mamba import GroupMamba
 from .plain_mamba import PlainMamba
 from .plain_mamba_adapter import PlainMambaAdapter
+from .vim import Vim
 from .vmamba import VMamba
 
-__all__ = ["GroupMamba", "PlainMamba", "PlainMambaAdapter", "VMamba"]
+__all__ = ["GroupMamba", "PlainMamba", "PlainMambaAdapter", "VMamba", "Vim"]

@@ -8,7 +8,15 @@ from typing import Any, Union
 from mmengine.model import BaseModule
 from torch import nn
 
-NOT_DECAYED = ("A_log", "D", "direction_Bs", "pos_embed", "level_embed")
+NOT_DECAYED = (
+    "A_log",
+    "D",
+    "direction_Bs",
+    "pos_embed",
+    "cls_pos_embed",
+    "cls_token",
+    "level_embed",
+)
 """Last names of parameters of two and more dimensions that our recipes train without weight decay."""
 
 

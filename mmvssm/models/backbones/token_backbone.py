@@ -113,15 +113,26 @@ class TokenBackbone(Backbone):
         self,
         tokens: Tensor,
         y: Any,
-        positions: Optional[Tensor],
         grid: tuple[int, int],
+        pruned: Optional[PrunedTokens],
         absent: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Rank tokens that may be merged, and find the token that each would join.
 
         See :func:`~mmvssm.models.pruning.similarity_to_neighbors`.
         """
+        positions = None if pruned is None else pruned.positions
         return similarity_to_neighbors(tokens, positions, grid, absent)
+
+    def choose(
+        self,
+        importance: Tensor,
+        num_kept: int,
+        pruned: Optional[PrunedTokens],
+        grid: tuple[int, int],
+    ) -> tuple[Tensor, Tensor]:
+        """Choose the tokens to keep and to drop, see :func:`~mmvssm.models.pruning.select`."""
+        return select(importance, num_kept)
 
     def output_tokens(self, tokens: Tensor, y: Any) -> Tensor:
         """What leaves the backbone of what a layer returned."""
@@ -171,12 +182,12 @@ class TokenBackbone(Backbone):
         padding = stream.padding if pruned is None else stream.padding.gather(1, pruned.positions)
         merges = self.pruning.reduction == "merge"
         if merges:
-            positions = None if pruned is None else pruned.positions
-            importance, target = self.match(tokens, y, positions, grid, padding)
+            importance, target = self.match(tokens, y, grid, pruned, padding)
         else:
             importance = self.importance(y, grid, pruned)
         state = LayerState(leaving, grid, pruned, importance)
-        kept, dropped = select(importance.masked_fill(padding, -math.inf), num_kept)
+        ranked = importance.masked_fill(padding, -math.inf)
+        kept, dropped = self.choose(ranked, num_kept, pruned, grid)
         sizes = stream.sizes
         if merges:
             if sizes is None:

@@ -17,6 +17,7 @@ from ..backbones.common import READERS, WRAPPINGS
 from .conversion import Conversion
 from .group_mamba import convert_groupmamba
 from .plain_mamba import convert_plainmamba
+from .vim import convert_vim
 from .vmamba import convert_vmamba
 
 
@@ -74,6 +75,7 @@ def unwrap(checkpoint: Mapping, key: Optional[str] = None) -> dict[str, Tensor]:
 CONVERTERS = {
     "groupmamba": convert_groupmamba,
     "plainmamba": convert_plainmamba,
+    "vim": convert_vim,
     "vmamba": convert_vmamba,
 }
 """Converters by the name of the published model."""
@@ -81,6 +83,7 @@ CONVERTERS = {
 _SIGNS = {
     "groupmamba": r"patch_embed1\.conv\.0\.weight|block1\.0\.attn\.mamba_g1\..*",
     "plainmamba": r"layers\.0\.mamba\..*",
+    "vim": r"layers\.0\.mixer\.A_b_log",
     "vmamba": r"layers\.0\.blocks\.0\.(op|self_attention)\..*",
 }
 
@@ -166,5 +169,6 @@ for _backbone, _model in (
     ("GroupMamba", "groupmamba"),
     ("PlainMamba", "plainmamba"),
     ("VMamba", "vmamba"),
+    ("Vim", "vim"),
 ):
     READERS[_backbone] = partial(read_published, _model)

@@ -129,7 +129,9 @@ class ScanInputs(NamedTuple):
             index = getattr(self, name)
             if index is None:
                 continue
-            if tuple(index.shape) not in ((walks, length), (batch, walks, length)):
+            # By the number of dimensions: comparing B with K would fix B in an exported program.
+            shape = (batch, walks, length)[-2:] if index.dim() == 2 else (batch, walks, length)
+            if tuple(index.shape) != shape:
                 raise ValueError(
                     f"selective_scan: traversal.{name} must have shape (K, L) = {(walks, length)} or (B, K, L) = "
                     f"{(batch, walks, length)}; got {tuple(index.shape)}."

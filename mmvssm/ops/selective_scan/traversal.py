@@ -71,7 +71,7 @@ def line_walks(
         return Traversal(order)
     steps = torch.stack([positions, length - 1 - positions.flip(1)], 1).to(torch.int32)
     before = torch.nn.functional.pad(steps[..., :-1], (1, 0), value=-1)
-    return Traversal(order.expand(steps.shape), gap=steps - before - 1)
+    return Traversal(order[None].expand(steps.shape[0], -1, -1), gap=steps - before - 1)
 
 
 START, RIGHT, LEFT, UP, DOWN = range(5)
