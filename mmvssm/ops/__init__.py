@@ -8,6 +8,7 @@ from .backend import onnxruntime_library
 from .chunks import in_chunks
 from .conv_ffn import conv_ffn
 from .depthwise_conv import centred, depthwise_conv, line_conv
+from .dilated_conv import dilated_conv
 from .selective_scan import selective_scan
 from .selective_scan.traversal import (
     SnakeWalks,
@@ -25,6 +26,7 @@ __all__ = [
     "conv_ffn",
     "cross_traversal",
     "depthwise_conv",
+    "dilated_conv",
     "in_chunks",
     "line_conv",
     "line_walks",
