@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from ...ops import conv_ffn, in_chunks
+from ...ops import conv_ffn, dilated_conv, in_chunks
 from .common import convolve
 
 
@@ -56,38 +56,56 @@ def is_plain_depthwise(conv: nn.Module) -> bool:
     )
 
 
-def folded_stem(layers: nn.Sequential, x: Tensor) -> Tensor:
-    """Convolutions, each with BatchNorm and an activation, on images ``(B, C, H, W)``.
+def is_plain_dilated(conv: nn.Module) -> bool:
+    """Whether a module is a plain depthwise 3x3 convolution that replicates the border and keeps the map's size."""
+    return (
+        is_plain(conv, nn.Conv2d)
+        and conv.groups == conv.in_channels == conv.out_channels
+        and conv.kernel_size == (3, 3)
+        and conv.padding == conv.dilation == (conv.dilation[0],) * 2
+        and conv.stride == (1, 1)
+        and conv.padding_mode == "replicate"
+        and conv.bias is None
+    )
 
-    In evaluation the statistics of BatchNorm are fixed, and its product becomes part of the convolution.
-    """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not _can_fold(layers):
+
+def folded_stem(layers: nn.Sequential, x: Tensor) -> Tensor:
+    """Convolutions, each with BatchNorm and an activation, on images ``(B, C, H, W)``; see :func:`conv_norm`."""
+    if (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or not is_plain(layers, nn.Sequential)
+    ):
         return layers(x)
     for conv, norm, activation in zip(layers[::3], layers[1::3], layers[2::3]):
-        weight, bias = fuse_conv_bn_weights(
-            conv.weight,
-            conv.bias,
-            norm.running_mean,
-            norm.running_var,
-            norm.eps,
-            norm.weight,
-            norm.bias,
-        )
-        x = activation(conv._conv_forward(x, weight, bias))
+        x = activation(conv_norm(conv, norm, x))
     return x
 
 
-def _can_fold(layers: nn.Sequential) -> bool:
-    return (
-        is_plain(layers, nn.Sequential)
-        and all(is_plain(conv, nn.Conv2d) for conv in layers[::3])
-        and all(
-            is_plain(norm, nn.BatchNorm2d, nn.SyncBatchNorm)
-            and not norm.training
-            and norm.running_mean is not None
-            for norm in layers[1::3]
-        )
+def conv_norm(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
+    """``norm(conv(x))`` of images ``(B, C, H, W)``, where ``norm`` is BatchNorm.
+
+    In evaluation the statistics of BatchNorm are fixed, and its product becomes part of the convolution.
+    """
+    if (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or not is_plain(conv, nn.Conv2d)
+        or not is_plain(norm, nn.BatchNorm2d, nn.SyncBatchNorm)
+        or norm.training
+        or norm.running_mean is None
+    ):
+        return norm(conv(x))
+    weight, bias = fuse_conv_bn_weights(
+        conv.weight,
+        conv.bias,
+        norm.running_mean,
+        norm.running_var,
+        norm.eps,
+        norm.weight,
+        norm.bias,
     )
+    return conv._conv_forward(x, weight, bias)
 
 
 def feed_forward(fc1: nn.Module, conv: nn.Module, fc2: nn.Module, x: Tensor) -> Tensor:
@@ -141,6 +159,22 @@ def gated_norm(norm: nn.Module, kind: type[nn.Module], y: Tensor, gate: Tensor) 
         return norm.normalize(y, weight, bias) * F.silu(gate)
 
     return in_chunks(compute, (y, gate), parameters=(norm.weight, norm.bias))
+
+
+def fused_states(convs: nn.ModuleList, alpha: Tensor, x: Tensor) -> Tensor:
+    """Sum of dilated depthwise convolutions of maps ``(B, H, W, C)``, each times its number in ``alpha``.
+
+    The factors become part of the kernels, anew in each call, so they always are those of the current weights.
+    """
+    plain = (
+        not torch.compiler.is_compiling()
+        and is_plain(convs, nn.ModuleList)
+        and all(is_plain_dilated(conv) for conv in convs)
+    )
+    if not plain:
+        return sum(a * convolve(conv, x) for a, conv in zip(alpha, convs))
+    weights = [a * conv.weight for a, conv in zip(alpha, convs)]
+    return dilated_conv(x, weights, [conv.dilation[0] for conv in convs])
 
 
 def linear_without_bias(linear: nn.Module, x: Tensor) -> Tensor:
