@@ -17,6 +17,7 @@ from ..backbones.common import READERS, WRAPPINGS
 from .conversion import Conversion
 from .group_mamba import convert_groupmamba
 from .plain_mamba import convert_plainmamba
+from .spatial_mamba import convert_spatialmamba
 from .vim import convert_vim
 from .vmamba import convert_vmamba
 
@@ -75,6 +76,7 @@ def unwrap(checkpoint: Mapping, key: Optional[str] = None) -> dict[str, Tensor]:
 CONVERTERS = {
     "groupmamba": convert_groupmamba,
     "plainmamba": convert_plainmamba,
+    "spatialmamba": convert_spatialmamba,
     "vim": convert_vim,
     "vmamba": convert_vmamba,
 }
@@ -84,6 +86,8 @@ _SIGNS = {
     "groupmamba": r"patch_embed1\.conv\.0\.weight|block1\.0\.attn\.mamba_g1\..*",
     "plainmamba": r"layers\.0\.mamba\..*",
     "vim": r"layers\.0\.mixer\.A_b_log",
+    "spatialmamba": r"layers\.0\.blocks\.0\.(cpe1|self_attention\.state_fusion)\..*",
+    # The older names of VMamba are Spatial-Mamba's too, which is looked for first.
     "vmamba": r"layers\.0\.blocks\.0\.(op|self_attention)\..*",
 }
 
@@ -168,6 +172,7 @@ def convert_whole(weights: Mapping[str, Tensor]) -> Optional[Conversion]:
 for _backbone, _model in (
     ("GroupMamba", "groupmamba"),
     ("PlainMamba", "plainmamba"),
+    ("SpatialMamba", "spatialmamba"),
     ("VMamba", "vmamba"),
     ("Vim", "vim"),
 ):
