@@ -53,6 +53,10 @@ def locate(name: str) -> Path:
     path = Path(torch.hub.get_dir()) / "mmvssm" / file
     record = path.with_suffix(".sha256")
     if not path.is_file():
+        if model.on_page and address == model.address:
+            raise UserError(
+                f"the weights of {name} cannot be downloaded by a program: {address} links their file; {_by_hand(path)}"
+            )
         _download(model, address, path)
         write_whole(record, _sha256(path) + "\n")
     elif record.is_file() and record.read_text().strip() != _sha256(path):
@@ -76,12 +80,17 @@ def _download(model: PublishedModel, address: str, path: Path) -> None:
     except (OSError, ValueError) as error:  # urllib's are OSErrors, and so is a timeout
         why = str(error).replace(str(partial), "what came")
         raise UserError(
-            f"cannot download {model.name} from {address} ({why}); download the file by hand and put it at {path}, "
-            f"or as {path.name} into the folder that the environment variable {VARIABLE} names; or train from random "
-            "weights with --from-scratch (init_cfg=None)"
+            f"cannot download {model.name} from {address} ({why}); {_by_hand(path)}"
         ) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _by_hand(path: Path) -> str:
+    return (
+        f"download the file by hand and put it at {path}, or as {path.name} into the folder that the environment "
+        f"variable {VARIABLE} names; or train from random weights with --from-scratch (init_cfg=None)"
+    )
 
 
 def _sha256(path: Path) -> str:

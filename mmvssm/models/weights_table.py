@@ -9,6 +9,7 @@ from ..errors import UserError
 
 _GROUPMAMBA = "https://huggingface.co/Abdelrahman-shaker"
 _PLAINMAMBA = "https://huggingface.co/ChenhongyiYang/PlainMamba/resolve/main"
+_SPATIALMAMBA = "https://github.com/EdwardChasel/Spatial-Mamba"
 _VMAMBA = "https://github.com/MzeroMiko/VMamba/releases/download"
 _VMAMBA_ADE20K = f"{_VMAMBA}/%23v2seg/upernet_vssm_4xb4-160k_ade20k-512x512"
 _NON_COMMERCIAL = "model card: MIT in its header, non-commercial in its text"
@@ -19,7 +20,7 @@ class PublishedModel(NamedTuple):
 
     Attributes:
         name: Ours.
-        address: Of the authors' file.
+        address: Of the authors' file, or of their page that links it; see :attr:`on_page`.
         backbone: Type of the backbone.
         arch: Its ``arch``.
         config: The config of the whole model, without ``.py``.
@@ -34,6 +35,11 @@ class PublishedModel(NamedTuple):
     config: str
     result: str
     licence: str
+
+    @property
+    def on_page(self) -> bool:
+        """Whether the file has to be downloaded by hand, since ``address`` is a page that links it."""
+        return not self.address.endswith(".pth")
 
     @property
     def task(self) -> str:
@@ -74,6 +80,28 @@ _ROWS = (
      "PlainMambaAdapter", "L3", "plainmamba_adapter_l3_retinanet_coco", "44.8 box AP", "Apache-2.0"),
     ("plainmamba_l3_upernet_160k_ade20k", f"{_PLAINMAMBA}/segmentation/l3_upernet.pth",
      "PlainMamba", "L3", "plainmamba_l3_upernet_published_ade20k", "49.1 mIoU", "Apache-2.0"),
+    ("spatialmamba_tiny", _SPATIALMAMBA,
+     "SpatialMamba", "T", "spatialmamba_imagenet", "83.5 top-1", "Apache-2.0"),
+    ("spatialmamba_tiny_maskrcnn_1x_coco", _SPATIALMAMBA,
+     "SpatialMamba", "T", "spatialmamba_maskrcnn_coco", "47.6 box AP, 42.9 mask AP", "Apache-2.0"),
+    ("spatialmamba_tiny_maskrcnn_3x_coco", _SPATIALMAMBA,
+     "SpatialMamba", "T", "spatialmamba_maskrcnn_3x_coco", "49.3 box AP, 43.6 mask AP", "Apache-2.0"),
+    ("spatialmamba_tiny_upernet_160k_ade20k", _SPATIALMAMBA,
+     "SpatialMamba", "T", "spatialmamba_upernet_ade20k", "48.6 mIoU", "Apache-2.0"),
+    ("spatialmamba_small", _SPATIALMAMBA,
+     "SpatialMamba", "S", "spatialmamba_small_imagenet", "84.6 top-1", "Apache-2.0"),
+    ("spatialmamba_small_maskrcnn_1x_coco", _SPATIALMAMBA,
+     "SpatialMamba", "S", "spatialmamba_small_maskrcnn_coco", "49.2 box AP, 44.0 mask AP", "Apache-2.0"),
+    ("spatialmamba_small_maskrcnn_3x_coco", _SPATIALMAMBA,
+     "SpatialMamba", "S", "spatialmamba_small_maskrcnn_3x_coco", "50.5 box AP, 44.6 mask AP", "Apache-2.0"),
+    ("spatialmamba_small_upernet_160k_ade20k", _SPATIALMAMBA,
+     "SpatialMamba", "S", "spatialmamba_small_upernet_ade20k", "50.6 mIoU", "Apache-2.0"),
+    ("spatialmamba_base", _SPATIALMAMBA,
+     "SpatialMamba", "B", "spatialmamba_base_imagenet", "85.3 top-1", "Apache-2.0"),
+    ("spatialmamba_base_maskrcnn_1x_coco", _SPATIALMAMBA,
+     "SpatialMamba", "B", "spatialmamba_base_maskrcnn_coco", "50.4 box AP, 45.1 mask AP", "Apache-2.0"),
+    ("spatialmamba_base_upernet_160k_ade20k", _SPATIALMAMBA,
+     "SpatialMamba", "B", "spatialmamba_base_upernet_ade20k", "51.8 mIoU", "Apache-2.0"),
     ("vmamba_tiny", f"{_VMAMBA}/%23v2cls/vssm1_tiny_0230s_ckpt_epoch_264.pth",
      "VMamba", "T", "vmamba_imagenet", "82.6 top-1", "MIT"),
     ("vmamba_tiny_maskrcnn_1x_coco", f"{_VMAMBA}/%23v2det/mask_rcnn_vssm_fpn_coco_tiny_s_epoch_12.pth",

@@ -22,7 +22,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = [path.stem for path in DENSE]
 SHAPES = [
     f"{backbone}_{method}_shapes"
-    for backbone in ("groupmamba", "plainmamba", "plainmamba_pruned", "vmamba")
+    for backbone in ("groupmamba", "plainmamba", "plainmamba_pruned", "spatialmamba", "vmamba")
     for method in ("maskrcnn", "upernet")
 ]
 SHAPES += [f"plainmamba_adapter{pruned}_maskrcnn_shapes" for pruned in ("", "_pruned")]
@@ -31,6 +31,7 @@ BACKBONES = {  # by how a name begins, the longest first
     "plainmamba_adapter": "PlainMamba-Adapter",
     "plainmamba": "PlainMamba",
     "groupmamba": "GroupMamba",
+    "spatialmamba": "Spatial-Mamba",
     "vmamba": "VMamba",
 }
 
@@ -95,8 +96,9 @@ def test_the_promised_configs_are_there():
         for recipe in recipes
     }
     sizes = ("", "_small", "_base")
-    promised |= {f"vmamba{size}_{recipe}" for size in sizes for recipe in recipes}
-    promised |= {f"vmamba{size}_maskrcnn_3x_coco" for size in sizes[:2]}
+    for model in ("spatialmamba", "vmamba"):
+        promised |= {f"{model}{size}_{recipe}" for size in sizes for recipe in recipes}
+        promised |= {f"{model}{size}_maskrcnn_3x_coco" for size in sizes[:2]}
     for size in ("", "_l2", "_l3"):
         promised |= {f"plainmamba{size}_upernet_published_ade20k"}
         promised |= {
@@ -302,7 +304,7 @@ class TestModel:
             for name in model.backbone.no_weight_decay()
             if "direction_Bs" in keys or not name.endswith("direction_Bs")  # only some recipes do
         }
-        if name.startswith("vmamba"):  # whose published recipe spares norms alone
+        if name.startswith(("spatialmamba", "vmamba")):  # whose published recipes spare norms alone
             scans = set()
         else:
             assert scans

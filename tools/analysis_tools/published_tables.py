@@ -26,6 +26,10 @@ _PAPERS = {
         "PlainMamba: Improving Non-Hierarchical Mamba in Visual Recognition",
         "2403.17695",
     ),
+    "SpatialMamba": (
+        "Spatial-Mamba: Effective Visual State Space Models via Structure-Aware State Fusion",
+        "2410.15091",
+    ),
     "VMamba": ("VMamba: Visual State Space Model", "2401.10166"),
 }
 _TASKS = {
@@ -55,7 +59,7 @@ def _entry(model: PublishedModel) -> dict:
         "Name": model.name,
         "In Collection": model.backbone,
         "Config": f"configs/{model.config}.py",
-        "Weights": model.address,
+        **({} if model.on_page else {"Weights": model.address}),
         "Metadata": {"Licence of the weights": model.licence},
         "Results": [
             {"Task": task, "Dataset": data, "Metrics": {what: float(x) for x, what in results}}

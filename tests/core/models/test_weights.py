@@ -15,9 +15,14 @@ from mmengine.runner.checkpoint import CheckpointLoader, load_checkpoint, load_s
 
 import mmvssm
 from mmvssm.errors import UserError
-from mmvssm.models import GroupMamba, PlainMamba, PlainMambaAdapter, VMamba
+from mmvssm.models import GroupMamba, PlainMamba, PlainMambaAdapter, SpatialMamba, VMamba
 from mmvssm.models import weights as module
-from mmvssm.models.published import convert_groupmamba, convert_plainmamba, convert_vmamba
+from mmvssm.models.published import (
+    convert_groupmamba,
+    convert_plainmamba,
+    convert_spatialmamba,
+    convert_vmamba,
+)
 from mmvssm.models.weights import load_published, locate
 from mmvssm.models.weights_table import PUBLISHED, list_models
 from mmvssm.safe_checkpoint import UnsafeCheckpointError, load_checkpoint_safely
@@ -88,7 +93,7 @@ def test_the_table():
         "vmamba_tiny_maskrcnn_3x_coco",
         "vmamba_small_maskrcnn_3x_coco",
     ]
-    addresses = [model.address for model in PUBLISHED.values()]
+    addresses = [model.address for model in PUBLISHED.values() if not model.on_page]
     assert len(set(addresses)) == len(addresses)
     for name, model in PUBLISHED.items():
         assert name == model.name and model.address.startswith("https://")
@@ -169,6 +174,18 @@ def test_without_a_network(cache, monkeypatch):
         CheckpointLoader.load_checkpoint("mmvssm://vmamba_tiny")
 
 
+def test_a_file_that_only_a_page_links(server, cache, monkeypatch):
+    """The page itself is not downloaded; a mirror and a file put there by hand serve as for any other name."""
+    with pytest.raises(UserError, match=r"https://github\.com/\S+ links their file; download") as e:
+        locate("spatialmamba_tiny")
+    assert str(cache / "spatialmamba_tiny.pth") in str(e.value) and not cache.exists()
+    torch.save(golden("spatial_mamba"), server.folder / "spatialmamba_tiny.pth")
+    monkeypatch.setenv(module.VARIABLE, server.address)
+    assert locate("spatialmamba_tiny") == cache / "spatialmamba_tiny.pth"
+    monkeypatch.delenv(module.VARIABLE)
+    assert load_published("spatialmamba_tiny")["state_dict"]
+
+
 def test_a_changed_file_is_refused(publish, cache):
     publish("vmamba_tiny", "vmamba.pth")
     path = locate("vmamba_tiny")
@@ -224,6 +241,7 @@ CASES = {
             arch, img_size=64, conv_inplane=16, interaction_indexes=((0, 1), (2, 3), (4, 5))
         ),
     ),
+    "spatial_mamba": (convert_spatialmamba, lambda arch: SpatialMamba(arch)),
     "vmamba": (convert_vmamba, lambda arch: VMamba(arch)),
 }
 
