@@ -21,6 +21,30 @@ _VMAMBA = (
     (r"\.ffn\.2\.", ".mlp.fc2."),
     (r"^norms\.", "outnorm"),
 )
+_SPATIALMAMBA = (
+    (r"^stages\.0\.embed\.(conv|norm)1\.", r"patch_embed.conv1.\1."),
+    (r"^stages\.0\.embed\.(conv|norm)2\.", r"patch_embed.conv2.0.\1."),
+    (r"^stages\.0\.embed\.(conv|norm)3\.", r"patch_embed.conv2.1.\1."),
+    (r"^stages\.0\.embed\.(conv|norm)4\.", r"patch_embed.conv3.0.\1."),
+    (r"^stages\.0\.embed\.(conv|norm)5\.", r"patch_embed.conv3.1.\1."),
+    (r"^stages\.", "layers."),
+    (r"\.pos([12])\.", r".cpe\1."),
+    (r"\.norm([12])\.", r".ln_\1."),
+    (r"\.ffn\.0\.", ".mlp.fc1."),
+    (r"\.ffn\.2\.", ".mlp.fc2."),
+    (r"\.mixer\.conv\.", ".mixer.conv2d."),
+    (r"\.mixer\.norm\.", ".mixer.out_norm."),
+    (r"\.(x|dt)_proj\.weight$", r".\1_proj_weight"),
+    (r"\.dt_proj_weight$", ".dt_projs_weight"),
+    (r"\.dt_bias$", ".dt_projs_bias"),
+    (r"\.A_log$", ".A_logs"),
+    (r"\.D$", ".Ds"),
+    (r"\.fusion\.convs\.0\.weight$", ".state_fusion.kernel_3"),
+    (r"\.fusion\.convs\.([12])\.weight$", r".state_fusion.kernel_3_\1"),
+    (r"\.fusion\.", ".state_fusion."),
+    (r"\.mixer\.", ".self_attention."),
+    (r"^norms\.", "outnorm"),
+)
 _PLAINMAMBA = (
     (r"^patch_embed\.convs\.([012])\.", r"patch_embed.stem.\1."),
     (r"^patch_embed\.patches\.", "patch_embed."),
@@ -69,9 +93,13 @@ def as_published(family, weights, classifier):
         if not name.startswith("backbone.") and not classifier:
             published[name] = value
             continue
-        new = {"groupmamba": _group, "plainmamba": _plain, "vmamba": _vmamba}[family](
-            name.removeprefix("backbone."), value, weights, classifier
-        )
+        rename = {
+            "groupmamba": _group,
+            "plainmamba": _plain,
+            "spatialmamba": _spatial,
+            "vmamba": _vmamba,
+        }[family]
+        new = rename(name.removeprefix("backbone."), value, weights, classifier)
         prefix = "" if classifier else "backbone."
         published |= {prefix + key: part for key, part in new.items()}
     return published
@@ -102,6 +130,17 @@ def _vmamba(name, value, weights, classifier):
     if leaf in ("A_log", "D"):
         return {f"{stem}{leaf}s": value.flatten(0, 1)}
     return {_rename(_VMAMBA, name): value}
+
+
+def _spatial(name, value, weights, classifier):
+    if classifier:
+        name = re.sub(r"^norms\.3\.", "norm.", name)
+        name = re.sub(r"^head\.fc\.", "head.", name)
+    match = re.match(r"stages\.([123])\.embed\.(expand|conv|proj|norm)\.", name)
+    if match:  # theirs ends the stage before
+        part = dict(expand="0.conv", conv="1.conv", proj="2.conv", norm="2.norm")[match[2]]
+        name = f"layers.{int(match[1]) - 1}.downsample.conv.{part}.{name[match.end() :]}"
+    return {_rename(_SPATIALMAMBA, name): value}
 
 
 def _plain(name, value, weights, classifier):

@@ -7,13 +7,15 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from mmvssm.models import GroupMamba, PlainMamba, PlainMambaAdapter, VMamba
-from support.tiny_backbones import ADAPTER, GROUP, PLAIN, V
+from mmvssm.models import GroupMamba, PlainMamba, PlainMambaAdapter, SpatialMamba, VMamba
+from support.tiny_backbones import ADAPTER, GROUP, PLAIN, SPATIAL, V
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 BUILDERS = {
     "groupmamba": lambda: GroupMamba(GROUP),
     "groupmamba of two maps": lambda: GroupMamba(GROUP, out_indices=(1, 2)),
+    "spatialmamba": lambda: SpatialMamba(SPATIAL),
+    "spatialmamba of two maps": lambda: SpatialMamba(SPATIAL, out_indices=(0, 3)),
     "vmamba": lambda: VMamba(V),
     "vmamba of two maps": lambda: VMamba(V, out_indices=(0, 3)),
     "plainmamba": lambda: PlainMamba(PLAIN),
@@ -61,6 +63,7 @@ def names_spared_by(config, model):
     ("name", "config"),
     [
         ("groupmamba", "_base_/adamw_imagenet"),
+        ("spatialmamba", "_base_/adamw_imagenet"),
         ("vmamba", "_base_/adamw_imagenet"),
         ("plainmamba", "_base_/adamw_imagenet"),
         ("plainmamba_adapter", "plainmamba_adapter_maskrcnn_coco"),
@@ -116,6 +119,10 @@ def test_layers_are_numbered_from_the_stem_to_the_last_block(backbone):
         ("groupmamba", "stages.1.blocks.1.ffn.fc1.weight", 3),
         ("groupmamba", "stages.3.norm.bias", 6),
         ("groupmamba of two maps", "stages.2.norm.bias", 4),
+        ("spatialmamba", "stages.0.embed.norm5.weight", 0),
+        ("spatialmamba", "stages.3.embed.proj.weight", 4),
+        ("spatialmamba", "stages.3.blocks.0.mixer.fusion.alpha", 5),
+        ("spatialmamba", "norms.0.weight", 6),
         ("vmamba", "stages.0.embed.conv1.weight", 0),
         ("vmamba", "stages.3.embed.proj.weight", 4),
         ("vmamba", "norms.0.weight", 6),
@@ -139,6 +146,7 @@ def test_layer_of_a_parameter(builder, parameter, layer):
     [
         lambda **settings: GroupMamba(GROUP, out_indices=(2,), **settings),
         lambda **settings: GroupMamba(GROUP, out_indices=(2,), out_type="unnormed", **settings),
+        lambda **settings: SpatialMamba(SPATIAL, out_indices=(2,), **settings),
         lambda **settings: VMamba(V, out_indices=(2,), **settings),
         lambda **settings: PlainMamba(PLAIN, **settings),
         lambda **settings: PlainMamba(
@@ -160,6 +168,7 @@ def test_a_single_output_can_leave_without_its_tuple(build):
     "build",
     [
         lambda: GroupMamba(GROUP, unwrap_single=True),
+        lambda: SpatialMamba(SPATIAL, out_indices=(1, 3), unwrap_single=True),
         lambda: VMamba(V, out_indices=(1, 3), unwrap_single=True),
         lambda: PlainMamba(PLAIN, out_indices=(1, 3), unwrap_single=True),
         lambda: PlainMambaAdapter(**ADAPTER, unwrap_single=True),

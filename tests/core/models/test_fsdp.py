@@ -5,8 +5,15 @@ import torch
 import torch.distributed as dist
 import torch.distributed.fsdp as fsdp
 
-from mmvssm.models import GroupMamba, GroupMambaClassifier, PlainMamba, PlainMambaAdapter, VMamba
-from support.tiny_backbones import ADAPTER, GROUP, PLAIN, V
+from mmvssm.models import (
+    GroupMamba,
+    GroupMambaClassifier,
+    PlainMamba,
+    PlainMambaAdapter,
+    SpatialMamba,
+    VMamba,
+)
+from support.tiny_backbones import ADAPTER, GROUP, PLAIN, SPATIAL, V
 
 pytestmark = [
     pytest.mark.slow,
@@ -33,12 +40,22 @@ def mesh(tmp_path):
         (lambda: GroupMamba(GROUP, with_cp=True), lambda m: m.stages),
         # Its class block applies the norm of the last stage, which therefore stays with the whole.
         (lambda: GroupMambaClassifier(GROUP, 3), lambda m: m.backbone.stages[:-1]),
+        (lambda: SpatialMamba(SPATIAL), lambda m: m.stages),
         (lambda: VMamba(V), lambda m: m.stages),
         (lambda: PlainMamba(PLAIN, out_indices=(1, 3)), lambda m: [m.patch_embed, *m.layers]),
         (lambda: PlainMamba(PLAIN, out_indices=(1, 3), pruning=PRUNING), lambda m: m.layers),
         (lambda: PlainMambaAdapter(**ADAPTER), lambda m: [*m.layers, m.spm]),
     ],
-    ids=["groupmamba", "checkpointing", "classifier", "vmamba", "plainmamba", "pruned", "adapter"],
+    ids=[
+        "groupmamba",
+        "checkpointing",
+        "classifier",
+        "spatialmamba",
+        "vmamba",
+        "plainmamba",
+        "pruned",
+        "adapter",
+    ],
 )
 def test_sharded_parts_compute_the_same(mesh, build, parts):
     torch.manual_seed(0)

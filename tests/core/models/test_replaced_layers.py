@@ -10,7 +10,7 @@ from mmcv.cnn import fuse_conv_bn
 from torch import nn
 from torch.nn.utils import parametrize
 
-from mmvssm.models import GroupMamba, PlainMamba, PlainMambaAdapter, VMamba
+from mmvssm.models import GroupMamba, PlainMamba, PlainMambaAdapter, SpatialMamba, VMamba
 from mmvssm.models.backbones.fast_paths import is_plain, is_plain_depthwise
 
 KINDS = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d)
@@ -26,12 +26,14 @@ PLAINMAMBA = dict(
     d_state=4,
 )
 PRUNING = dict(layers=(0,), keep_ratio=0.5)
+SPATIALMAMBA = dict(embed_dims=(8, 8, 16, 16), depths=(1, 1, 1, 1), mlp_ratio=2)
 VMAMBA = dict(embed_dims=(8, 8, 16, 16), depths=(1, 1, 1, 1), ssm_ratio=1, mlp_ratio=2)
 ADAPTER = dict(conv_inplane=8, deform_num_heads=2, interaction_indexes=((0, 0), (1, 1)))
 MODELS = {
     "groupmamba": lambda: GroupMamba(GROUPMAMBA, out_indices=(0,)),
     "plainmamba": lambda: PlainMamba(PLAINMAMBA),
     "pruned": lambda: PlainMamba(PLAINMAMBA, pruning=PRUNING),
+    "spatialmamba": lambda: SpatialMamba(SPATIALMAMBA),
     "vmamba": lambda: VMamba(VMAMBA),
     "adapter": lambda: PlainMambaAdapter(PLAINMAMBA | dict(patch_size=16), **ADAPTER),
     "packed": lambda: PlainMamba(PLAINMAMBA, pruning=PRUNING | dict(alignment="none")),
@@ -174,7 +176,7 @@ def test_batch_norm_that_is_told_to_train_does_so_without_gradients():
 
 def first_part(model, x):
     """What a model computes before tokens that are nearly as important change places."""
-    if isinstance(model, (VMamba, PlainMambaAdapter)):
+    if isinstance(model, (SpatialMamba, VMamba, PlainMambaAdapter)):
         return run(model, x)
     walk = model.walk_stages if isinstance(model, GroupMamba) else model.walk_layers
     return next(iter(walk(x)))[0]
