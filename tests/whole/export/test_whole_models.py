@@ -76,7 +76,16 @@ model["backbone"].update(pruning=None)
 model["data_preprocessor"] = dict(test_cfg=dict(size_divisor=32))
 """
 PLAIN = tiny_configs.PRUNED_SEGMENTER + PLAIN
-SEGMENTERS = dict(groupmamba=tiny_configs.SEGMENTER, plainmamba=PLAIN + DENSE, pruned=PLAIN)
+SPATIAL = """
+arch = dict(_delete_=True, embed_dims=[16] * 4, depths=[1] * 4, mlp_ratio=2)
+model["backbone"].update(type="mmvssm.SpatialMamba", arch=arch)
+"""
+SEGMENTERS = dict(
+    groupmamba=tiny_configs.SEGMENTER,
+    plainmamba=PLAIN + DENSE,
+    pruned=PLAIN,
+    spatialmamba=tiny_configs.SEGMENTER + SPATIAL,
+)
 
 
 class Exported:
