@@ -10,9 +10,11 @@ from ..errors import UserError
 _GROUPMAMBA = "https://huggingface.co/Abdelrahman-shaker"
 _PLAINMAMBA = "https://huggingface.co/ChenhongyiYang/PlainMamba/resolve/main"
 _SPATIALMAMBA = "https://github.com/EdwardChasel/Spatial-Mamba"
+_VIM = "https://huggingface.co/hustvl"
 _VMAMBA = "https://github.com/MzeroMiko/VMamba/releases/download"
 _VMAMBA_ADE20K = f"{_VMAMBA}/%23v2seg/upernet_vssm_4xb4-160k_ade20k-512x512"
 _NON_COMMERCIAL = "model card: MIT in its header, non-commercial in its text"
+_NON_COMMERCIAL_APACHE = "model card: Apache-2.0 in its header, non-commercial in its text"
 
 
 class PublishedModel(NamedTuple):
@@ -102,6 +104,16 @@ _ROWS = (
      "SpatialMamba", "B", "spatialmamba_base_maskrcnn_coco", "50.4 box AP, 45.1 mask AP", "Apache-2.0"),
     ("spatialmamba_base_upernet_160k_ade20k", _SPATIALMAMBA,
      "SpatialMamba", "B", "spatialmamba_base_upernet_ade20k", "51.8 mIoU", "Apache-2.0"),
+    ("vim_tiny", f"{_VIM}/Vim-tiny-midclstok/resolve/main/vim_t_midclstok_76p1acc.pth",
+     "Vim", "T", "vim_imagenet", "76.1 top-1", _NON_COMMERCIAL_APACHE),
+    ("vim_tiny_plus", f"{_VIM}/Vim-tiny-midclstok/resolve/main/vim_t_midclstok_ft_78p3acc.pth",
+     "Vim", "T+", "vim_plus_imagenet", "78.3 top-1", _NON_COMMERCIAL_APACHE),
+    ("vim_small", f"{_VIM}/Vim-small-midclstok/resolve/main/vim_s_midclstok_80p5acc.pth",
+     "Vim", "S", "vim_small_imagenet", "80.5 top-1", _NON_COMMERCIAL_APACHE),
+    ("vim_small_plus", f"{_VIM}/Vim-small-midclstok/resolve/main/vim_s_midclstok_ft_81p6acc.pth",
+     "Vim", "S+", "vim_small_plus_imagenet", "81.6 top-1", _NON_COMMERCIAL_APACHE),
+    ("vim_base", f"{_VIM}/Vim-base-midclstok",
+     "Vim", "B", "vim_base_imagenet", "81.9 top-1", _NON_COMMERCIAL_APACHE),
     ("vmamba_tiny", f"{_VMAMBA}/%23v2cls/vssm1_tiny_0230s_ckpt_epoch_264.pth",
      "VMamba", "T", "vmamba_imagenet", "82.6 top-1", "MIT"),
     ("vmamba_tiny_maskrcnn_1x_coco", f"{_VMAMBA}/%23v2det/mask_rcnn_vssm_fpn_coco_tiny_s_epoch_12.pth",

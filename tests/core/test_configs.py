@@ -25,6 +25,7 @@ SHAPES = [
     for backbone in ("groupmamba", "plainmamba", "plainmamba_pruned", "spatialmamba", "vmamba")
     for method in ("maskrcnn", "upernet")
 ]
+SHAPES += [f"vim{pruned}_upernet_shapes" for pruned in ("", "_pruned")]
 SHAPES += [f"plainmamba_adapter{pruned}_maskrcnn_shapes" for pruned in ("", "_pruned")]
 LIBRARIES = {"maskrcnn": "mmdet", "retinanet": "mmdet", "upernet": "mmseg"}
 BACKBONES = {  # by how a name begins, the longest first
@@ -33,6 +34,7 @@ BACKBONES = {  # by how a name begins, the longest first
     "groupmamba": "GroupMamba",
     "spatialmamba": "Spatial-Mamba",
     "vmamba": "VMamba",
+    "vim": "Vim",
 }
 
 
@@ -105,6 +107,7 @@ def test_the_promised_configs_are_there():
             f"plainmamba_adapter{size}_{method}_coco"
             for method in ("maskrcnn", "retinanet", "pruned_maskrcnn")
         }
+    promised |= {f"vim{variant}_upernet_ade20k" for variant in ("", "_small", "_small_pruned")}
     assert set(NAMES) == promised | set(SHAPES)
 
 
@@ -238,15 +241,17 @@ class TestRecipes:
     @pytest.mark.parametrize("name", [n for n in NAMES if n.endswith("upernet_ade20k")])
     def test_upernet_ade20k(self, name):
         cfg = load(name)
-        assert cfg.train_cfg.max_iters == cfg.param_scheduler[1].end == 160_000
+        iterations, rate, decay, batch = 160_000, 6e-5, 0.01, 16
+        if name.startswith("vim"):  # the published script's
+            iterations, batch = 60_000, 32
+            rate, decay = (1e-4, 0.05) if "small" in name else (2e-4, 0.1)
+        assert cfg.train_cfg.max_iters == cfg.param_scheduler[1].end == iterations
         assert cfg.param_scheduler[0].end == cfg.param_scheduler[1].begin == 1500
         assert cfg.optim_wrapper.optimizer.type == "AdamW"
-        assert (cfg.optim_wrapper.optimizer.lr, cfg.optim_wrapper.optimizer.weight_decay) == (
-            6e-5,
-            0.01,
-        )
+        optimizer = cfg.optim_wrapper.optimizer
+        assert (optimizer.lr, optimizer.weight_decay) == (rate, decay)
         assert cfg.model.decode_head.num_classes == cfg.model.auxiliary_head.num_classes == 150
-        assert cfg.auto_scale_lr.base_batch_size == 16
+        assert cfg.auto_scale_lr.base_batch_size == batch
 
     def test_ade20k_augmentation_scales_the_single_scale_test(self):
         cfg = load("groupmamba_upernet_ade20k")
@@ -293,6 +298,11 @@ class TestModel:
             names += ["bias", "level_embed"] if "adapter" in name else []
             for parameter_name, parameter in model.named_parameters():
                 spares = any(part in parameter_name for part in names)
+                assert (decay[id(parameter)] == 0) == spares, parameter_name
+            return
+        if name.startswith("vim"):
+            for parameter_name, parameter in model.named_parameters():
+                spares = parameter.dim() < 2 or "pos_embed" in parameter_name
                 assert (decay[id(parameter)] == 0) == spares, parameter_name
             return
         norms = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)

@@ -97,6 +97,7 @@ def as_published(family, weights, classifier):
             "groupmamba": _group,
             "plainmamba": _plain,
             "spatialmamba": _spatial,
+            "vim": _vim,
             "vmamba": _vmamba,
         }[family]
         new = rename(name.removeprefix("backbone."), value, weights, classifier)
@@ -109,6 +110,25 @@ def _rename(pairs, name):
     for pattern, theirs in pairs:
         name = re.sub(pattern, theirs, name)
     return name
+
+
+def _vim(name, value, weights, classifier):
+    if ".mixer.gate_proj." in name or name == "cls_pos_embed":
+        return {}
+    if name.endswith(".mixer.in_proj.weight"):
+        gate = weights[f"backbone.{name.replace('in_proj', 'gate_proj')}"]
+        return {name: torch.cat([value, gate])}
+    if name == "pos_embed":  # the class token's is in the middle
+        first, second = value.tensor_split([value.shape[1] // 2], 1)
+        return {name: torch.cat([first, weights["backbone.cls_pos_embed"], second], 1)}
+    match = re.match(r"(layers\.\d+\.mixer\.)branches\.([01])\.(\w+)(.*)", name)
+    if match:
+        stem, branch, part, rest = match.groups()
+        part = {"conv": "conv1d"}.get(part, part)
+        if branch == "1":
+            part = "A_b_log" if part == "A_log" else f"{part}_b"
+        return {f"{stem}{part}{rest}": value}
+    return {_rename(((r"^norm\.", "norm_f."), (r"^head\.fc\.", "head.")), name): value}
 
 
 def _vmamba(name, value, weights, classifier):

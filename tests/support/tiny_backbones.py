@@ -12,5 +12,6 @@ PLAIN = dict(
     d_state=4,
 )
 SPATIAL = dict(embed_dims=(16, 24, 32, 40), depths=(1, 2, 1, 1), mlp_ratio=2)
+VIM = dict(embed_dims=16, num_layers=4, patch_size=8, stride=8, d_state=4)
 V = dict(embed_dims=(16, 24, 32, 40), depths=(1, 2, 1, 1), ssm_ratio=2, mlp_ratio=2)
 ADAPTER = dict(arch=PLAIN, conv_inplane=8, deform_num_heads=2, interaction_indexes=((0, 1), (2, 3)))

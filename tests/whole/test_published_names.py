@@ -27,6 +27,7 @@ FEW = (
     "plainmamba_adapter_l1_retinanet_1x_coco",
     "plainmamba_l1_upernet_160k_ade20k",
     "spatialmamba_tiny_upernet_160k_ade20k",
+    "vim_tiny_plus",
     "vmamba_tiny_maskrcnn_1x_coco",
 )
 NAMES = list(PUBLISHED) if os.environ.get("MMVSSM_ALL_NAMES") else FEW

@@ -30,6 +30,10 @@ _PAPERS = {
         "Spatial-Mamba: Effective Visual State Space Models via Structure-Aware State Fusion",
         "2410.15091",
     ),
+    "Vim": (
+        "Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model",
+        "2401.09417",
+    ),
     "VMamba": ("VMamba: Visual State Space Model", "2401.10166"),
 }
 _TASKS = {

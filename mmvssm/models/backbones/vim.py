@@ -382,6 +382,7 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, in_channels: int, dim: int, patch_size: int, stride: int) -> None:
         super().__init__()
+        self.patch_size, self.stride = patch_size, stride
         self.proj = nn.Conv2d(in_channels, dim, patch_size, stride)
         # A normal distribution cut off at two standard deviations has 0.88 of its standard deviation left.
         nn.init.trunc_normal_(self.proj.weight)
@@ -391,7 +392,7 @@ class PatchEmbed(nn.Module):
 
     def grid_of(self, size: Sequence[int]) -> tuple[int, int]:
         """Rows and columns of the patches that cover an image."""
-        (patch, _), (stride, _) = self.proj.kernel_size, self.proj.stride
+        patch, stride = self.patch_size, self.stride
         return tuple((n + m - patch) // stride + 1 for n, m in zip(size, self._missing(size)))
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -404,7 +405,7 @@ class PatchEmbed(nn.Module):
 
     def _missing(self, size: Sequence[int]) -> list[int]:
         """Pixels that complete the last patches."""
-        (patch, _), (stride, _) = self.proj.kernel_size, self.proj.stride
+        patch, stride = self.patch_size, self.stride
         # Under a compiler, comparing sizes would fix them.
         covered = [torch.compiler.is_compiling() or n >= patch for n in size]
         return [(patch - n) % stride if c else patch - n for n, c in zip(size, covered)]

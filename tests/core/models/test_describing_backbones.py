@@ -7,8 +7,8 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from mmvssm.models import GroupMamba, PlainMamba, PlainMambaAdapter, SpatialMamba, VMamba
-from support.tiny_backbones import ADAPTER, GROUP, PLAIN, SPATIAL, V
+from mmvssm.models import GroupMamba, PlainMamba, PlainMambaAdapter, SpatialMamba, Vim, VMamba
+from support.tiny_backbones import ADAPTER, GROUP, PLAIN, SPATIAL, VIM, V
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 BUILDERS = {
@@ -18,6 +18,7 @@ BUILDERS = {
     "spatialmamba of two maps": lambda: SpatialMamba(SPATIAL, out_indices=(0, 3)),
     "vmamba": lambda: VMamba(V),
     "vmamba of two maps": lambda: VMamba(V, out_indices=(0, 3)),
+    "vim": lambda: Vim(VIM),
     "plainmamba": lambda: PlainMamba(PLAIN),
     "plainmamba of two maps": lambda: PlainMamba(PLAIN, out_indices=(1, 3)),
     "plainmamba_adapter": lambda: PlainMambaAdapter(**ADAPTER),
@@ -126,6 +127,8 @@ def test_layers_are_numbered_from_the_stem_to_the_last_block(backbone):
         ("vmamba", "stages.0.embed.conv1.weight", 0),
         ("vmamba", "stages.3.embed.proj.weight", 4),
         ("vmamba", "norms.0.weight", 6),
+        ("vim", "pos_embed", 0),
+        ("vim", "layers.3.mixer.branches.1.D", 4),
         ("plainmamba", "pos_embed", 0),
         ("plainmamba", "patch_embed.convs.0.weight", 0),
         ("plainmamba", "layers.0.mixer.A_log", 1),

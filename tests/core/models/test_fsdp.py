@@ -11,9 +11,10 @@ from mmvssm.models import (
     PlainMamba,
     PlainMambaAdapter,
     SpatialMamba,
+    Vim,
     VMamba,
 )
-from support.tiny_backbones import ADAPTER, GROUP, PLAIN, SPATIAL, V
+from support.tiny_backbones import ADAPTER, GROUP, PLAIN, SPATIAL, VIM, V
 
 pytestmark = [
     pytest.mark.slow,
@@ -44,6 +45,7 @@ def mesh(tmp_path):
         (lambda: VMamba(V), lambda m: m.stages),
         (lambda: PlainMamba(PLAIN, out_indices=(1, 3)), lambda m: [m.patch_embed, *m.layers]),
         (lambda: PlainMamba(PLAIN, out_indices=(1, 3), pruning=PRUNING), lambda m: m.layers),
+        (lambda: Vim(VIM, out_indices=(1, 3)), lambda m: m.layers),
         (lambda: PlainMambaAdapter(**ADAPTER), lambda m: [*m.layers, m.spm]),
     ],
     ids=[
@@ -54,6 +56,7 @@ def mesh(tmp_path):
         "vmamba",
         "plainmamba",
         "pruned",
+        "vim",
         "adapter",
     ],
 )

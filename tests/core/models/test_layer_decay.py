@@ -9,7 +9,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
 
 import mmvssm  # noqa: F401
-from support.tiny_backbones import GROUP, PLAIN, SPATIAL, V
+from support.tiny_backbones import GROUP, PLAIN, SPATIAL, VIM, V
 from support.tiny_configs import CONFIGS
 
 KEYS = {"A_log": dict(decay_mult=0.0), "pos_embed": dict(decay_mult=0.0, lr_mult=0.1)}
@@ -22,6 +22,7 @@ BACKBONES = {
     "groupmamba": dict(type="mmvssm.GroupMamba", arch=GROUP),
     "spatialmamba": dict(type="mmvssm.SpatialMamba", arch=SPATIAL),
     "vmamba": dict(type="mmvssm.VMamba", arch=V),
+    "vim": dict(type="mmvssm.Vim", arch=VIM),
     "plainmamba": dict(type="mmvssm.PlainMamba", arch=PLAIN, out_indices=(0, 1, 2, 3)),
 }
 

@@ -10,10 +10,10 @@ from mmcv.cnn import fuse_conv_bn
 from torch import nn
 from torch.nn.utils import parametrize
 
-from mmvssm.models import GroupMamba, PlainMamba, PlainMambaAdapter, SpatialMamba, VMamba
+from mmvssm.models import GroupMamba, PlainMamba, PlainMambaAdapter, SpatialMamba, Vim, VMamba
 from mmvssm.models.backbones.fast_paths import is_plain, is_plain_depthwise
 
-KINDS = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d)
+KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d)
 GROUPMAMBA = dict(
     stem_hidden_dim=8, embed_dims=(16, 16, 16, 16), depths=(1, 1, 1, 1), mlp_ratios=(2, 2, 2, 2)
 )
@@ -28,6 +28,7 @@ PLAINMAMBA = dict(
 PRUNING = dict(layers=(0,), keep_ratio=0.5)
 SPATIALMAMBA = dict(embed_dims=(8, 8, 16, 16), depths=(1, 1, 1, 1), mlp_ratio=2)
 VMAMBA = dict(embed_dims=(8, 8, 16, 16), depths=(1, 1, 1, 1), ssm_ratio=1, mlp_ratio=2)
+VIM = dict(embed_dims=8, num_layers=2, patch_size=8, stride=8, d_state=3)
 ADAPTER = dict(conv_inplane=8, deform_num_heads=2, interaction_indexes=((0, 0), (1, 1)))
 MODELS = {
     "groupmamba": lambda: GroupMamba(GROUPMAMBA, out_indices=(0,)),
@@ -35,6 +36,9 @@ MODELS = {
     "pruned": lambda: PlainMamba(PLAINMAMBA, pruning=PRUNING),
     "spatialmamba": lambda: SpatialMamba(SPATIALMAMBA),
     "vmamba": lambda: VMamba(VMAMBA),
+    "vim": lambda: Vim(VIM),
+    "pruned vim": lambda: Vim(VIM, pruning=PRUNING),
+    "vim packed": lambda: Vim(VIM, pruning=PRUNING | dict(alignment="none")),
     "adapter": lambda: PlainMambaAdapter(PLAINMAMBA | dict(patch_size=16), **ADAPTER),
     "packed": lambda: PlainMamba(PLAINMAMBA, pruning=PRUNING | dict(alignment="none")),
 }

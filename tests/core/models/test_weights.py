@@ -15,12 +15,13 @@ from mmengine.runner.checkpoint import CheckpointLoader, load_checkpoint, load_s
 
 import mmvssm
 from mmvssm.errors import UserError
-from mmvssm.models import GroupMamba, PlainMamba, PlainMambaAdapter, SpatialMamba, VMamba
+from mmvssm.models import GroupMamba, PlainMamba, PlainMambaAdapter, SpatialMamba, Vim, VMamba
 from mmvssm.models import weights as module
 from mmvssm.models.published import (
     convert_groupmamba,
     convert_plainmamba,
     convert_spatialmamba,
+    convert_vim,
     convert_vmamba,
 )
 from mmvssm.models.weights import load_published, locate
@@ -242,6 +243,7 @@ CASES = {
         ),
     ),
     "spatial_mamba": (convert_spatialmamba, lambda arch: SpatialMamba(arch)),
+    "vim": (convert_vim, lambda arch: Vim(arch, img_size=(40, 56), out_type="cls_token")),
     "vmamba": (convert_vmamba, lambda arch: VMamba(arch)),
 }
 

@@ -41,6 +41,13 @@ IMAGENET = {
     "spatialmamba_imagenet": 26_748_862,
     "spatialmamba_small_imagenet": 43_074_280,
     "spatialmamba_base_imagenet": 95_745_592,
+    "vim_imagenet": 7_148_008,
+    "vim_small_imagenet": 25_796_584,
+    "vim_base_imagenet": 97_598_440,
+    "vim_plus_imagenet": 7_148_008 + (27**2 - 14**2) * 192,
+    "vim_small_plus_imagenet": 25_796_584 + (27**2 - 14**2) * 384,
+    "vim_pruned_imagenet": 7_148_008,
+    "vim_small_pruned_imagenet": 25_796_584,
     "vmamba_imagenet": 30_249_064,
     "vmamba_small_imagenet": 50_147_752,
     "vmamba_base_imagenet": 88_557_800,
@@ -53,7 +60,7 @@ CIFAR10 = [
         "resnet18_cutmix_cifar10",
     ),
     *("resnet_small_cifar10", "resnet_small_distilled_cifar10"),
-    *("plainmamba_cifar10", "plainmamba_pruned_cifar10"),
+    *("plainmamba_cifar10", "plainmamba_pruned_cifar10", "vim_cifar10", "vim_pruned_cifar10"),
 ]
 # The smallest of each kind; the others differ by numbers alone.
 QUICK = {"plainmamba_pruned_imagenet", "groupmamba_distilled_imagenet"}
@@ -131,21 +138,45 @@ def test_the_tools_take_them(name):
         assert published or (REPO / other).exists() or (CONFIGS / other).exists()
 
 
-@pytest.mark.parametrize("name", [n for n in IMAGENET if "pruned" not in n])
+@pytest.mark.parametrize(
+    "name", [n for n in IMAGENET if "pruned" not in n and not n.endswith("plus_imagenet")]
+)
 def test_recipes_of_imagenet(name):
     cfg = load(name)
+    decay, warm_up_epochs, momentum = 0.05, 20, 1e-4
+    if name.startswith("vim"):
+        decay, warm_up_epochs, momentum = 0.1 if name == "vim_imagenet" else 0.05, 5, 4e-5
     optimizer = cfg.optim_wrapper.optimizer
-    assert (optimizer.type, optimizer.lr, optimizer.weight_decay) == ("AdamW", 1e-3, 0.05)
+    assert (optimizer.type, optimizer.lr, optimizer.weight_decay) == ("AdamW", 1e-3, decay)
     assert cfg.auto_scale_lr.base_batch_size == 1024 == 8 * cfg.train_dataloader.batch_size
     warm_up, annealing = cfg.param_scheduler
-    assert (warm_up.end, annealing.begin, cfg.train_cfg.max_epochs) == (20, 20, 300)
+    assert warm_up.end == annealing.begin == warm_up_epochs and cfg.train_cfg.max_epochs == 300
     loss = cfg.model.head.loss
     assert (loss.label_smooth_val, loss.mode) == (0.1, "original")
     assert loss.type == "mmpretrain.LabelSmoothLoss"
     averages = [hook for hook in cfg.custom_hooks if hook.type == "mmpretrain.EMAHook"]
-    assert [hook.momentum for hook in averages] == ([] if name == "plainmamba_imagenet" else [1e-4])
+    assert [hook.momentum for hook in averages] == (
+        [] if name == "plainmamba_imagenet" else [momentum]
+    )
     # BatchNorm's statistics belong to the weights: beside averaged ones the last step's are of another model.
     assert all(hook.get("update_buffers") for hook in averages)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vim_plus_imagenet",
+        "vim_small_plus_imagenet",
+        "vim_pruned_imagenet",
+        "vim_small_pruned_imagenet",
+    ],
+)
+def test_fine_tuning_of_vim_as_published(name):
+    cfg = load(name)
+    optimizer, (schedule,) = cfg.optim_wrapper.optimizer, cfg.param_scheduler
+    assert (optimizer.lr, optimizer.weight_decay, schedule.type) == (1e-5, 1e-8, "ConstantLR")
+    assert (schedule.factor, cfg.train_cfg.max_epochs) == (1.0, 30)
+    assert cfg.load_from == f"mmvssm://vim_{'small' if 'small' in name else 'tiny'}"
 
 
 @pytest.mark.slow
