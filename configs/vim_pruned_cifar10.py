@@ -7,9 +7,7 @@
 _base_ = "./vim_cifar10.py"
 
 # After a sixth, a third and half of the layers, as in plainmamba_pruned_cifar10.py.
-model = dict(
-    backbone=dict(pruning=dict(layers=(0, 1, 2), keep_ratio=(182 / 256, 132 / 182, 90 / 132)))
-)
+model = dict(backbone=dict(pruning=dict(layers=(0, 1, 2), keep_ratio=(46 / 64, 33 / 46, 23 / 33))))
 
 optim_wrapper = dict(optimizer=dict(lr=5e-4))
 train_cfg = dict(max_epochs=3)

@@ -71,14 +71,14 @@ class Arm:
         return self.tuned and not self.average
 
 
-def pruned(*options: str, tuned: bool = True) -> Arm:
-    """Return a pruned PlainMamba with other pruning options, fine-tuned from the dense one or not.
+def pruned(*options: str, tuned: bool = True, model: str = "PlainMamba") -> Arm:
+    """Return a pruned model with other pruning options, fine-tuned from the dense one or not.
 
-    None of them warms up, since alignment='none' packs only certain numbers of tokens.
+    None of them warms up, since PlainMamba's alignment='none' packs only certain numbers of tokens.
     """
     settings = [f"model.backbone.pruning.{option}" for option in options]
-    config = "plainmamba_pruned_cifar10.py"
-    return Arm(config, ("custom_hooks.0.num_iters=0", *settings), start="PlainMamba", tuned=tuned)
+    config = f"{model.lower()}_pruned_cifar10.py"
+    return Arm(config, ("custom_hooks.0.num_iters=0", *settings), start=model, tuned=tuned)
 
 
 NOT_TUNED = ", not tuned"
@@ -90,6 +90,14 @@ PRUNINGS = {
     "merging": ("reduction=merge",),
 }
 """Settings that differ from the method's: importance by clip, alignment by decay."""
+VIM_PRUNINGS = {
+    "decay": (),
+    "hold": ("alignment=hold",),
+    "none": ("alignment=none",),
+    "as released": ("metric=mirrored_gate", "alignment=recentred"),
+    "random choice": ("metric=random",),
+    "merging": ("reduction=merge", "alignment=none"),
+}
 
 TEACHER_BF16 = ("model.teacher_bf16=True",)
 SOFT = ("model.head.distillation=soft", "model.head.temperature=3.0")
@@ -109,6 +117,13 @@ ARMS = {
     **{
         f"pruned, {name}{NOT_TUNED}": pruned(*options, tuned=False)
         for name, options in PRUNINGS.items()
+    },
+    "Vim": Arm("vim_cifar10.py"),
+    "Vim, trained on": pruned("keep_ratio=1", model="Vim"),
+    **{
+        f"Vim pruned, {name}{NOT_TUNED * (not tuned)}": pruned(*options, tuned=tuned, model="Vim")
+        for tuned in (True, False)
+        for name, options in VIM_PRUNINGS.items()
     },
     "GroupMamba": Arm("groupmamba_cifar10.py", seeds=THREE),
     "GroupMamba, distilled": Arm(
@@ -403,14 +418,16 @@ def in_words(values: list[float]) -> str:
 
 def draw(campaign: Campaign, results: dict[str, dict[str, Any]]) -> Figure:
     """Draw accuracy against time, of arms with and without a teacher and of pruned ones, and the former's losses."""
-    figure = Figure((15, 4.6), dpi=110, layout="constrained")
-    taught, pruning, losses = figure.subplots(1, 3)
+    figure = Figure((20, 4.6), dpi=110, layout="constrained")
+    taught, plain, vim, losses = figure.subplots(1, 4)
     shown = [arm for arm, result in results.items() if ARMS[arm].tuned and "milliseconds" in result]
-    of_tokens = [arm for arm in shown if arm.startswith(("PlainMamba", "pruned"))]
-    others = [arm for arm in shown if arm not in (*of_tokens, *TEACHERS)]
+    of_plain = [arm for arm in shown if arm.startswith(("PlainMamba", "pruned"))]
+    of_vim = [arm for arm in shown if arm.startswith("Vim")]
+    others = [arm for arm in shown if arm not in (*of_plain, *of_vim, *TEACHERS)]
     for axes, arms, title in (
         (taught, others, "with and without a teacher"),
-        (pruning, of_tokens, "dense and pruned"),
+        (plain, of_plain, "PlainMamba, dense and pruned"),
+        (vim, of_vim, "Vim, dense and pruned"),
     ):
         for index, arm in enumerate(arms):
             top1, milliseconds = results[arm]["top1"], results[arm]["milliseconds"]
