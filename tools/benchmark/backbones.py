@@ -25,7 +25,7 @@ from timing import (
 from torch import Tensor, nn
 
 from mmvssm.errors import UserError, add_traceback_option, run_tool
-from mmvssm.models import GroupMamba, PlainMamba, PlainMambaAdapter, VMamba
+from mmvssm.models import GroupMamba, PlainMamba, PlainMambaAdapter, SpatialMamba, VMamba
 
 GROUPS = {
     "groupmamba": dict(
@@ -41,6 +41,7 @@ GROUPS = {
             "Swin-T": lambda: library_model("mmdet.SwinTransformer"),
             "GroupMamba-T": lambda: GroupMamba("tiny"),
             "VMamba-T": lambda: VMamba("T"),
+            "Spatial-Mamba-T": lambda: SpatialMamba("T"),
             "PlainMamba-L1": lambda: PlainMamba("L1"),
             "PlainMamba-Adapter-L1": lambda: PlainMambaAdapter("L1"),
         },
