@@ -37,6 +37,12 @@ from .fast_paths import feed_forward, folded_stem, gated_norm, modulated_norm
 NUM_GROUPS = 4
 """Groups of channels, one for each direction of the scan (paper, section 3.2)."""
 
+NUM_WALKS = 4
+"""Directions of the scan: by rows, by columns, and both backwards."""
+
+SCANS = {"grouped": NUM_GROUPS, "cross": 1}
+"""Groups of channels by the name of the scan."""
+
 BLOCK_EPS = 1e-6
 """LayerNorm epsilon in blocks and on stage outputs; all other LayerNorms use PyTorch's default, 1e-5."""
 
@@ -75,10 +81,12 @@ class GroupMamba(Backbone):
             ``dict(type='Pretrained', checkpoint='groupmamba_tiny.pth', prefix='backbone.')``.
         unwrap_single: Whether to return the map itself, in place of a tuple of one, for projects that expect that. It
             needs exactly one of ``out_indices``.
+        scan: ``'grouped'``, or ``'cross'`` for an ablation: each direction scans all channels, as in VMamba.
+        channel_affinity: Whether to modulate channels by their affinity; the paper's ablation leaves that out.
 
     Raises:
-        ValueError: If ``arch``, ``out_indices``, ``out_type``, ``drop_path_rate``, ``frozen_stages`` or
-            ``unwrap_single`` is not as described.
+        ValueError: If ``arch``, ``out_indices``, ``out_type``, ``drop_path_rate``, ``frozen_stages``,
+            ``unwrap_single`` or ``scan`` is not as described.
     """
 
     arch_settings = {
@@ -113,8 +121,14 @@ class GroupMamba(Backbone):
         init_cfg: Optional[dict] = None,
         out_type: str = "featmap",
         unwrap_single: bool = False,
+        scan: str = "grouped",
+        channel_affinity: bool = True,
     ) -> None:
         super().__init__(init_cfg)
+        if scan not in SCANS:
+            raise ValueError(
+                f"GroupMamba: unknown scan {scan!r}; known are {', '.join(map(repr, SCANS))}."
+            )
         if out_type not in OUT_TYPES:
             raise ValueError(
                 f"GroupMamba: unknown out_type {out_type!r}; known are {', '.join(map(repr, OUT_TYPES))}."
@@ -146,7 +160,11 @@ class GroupMamba(Backbone):
                 embed = DownSample(self.embed_dims[i - 1], dim)
             first = sum(depths[:i])
             rates = drop_path_rates[first : first + depths[i]]
-            self.stages.append(Stage(embed, dim, self.mlp_ratios[i], rates))
+            blocks = [
+                Block(dim, self.mlp_ratios[i], rate, SCANS[scan], channel_affinity)
+                for rate in rates
+            ]
+            self.stages.append(Stage(embed, blocks, dim))
         self.apply(init_parameters)
         accept_published_names(self)
         self._freeze_stages()
@@ -252,12 +270,10 @@ class Stem(nn.Module):
 class Stage(nn.Module):
     """Down-sampling, blocks and a norm. All of it runs in ``forward``, so that FSDP can shard a stage as a whole."""
 
-    def __init__(
-        self, embed: nn.Module, dim: int, mlp_ratio: float, drop_path_rates: Sequence[float]
-    ) -> None:
+    def __init__(self, embed: nn.Module, blocks: Sequence[nn.Module], dim: int) -> None:
         super().__init__()
         self.embed = embed
-        self.blocks = nn.ModuleList(Block(dim, mlp_ratio, rate) for rate in drop_path_rates)
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(dim, eps=BLOCK_EPS)
 
     def forward(self, x: Tensor, with_cp: bool = False) -> tuple[Tensor, Tensor]:
@@ -275,9 +291,16 @@ class Stage(nn.Module):
 class Block(nn.Module):
     """Modulated group mamba and feed-forward network, each with a residual connection (paper, figure 2)."""
 
-    def __init__(self, dim: int, mlp_ratio: float, drop_path_rate: float) -> None:
+    def __init__(
+        self,
+        dim: int,
+        mlp_ratio: float,
+        drop_path_rate: float,
+        num_groups: int = NUM_GROUPS,
+        channel_affinity: bool = True,
+    ) -> None:
         super().__init__()
-        self.mixer = ModulatedGroupMamba(dim)
+        self.mixer = ModulatedGroupMamba(dim, num_groups, channel_affinity)
         self.norm = nn.LayerNorm(dim, eps=BLOCK_EPS)
         self.ffn = ConvFFN(dim, round(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path_rate)
@@ -305,23 +328,33 @@ class ConvFFN(nn.Module):
 class ModulatedGroupMamba(nn.Module):
     """Grouped scan with channel affinity modulation (paper, sections 3.2 and 3.3)."""
 
-    def __init__(self, dim: int, reduction: int = 16) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_groups: int = NUM_GROUPS,
+        channel_affinity: bool = True,
+        reduction: int = 16,
+    ) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim)
-        self.affinity = nn.Sequential(
+        affinity = nn.Sequential(
             nn.Linear(dim, dim // reduction),
             nn.ReLU(inplace=True),
             nn.Linear(dim // reduction, dim),
             nn.Sigmoid(),
         )
-        self.scan = GroupedVSSS(dim)
+        self.affinity = affinity if channel_affinity else None
+        self.scan = GroupedVSSS(dim, num_groups=num_groups)
         self.skip_scale = nn.Parameter(torch.ones(1))
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, traversal: Traversal) -> Tensor:
         """``(B, H, W, dim)`` to the same shape."""
         x = self.norm(x)
-        affinity = self.affinity(x.mean((1, 2), keepdim=True)) * self.skip_scale
+        if self.affinity is None:
+            affinity = self.skip_scale.expand(x.shape[0], 1, 1, x.shape[3])
+        else:
+            affinity = self.affinity(x.mean((1, 2), keepdim=True)) * self.skip_scale
         scanned = self.scan(x, traversal)
         # The same norm once more, as published.
         return self.proj(modulated_norm(self.norm, scanned, affinity, x))
@@ -330,25 +363,28 @@ class ModulatedGroupMamba(nn.Module):
 class GroupedVSSS(nn.Module):
     """Visual single selective scan on each of four groups of channels, all groups at once (paper, figure 2c).
 
-    With ``d = dim / 4`` channels a group, every projection is a 1x1 convolution in four groups.
+    With ``d = dim / 4`` channels a group, every projection is a 1x1 convolution in four groups. With ``num_groups=1``
+    each of the four walks goes over all channels, with projections to scan parameters of its own, and their outputs are
+    summed, as in VMamba.
     """
 
-    def __init__(self, dim: int, d_state: int = 1) -> None:
+    def __init__(self, dim: int, d_state: int = 1, num_groups: int = NUM_GROUPS) -> None:
         super().__init__()
-        d = dim // NUM_GROUPS
+        d = dim // num_groups
+        self.num_groups = num_groups
         self.dt_rank = math.ceil(d / 16)
         self.d_state = d_state
-        self.in_proj = grouped_linear(dim, dim)
-        self.gate_proj = grouped_linear(dim, dim)
+        self.in_proj = grouped_linear(dim, dim, num_groups)
+        self.gate_proj = grouped_linear(dim, dim, num_groups)
         self.conv = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim)
-        self.x_proj = grouped_linear(dim, NUM_GROUPS * (self.dt_rank + 2 * d_state))
-        self.dt_proj = grouped_linear(NUM_GROUPS * self.dt_rank, dim)
+        self.x_proj = grouped_linear(dim, NUM_WALKS * (self.dt_rank + 2 * d_state), num_groups)
+        self.dt_proj = grouped_linear(NUM_WALKS * self.dt_rank, NUM_WALKS * d, NUM_WALKS)
         # What training starts from is drawn by reset_scan_parameters, through init_parameters.
-        self.dt_bias = nn.Parameter(torch.zeros(NUM_GROUPS, d))
-        self.A_log = nn.Parameter(torch.arange(1, d_state + 1).log().repeat(NUM_GROUPS, d, 1))
-        self.D = nn.Parameter(torch.ones(NUM_GROUPS, d))
-        self.norm = GroupedLayerNorm(NUM_GROUPS, d)
-        self.out_proj = grouped_linear(dim, dim)
+        self.dt_bias = nn.Parameter(torch.zeros(NUM_WALKS, d))
+        self.A_log = nn.Parameter(torch.arange(1, d_state + 1).log().repeat(NUM_WALKS, d, 1))
+        self.D = nn.Parameter(torch.ones(NUM_WALKS, d))
+        self.norm = GroupedLayerNorm(num_groups, d)
+        self.out_proj = grouped_linear(dim, dim, num_groups)
         self._register_load_state_dict_pre_hook(_rename_scan_parameters)
 
     def reset_scan_parameters(self) -> None:
@@ -372,7 +408,7 @@ class GroupedVSSS(nn.Module):
         )
         delta = convolve(self.dt_proj, dt.flatten(2).unflatten(1, x.shape[1:3]))
         y = selective_scan(
-            split_groups(x),
+            split_groups(x, self.num_groups).expand(-1, -1, NUM_WALKS, -1),
             split_groups(delta),
             -torch.exp(self.A_log),
             B,
@@ -381,7 +417,9 @@ class GroupedVSSS(nn.Module):
             self.dt_bias,
             traversal=traversal,
         )
-        y = gated_norm(self.norm, GroupedLayerNorm, y, split_groups(gate))
+        if self.num_groups == 1:
+            y = y.sum(2, keepdim=True)
+        y = gated_norm(self.norm, GroupedLayerNorm, y, split_groups(gate, self.num_groups))
         return convolve(self.out_proj, y.view(x.shape))
 
 
@@ -412,11 +450,11 @@ def _rename_scan_parameters(state_dict: dict, prefix: str, *args) -> None:
             state_dict[prefix + now] = state_dict.pop(prefix + before)
 
 
-def grouped_linear(in_features: int, out_features: int) -> nn.Conv2d:
+def grouped_linear(in_features: int, out_features: int, num_groups: int) -> nn.Conv2d:
     """A linear layer without bias of its own for each group of channels."""
-    return nn.Conv2d(in_features, out_features, kernel_size=1, groups=NUM_GROUPS, bias=False)
+    return nn.Conv2d(in_features, out_features, kernel_size=1, groups=num_groups, bias=False)
 
 
-def split_groups(x: Tensor) -> Tensor:
-    """``(B, H, W, 4 * d)`` to tokens in groups ``(B, H * W, 4, d)``."""
-    return x.flatten(1, 2).unflatten(-1, (NUM_GROUPS, -1))
+def split_groups(x: Tensor, num_groups: int = NUM_GROUPS) -> Tensor:
+    """``(B, H, W, num_groups * d)`` to tokens in groups ``(B, H * W, num_groups, d)``."""
+    return x.flatten(1, 2).unflatten(-1, (num_groups, -1))

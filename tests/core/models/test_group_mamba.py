@@ -278,6 +278,84 @@ def test_scan_layer_gradients_on_a_non_square_map():
         torch.testing.assert_close(actual, reference, atol=1e-10, rtol=1e-10)
 
 
+def test_walks_over_all_channels_and_their_gradients():
+    """Four scans, one a walk, over copies in the walk's order, summed; float64."""
+    torch.manual_seed(0)
+    layer = GroupedVSSS(16, num_groups=1).double()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    x = torch.randn(2, 3, 5, 16, dtype=torch.float64, requires_grad=True)
+    y = layer(x, cross_traversal(3, 5))
+
+    def linear(conv, z):
+        return F.linear(z, conv.weight[:, :, 0, 0])
+
+    tokens = linear(layer.in_proj, x).permute(0, 3, 1, 2)
+    tokens = F.silu(F.conv2d(tokens, layer.conv.weight, layer.conv.bias, padding=1, groups=16))
+    total = 0
+    for k in range(4):
+        walk = (tokens.transpose(2, 3) if k % 2 else tokens).flatten(2).transpose(1, 2)
+        walk = walk.flip(1) if k >= 2 else walk
+        dt, B, C = linear(layer.x_proj, walk)[..., 3 * k : 3 * k + 3].split((1, 1, 1), -1)
+        delta = F.linear(dt, layer.dt_proj.weight.unflatten(0, (4, 16))[k, :, :, 0, 0])
+        one = (t[k : k + 1] for t in (layer.D, layer.dt_bias))
+        walk, delta, B, C = (t[:, :, None] for t in (walk, delta, B, C))
+        out = selective_scan_naive(walk, delta, -layer.A_log[k : k + 1].exp(), B, C, *one)[:, :, 0]
+        out = out.flip(1) if k >= 2 else out
+        out = out.unflatten(1, (5, 3) if k % 2 else (3, 5))
+        total = total + (out.transpose(1, 2) if k % 2 else out)
+    normed = F.layer_norm(total, (16,), layer.norm.weight[0], layer.norm.bias[0])
+    expected = linear(layer.out_proj, normed * F.silu(linear(layer.gate_proj, x)))
+    torch.testing.assert_close(y, expected, atol=1e-10, rtol=1e-10)
+    weight = torch.randn_like(y)
+    wanted = [x, *layer.parameters()]
+    torch.testing.assert_close(
+        torch.autograd.grad((y * weight).sum(), wanted),
+        torch.autograd.grad((expected * weight).sum(), wanted),
+        atol=1e-10,
+        rtol=1e-10,
+    )
+
+
+@pytest.mark.parametrize(
+    "scan, channel_affinity, parameters, gflops, scan_gflops",
+    [
+        ("grouped", True, 20_462_224, 4.66, 0.017),
+        ("grouped", False, 20_240_191, 4.66, 0.017),
+        ("cross", True, 25_354_504, 5.63, 0.067),
+        ("cross", False, 25_132_471, 5.63, 0.067),
+    ],
+)
+def test_cost_of_the_ablations(scan, channel_affinity, parameters, gflops, scan_gflops):
+    with torch.device("meta"):
+        model = GroupMamba("tiny", scan=scan, channel_affinity=channel_affinity).eval()
+        cost = count(model, lambda: model(torch.zeros(1, 3, 224, 224)))["total"]
+    assert cost.parameters == parameters
+    assert cost.flops / 1e9 == pytest.approx(gflops, abs=0.005)
+    assert cost.scan_flops / 1e9 == pytest.approx(scan_gflops, abs=5e-4)
+
+
+@pytest.mark.parametrize("scan", ["grouped", "cross"])
+def test_without_channel_affinity_every_channel_counts_the_same(scan):
+    torch.manual_seed(0)
+    with_affinity = GroupMamba(MINI, scan=scan).eval()
+    without = GroupMamba(MINI, scan=scan, channel_affinity=False).eval()
+    missing, unknown = without.load_state_dict(with_affinity.state_dict(), strict=False)
+    assert not missing and all(".affinity." in name for name in unknown)
+    for name, parameter in with_affinity.named_parameters():
+        if (
+            ".affinity.2." in name
+        ):  # the sigmoid is then one half, which the norm undoes but for its epsilon
+            nn.init.zeros_(parameter)
+        elif "skip_scale" in name:
+            nn.init.constant_(parameter, 2.0)
+    x = torch.randn(2, 3, 40, 56)
+    torch.testing.assert_close(without(x), with_affinity(x), atol=1e-4, rtol=1e-4)
+    sum(y.sum() for y in without(x)).backward()
+    assert not [name for name, p in without.named_parameters() if p.grad is None]
+
+
 def test_split_groups():
     x = torch.arange(2 * 3 * 8.0).view(1, 2, 3, 8)
     assert split_groups(x).shape == (1, 6, 4, 2)
@@ -408,6 +486,7 @@ def with_ffn(block, x):
     "arguments, words",
     [
         (dict(arch="huge"), "unknown arch 'huge'; known are 'tiny', 'small', 'base'"),
+        (dict(scan="both"), "unknown scan 'both'; known are 'grouped', 'cross'"),
         (dict(arch=dict(embed_dims=(16,) * 4)), "exactly the keys"),
         (dict(arch={**MINI, "depths": (1, 2)}), "needs four values"),
         (dict(arch={**MINI, "embed_dims": (16, 30, 48, 64)}), "multiple of 4"),
