@@ -1,8 +1,7 @@
-"""Spatial-Mamba: Structure-Aware State Fusion (ICLR 2025, arXiv 2410.15091).
+"""Spatial-Mamba: Effective Visual State Space Models via Structure-Aware State Fusion (ICLR 2025, arXiv 2410.15091).
 
-The scan goes over the map once, by rows. Its states, one number for each position and channel, are then fused with
-those of their neighbours by dilated convolutions. Feature maps are ``(B, H, W, C)``, channels last, from the stem to
-the last stage.
+One scan by rows computes a state for each position and channel, dilated convolutions fuse it with its neighbours'
+states, and only then it is observed. Feature maps are ``(B, H, W, C)``, channels last, from the stem to the last stage.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from .common import (
 from .fast_paths import conv_norm, fused_states
 
 DILATIONS = (1, 3, 5)
-"""Distances, in positions, of the neighbours whose states are fused (paper, section 4.2)."""
+"""Distances, in positions, of the neighbours whose states are fused."""
 
 
 @MODELS.register_module()
@@ -230,7 +229,7 @@ class Stage(nn.Module):
 
 
 class Block(nn.Module):
-    """Mixer and feed-forward network, each after a convolution that encodes positions (paper, figure 3)."""
+    """Mixer and feed-forward network, each after a convolution that encodes positions."""
 
     def __init__(self, dim: int, mlp_ratio: float, drop_path_rate: float) -> None:
         super().__init__()
@@ -252,7 +251,7 @@ class Block(nn.Module):
 
 
 class StructureAwareSSM(nn.Module):
-    """State space model whose states are fused with their neighbours before they are observed (paper, section 4.2)."""
+    """State space model in the paper's three stages: states, their fusion, their observation."""
 
     def __init__(self, dim: int, expand: int = 2) -> None:
         super().__init__()
@@ -293,14 +292,15 @@ class StructureAwareSSM(nn.Module):
             torch.ones_like(B),
             delta_bias=self.dt_bias[None],
         )
-        y = C * self.fusion(states.view(x.shape)) + self.D * x
+        states = self.fusion(states.view(x.shape))
+        y = C * states + self.D * x
         return self.out_proj(self.norm(y) * F.silu(gate))
 
 
 class StateFusion(nn.Module):
-    """Weighted sum of depthwise convolutions of several dilations (paper, section 4.2, "structure-aware state fusion").
+    """Weighted sum of depthwise convolutions of several dilations (paper, "structure-aware state fusion").
 
-    Outside the map the nearest position inside counts.
+    A position outside the map counts as the nearest one inside.
     """
 
     def __init__(self, dim: int) -> None:
