@@ -41,7 +41,7 @@ def prunes(model: nn.Module) -> bool:
     pruning = getattr(model.backbone, "pruning", None)
     if pruning is None:
         return False
-    if pruning.alignment == "none":
+    if pruning.alignment in pruning.needs_grid:
         raise UnsupportedModelError(
             "pruning with alignment='none' cannot be exported: its grid of packed tokens depends on the image's size, "
             "and an exported model takes any size; use 'decay' or 'hold'"

@@ -42,7 +42,7 @@ def export_onnx(args: argparse.Namespace) -> None:
         graph = _graph_of(model, cfg)
         metadata = _metadata(cfg, checkpoint)
         if "kept" in graph.outputs:
-            metadata["token_size"] = json.dumps(model.backbone.patch_size)
+            metadata["token_size"] = json.dumps(model.backbone.stride)
         onnx_model = build_onnx(graph.eval(), metadata, args.opset)
     onnx_model.producer_name, onnx_model.producer_version = "mmvssm", __version__
     content = onnx_model.SerializeToString()

@@ -25,7 +25,7 @@ from timing import (
 from torch import Tensor, nn
 
 from mmvssm.errors import UserError, add_traceback_option, run_tool
-from mmvssm.models import GroupMamba, PlainMamba, PlainMambaAdapter, SpatialMamba, VMamba
+from mmvssm.models import GroupMamba, PlainMamba, PlainMambaAdapter, SpatialMamba, Vim, VMamba
 
 GROUPS = {
     "groupmamba": dict(
@@ -42,6 +42,7 @@ GROUPS = {
             "GroupMamba-T": lambda: GroupMamba("tiny"),
             "VMamba-T": lambda: VMamba("T"),
             "Spatial-Mamba-T": lambda: SpatialMamba("T"),
+            "Vim-T": lambda: Vim("T"),
             "PlainMamba-L1": lambda: PlainMamba("L1"),
             "PlainMamba-Adapter-L1": lambda: PlainMambaAdapter("L1"),
         },
@@ -54,6 +55,13 @@ GROUPS = {
             "PlainMamba-L1, pruned": lambda: PlainMamba("L1", pruning="L1"),
         },
         shapes=[(4, 224, 224), (1, 512, 512), (1, 1024, 1024), (1, 1536, 1536)],
+    ),
+    "vim": dict(
+        models={
+            "Vim-S": lambda: Vim("S"),
+            "Vim-S, pruned": lambda: Vim("S", pruning="S"),
+        },
+        shapes=[(4, 224, 224), (1, 512, 512), (1, 1024, 1024)],
     ),
 }
 

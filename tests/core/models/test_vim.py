@@ -11,6 +11,7 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
 from mmvssm.analysis.flops import count
+from mmvssm.analysis.pruning_view import observe_pruning
 from mmvssm.models import Vim
 from mmvssm.models.backbones.vim import LinePruning, VimMixer
 from mmvssm.models.pruning import PrunedTokens, select, similarity_to_others
@@ -336,6 +337,14 @@ def test_padding_leaves_first():
         assert set(inside.flatten().nonzero()[:, 0].tolist()) <= set(
             state.pruned.positions[0].tolist()
         )
+
+
+@pytest.mark.parametrize("out_type", ["residual", "cls_token"])
+def test_what_a_picture_of_the_pruning_shows(out_type):
+    layers = observe_pruning(build(PRUNING, out_type=out_type), torch.randn(1, 3, 48, 64))
+    assert [(layer.index, layer.num_kept) for layer in layers] == [(1, 24), (3, 18)]
+    assert all(layer.kept.shape == layer.importance.shape == (6, 8) for layer in layers)
+    assert np.isfinite(layers[0].importance).all() and (layers[1].kept <= layers[0].kept).all()
 
 
 @pytest.mark.parametrize("preset, low, high", [("S", 0.285, 0.305), ("S-released", 0.285, 0.305)])

@@ -80,11 +80,25 @@ SPATIAL = """
 arch = dict(_delete_=True, embed_dims=[16] * 4, depths=[1] * 4, mlp_ratio=2)
 model["backbone"].update(type="mmvssm.SpatialMamba", arch=arch)
 """
+VIM = (
+    PLAIN
+    + """
+model["backbone"] = dict(
+    _delete_=True,
+    type="mmvssm.Vim",
+    arch=dict(embed_dims=16, num_layers=4, patch_size=8, stride=8, d_state=4),
+    img_size=64,
+    out_indices=(0, 1, 2, 3),
+    pruning=dict(layers=(0, 2), keep_ratio=0.5),
+)
+"""
+)
 SEGMENTERS = dict(
     groupmamba=tiny_configs.SEGMENTER,
     plainmamba=PLAIN + DENSE,
     pruned=PLAIN,
     spatialmamba=tiny_configs.SEGMENTER + SPATIAL,
+    vim=VIM,
 )
 
 
@@ -232,8 +246,12 @@ def test_segmenter_in_a_browser(segmenter, page, tmp_path):
 @pytest.mark.slow
 def test_one_node_a_scan(segmenter):
     model = onnx.load(segmenter.path)
-    layers = sum(hasattr(m, "A_log") for m in segmenter.model.modules())
-    assert [node.op_type for node in model.graph.node].count("SelectiveScan") == layers > 0
+    scans = {  # the two branches of a Vim's mixer share one
+        name.partition(".branches")[0]
+        for name, module in segmenter.model.named_modules()
+        if hasattr(module, "A_log")
+    }
+    assert [n.op_type for n in model.graph.node].count("SelectiveScan") == len(scans) > 0
     names = {(f.domain, f.name) for f in model.functions}
     assert names <= {("mmvssm", "SelectiveScan"), ("mmvssm", "SparseDepthwiseConv")}
 
