@@ -465,7 +465,7 @@ class VimMixer(nn.Module):
         # The projections of a token of value zero are zero, so its step is the bias alone.
         rest = None if layout.walks.gap is None else F.softplus(step_bias)
         y = selective_scan(u, delta, A, B, C, D, step_bias, traversal=layout.walks, rest=rest)
-        return Mixed(self.out_proj(y.sum(2) * gate / 2), y, gate)
+        return Mixed(self.out_proj(y.mean(2) * gate), y, gate)
 
 
 class Branch(nn.Module):
