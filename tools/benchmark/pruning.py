@@ -7,6 +7,7 @@ Examples:
     python tools/benchmark/pruning.py                                  # L1 and L3, evaluation and training
     python tools/benchmark/pruning.py --arch L3 --shape 64 224 224 --device cuda --dtype bfloat16
     python tools/benchmark/pruning.py --backbone PlainMambaAdapter --shape 1 800 1280
+    python tools/benchmark/pruning.py --backbone Vim --arch S T
 """
 
 import argparse
@@ -21,10 +22,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from mmvssm.analysis.flops import count
 from mmvssm.errors import UserError, add_traceback_option, run_tool
-from mmvssm.models import PlainMamba, PlainMambaAdapter
+from mmvssm.models import PlainMamba, PlainMambaAdapter, Vim
 from mmvssm.models.pruning import PrunedTokens
 
-BACKBONES = {kind.__name__: kind for kind in (PlainMamba, PlainMambaAdapter)}
+BACKBONES = {kind.__name__: kind for kind in (PlainMamba, PlainMambaAdapter, Vim)}
 SHAPES = [(4, 224, 224), (1, 512, 512), (1, 800, 1280)]
 KINDS = {
     "linear layers": ("aten::addmm", "aten::mm", "aten::bmm"),
@@ -77,9 +78,9 @@ def flops(model: PlainMamba, x: Tensor) -> int:
 def build_pair(arch: str, args: argparse.Namespace) -> dict[str, PlainMamba]:
     """Build a dense model and the same model with pruning."""
     torch.manual_seed(0)
-    if arch not in PlainMamba.arch_settings:
-        raise UserError(f"unknown arch {arch}; known are {', '.join(PlainMamba.arch_settings)}")
     backbone = BACKBONES[args.backbone]
+    if arch not in backbone.arch_settings:
+        raise UserError(f"unknown arch {arch}; known are {', '.join(backbone.arch_settings)}")
     models = {name: backbone(arch, pruning=p) for name, p in (("dense", None), ("pruned", arch))}
     models["pruned"].load_state_dict(models["dense"].state_dict())
     return {name: model.to(args.device).eval() for name, model in models.items()}
