@@ -126,11 +126,11 @@ def test_single_pass_agrees_with_the_definition(case, fewer_steps, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [Case(1, 2000, 1, 5, 1), Case(1, 1990, 2, 7, 1)], ids=str)
+@pytest.mark.parametrize("case", [Case(1, 520, 1, 5, 1), Case(1, 515, 2, 7, 1)], ids=str)
 def test_single_pass_of_many_blocks_agrees_with_the_definition(case, fewer_steps, monkeypatch):
-    """Thirty-two tiles, in blocks of two: more than one look back takes."""
+    """Blocks of two tiles, more than one look back takes; tiles of 16 steps, which do not decay to nothing."""
     monkeypatch.setattr(triton_launch, "SINGLE_PASS", True)
-    monkeypatch.setattr(triton_launch, "_TILE_STEPS", 8)
+    monkeypatch.setattr(triton_launch, "_TILE_STEPS", 2)
     monkeypatch.setattr(triton_launch, "_TILE_THREADS", 64)
     monkeypatch.setattr(triton_launch, "_BLOCK", 2)
     check(case, run_on(90))
