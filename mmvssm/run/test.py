@@ -4,6 +4,8 @@ import argparse
 import json
 import math
 import os
+from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Optional
 
@@ -13,7 +15,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.dist import is_main_process
 
 from ..datasets.walk import leaf_datasets
-from ..errors import UserError
+from ..errors import UserError, shown
 from ..private_names import forget_train_loop
 from .checkpoints import Checkpoint
 from .exported import check_arguments, is_exported, load_exported, use_exported
@@ -162,7 +164,43 @@ def _use_tta(cfg: Config) -> None:
         raise UserError("--tta needs tta_model and tta_pipeline in the config")
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
     for dataset in leaf_datasets(cfg.test_dataloader.dataset):
-        dataset.pipeline = cfg.tta_pipeline
+        tested = [step.scale for step in dataset.get("pipeline") or [] if _resizes(step)]
+        dataset.pipeline = deepcopy(cfg.tta_pipeline)
+        if len(tested) == 1:
+            _follow_test_scale(dataset.pipeline, tested[0], cfg.get("img_ratios") or ())
+
+
+def _resizes(step: Any) -> bool:
+    """Whether a step of a pipeline resizes to a fixed scale."""
+    is_step = isinstance(step, dict) and str(step.get("type")).rpartition(".")[2] == "Resize"
+    return is_step and bool(step.get("scale"))
+
+
+def _follow_test_scale(pipeline: Sequence[Any], tested: Any, ratios: Sequence[float]) -> None:
+    """Resize the views to ``ratios`` of the scale that the test pipeline has, which a config may have changed alone.
+
+    Raises:
+        UserError: If no view has that scale, and the views do not have ``ratios`` of another one.
+    """
+    views = [
+        step for part in pipeline if isinstance(part, dict) for step in part.get("transforms") or []
+    ]
+    resizes = [step for view in views for step in view if _resizes(step)]
+    tested, *scales = (
+        (s, s) if isinstance(s, int) else tuple(s) for s in (tested, *(r.scale for r in resizes))
+    )
+    if not scales or tested in scales:
+        return
+    # Whole pixels hide up to one pixel of the scale that the views were made from.
+    was = [scale[1] / ratio for scale, ratio in zip(scales, ratios)]
+    if len(ratios) != len(scales) or max(was) - min(was) > 1 / min(ratios):
+        raise UserError(
+            f"--tta: the test pipeline resizes to {tested}, and tta_pipeline to {shown(scales)}, none of them the "
+            "same; give tta_pipeline the scales for that test"
+        )
+    for resize, ratio in zip(resizes, ratios):
+        resize.scale = tuple(int(side * ratio) for side in tested)
+    print_once(f"--tta: views are resized to {list(ratios)} times the test pipeline's {tested}")
 
 
 def _predicts_masks(node: Any) -> bool:
