@@ -25,6 +25,8 @@ from ..errors import UserError, shown, user_mistakes
 
 _CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 _DELETE = "_delete_"  # mmengine's key to replace a dict instead of merging into it
+_MOST_COMMON = 16  # a config has larger numbers in one meaning only
+_MOST_PLACES = 10  # settings that a message lists
 _SLIP = 0.85  # names at least this similar count as typos; difflib suggests from 0.6 on
 
 # Top-level names that mmengine or our tools read, besides the arguments of Runner. All other names are variables, which
@@ -184,8 +186,8 @@ def _check_is_read(name: str, top: dict) -> None:
     """Reject a variable of the config file: setting it after the file was read has no effect."""
     if name in _top_level():
         return
-    places = list(_places(top, name))
-    remedy = f"set {shown(places)}" if places else "set what it was used for"
+    places = list(_places(top, name, top[name]))
+    remedy = f"set {', '.join(places[:_MOST_PLACES])}" if places else "set what it was used for"
     raise UserError(
         f"--cfg-options {name} has no effect: it is a variable that the config file has used already; "
         f"{remedy}"
@@ -251,14 +253,24 @@ def _top_level() -> set[str]:
     return set(inspect.signature(Runner.__init__).parameters) - {"self", "cfg"} | _READ
 
 
-def _places(node: Any, name: str, path: str = "") -> Iterator[str]:
-    """Yield the paths of settings called ``name`` in the parts of a config that are read."""
-    for key, value in node.items() if isinstance(node, dict) else ():
+def _places(node: Any, name: str, used: Any = None, path: str = "") -> Iterator[str]:
+    """Yield the paths of settings called ``name``, or with the value ``used``, in the parts of a config that are read.
+
+    A tuple has the value too if all its sides have it, as in ``scale=(160, 160)``.
+    """
+    # Small numbers occur everywhere by chance.
+    is_telling = type(used) in (int, float) and used > _MOST_COMMON
+    is_list = isinstance(node, (list, tuple))
+    for key, value in enumerate(node) if is_list else dict(node).items():
         if path or key in _top_level():
             where = f"{path}.{key}" if path else key
-            if key == name and path:
+            parts = value if isinstance(value, (list, tuple)) else [value]
+            if path and (
+                key == name or (is_telling and parts and all(part == used for part in parts))
+            ):
                 yield where
-            yield from _places(value, name, where)
+            elif isinstance(value, (dict, list, tuple)):
+                yield from _places(value, name, used, where)
 
 
 def _check_kind(key: str, old: Any, new: Any) -> None:

@@ -151,6 +151,12 @@ def prepare_data(
     if args.no_data_check:
         cfg.check_data = False
     if args.data_root:
+        for key in args.cfg_options or ():
+            if key.split(".")[0] == "prepare_data":
+                raise UserError(
+                    f"--cfg-options {key} has no effect with --data-root, whose images exist already; to change their "
+                    'size in a run, set "scale" and "crop_size" in the pipelines, as in docs/data.md under "Few images"'
+                )
         if args.classes and cfg.default_scope == "mmpretrain":
             raise UserError(
                 "--classes: a classifier's classes are named by their folders in --data-root"
