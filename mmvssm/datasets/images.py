@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Optional
 
+import cv2
 from PIL import Image
 
 from ..errors import UserError
@@ -13,6 +14,8 @@ from .memory import Memory
 from .pictures import Loading, Picture, read_images
 
 Size = tuple[int, int]
+_FEW = 8  # pictures of which we read the pixels to know their range
+_DARK = 64  # of 255; values of up to 14 bits stay below
 
 
 def check_images(
@@ -39,13 +42,16 @@ def check_images(
         _compare_sizes(paths, pictures, sizes, annotated)
     doubts = {
         "have another format than their suffix, and are read in their true format": _is_misnamed,
-        "have 16 bits a channel, of which the upper 8 are read": _is_deep,
     }
     if loading.applies_orientation:
         doubts[
             "are turned or mirrored by their EXIF orientation when they are read, and we cannot "
             "know whether the annotations are for the turned or for the stored pixels"
         ] = _is_undecided
+    deep = [path for path, picture in zip(paths, pictures) if picture.is_deep]
+    if deep:
+        what = f"have 16 bits a channel, of which the upper 8 are read{_range_of(deep)}"
+        doubts[what] = lambda path, picture: picture.is_deep
     warnings = []
     for what, is_so in doubts.items():
         named = [path for path, picture in zip(paths, pictures) if is_so(path, picture)]
@@ -120,8 +126,16 @@ def _is_misnamed(path: str, picture: Picture) -> bool:
     return expected is not None and actual not in (expected, "?")
 
 
-def _is_deep(path: str, picture: Picture) -> bool:
-    return picture.mode.startswith("I;16")
+def _range_of(deep: Sequence[str]) -> str:
+    """Describe the values of the first few pictures of 16 bits, and say so if only dark ones are left of them."""
+    some = [cv2.imread(path, cv2.IMREAD_UNCHANGED) for path in deep[:_FEW]]
+    # Without an alpha channel, which is bright.
+    some = [p if p.ndim == 2 else p[..., :3] for p in some if p is not None]
+    if not some:
+        return ""
+    low, high = min(int(pixels.min()) for pixels in some), max(int(pixels.max()) for pixels in some)
+    dark = ", nearly black: stretch their values to 16 bits" if high >> 8 < _DARK else ""
+    return f"; the values {low} to {high} of the first {len(some)} become {low >> 8} to {high >> 8} of 255{dark}"
 
 
 def _is_undecided(path: str, picture: Picture) -> bool:

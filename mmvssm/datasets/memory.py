@@ -13,7 +13,7 @@ from ..files import write_whole
 
 _NAME = ".data_check.json"
 _WORTHWHILE = 400  # images; reading fewer again takes no longer than saving them
-_VERSION = 1  # raise it when the format of the findings changes
+_VERSION = 2  # raise it when the format of the findings changes
 
 
 class Memory:

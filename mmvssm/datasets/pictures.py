@@ -38,7 +38,7 @@ class Picture(NamedTuple):
         format: Pillow's name, such as ``"JPEG"``; empty if the file cannot be read.
         width: Stored width in pixels, before EXIF's orientation is applied.
         height: Stored height in pixels.
-        mode: Pillow's name of the kind of pixels, such as ``"RGB"``.
+        mode: Pillow's name of the kind of pixels, such as ``"RGB"``; ``"RGB;16"`` stands for 16 bits a channel.
         orientation: EXIF orientation, 1 to 8; 1 is upright.
         problem: Why the file cannot be used, after its name in a message; empty if it can.
         labels: The values in a label map, sorted.
@@ -51,6 +51,11 @@ class Picture(NamedTuple):
     orientation: int = 1
     problem: str = ""
     labels: Sequence[int] = ()
+
+    @property
+    def is_deep(self) -> bool:
+        """Whether the file stores 16 bits a channel."""
+        return ";16" in self.mode
 
 
 class Loading(NamedTuple):
@@ -197,7 +202,9 @@ def _describe_header(file: BinaryIO) -> Picture:
             width, height = image.tag_v2[_TIFF_WIDTH], image.tag_v2[_TIFF_HEIGHT]
         orientation = exif.get(_ORIENTATION, 1)
         orientation = orientation if orientation in range(1, 9) else 1
-        return Picture(image.format or "?", width, height, image.mode, int(orientation))
+        # Pillow's modes of colours have 8 bits; only the tile names the 16 that are stored.
+        deep = ";16" if ";16" in str(getattr(image, "tile", "")) and ";16" not in image.mode else ""
+        return Picture(image.format or "?", width, height, image.mode + deep, int(orientation))
 
 
 def _ends_properly(file: BinaryIO) -> bool:

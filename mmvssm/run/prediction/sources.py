@@ -154,13 +154,12 @@ def describe_image(path: str, loading: Loading) -> list[str]:
         raise UnreadableError(picture.problem)
     found = []
     reduces = loading.backend == "cv2" and loading.color_type != "unchanged"
-    if reduces and picture.mode in ("RGBA", "LA", "PA"):
+    if reduces and picture.mode.partition(";")[0] in ("RGBA", "LA", "PA"):
         found.append("transparency, which is ignored: the colours underneath are used")
+    if reduces and picture.is_deep:
+        found.append("16 bits a channel, of which the upper 8 are used")
     if picture.format in ("PNG", "TIFF", "WEBP"):
         with without_size_limit(), Image.open(path) as image:
-            # A tile names the pixels as stored; the image's mode is that of what Pillow decodes them to.
-            if reduces and any(";16" in str(tile) for tile in getattr(image, "tile", ())):
-                found.append("16 bits a channel, of which the upper 8 are used")
             if getattr(image, "n_frames", 1) > 1:
                 found.append("several pages or frames, of which the first is used")
     return found

@@ -8,6 +8,7 @@ import io
 import json
 import os
 
+import cv2
 import numpy as np
 import pytest
 from mmcv.transforms import LoadImageFromFile
@@ -580,9 +581,14 @@ WARNED_INSTANCES = {
         image(JPEG),
         "1 of 4 images have another format than their suffix",
     ),
-    "image of 16 bits": (
-        image(encoded(np.arange(256, dtype=np.uint16).reshape(16, 16))),
-        "have 16 bits a channel",
+    "image of 12 bits in 16": (
+        image(encoded(np.arange(0, 4096, 16, dtype=np.uint16).reshape(16, 16))),
+        "have 16 bits a channel, of which the upper 8 are read; the values 0 to 4080 of the first 1 become 0 to 15 of "
+        "255, nearly black: stretch",
+    ),
+    "colour image of 16 bits": (
+        image(cv2.imencode(".png", np.full((16, 16, 3), 65535, np.uint16))[1].tobytes()),
+        "the values 65535 to 65535 of the first 1 become 255 to 255 of 255 (first",
     ),
     "square image turned by EXIF": (
         renamed(encoded(kind="JPEG", orientation=6), "a.jpg"),
@@ -1317,15 +1323,15 @@ def test_annotations_are_checked_once_for_each_use(tmp_path, monkeypatch, rememb
         "{",
         "[]",
         "[" * 100_000,
-        '{"version": 1}',
-        '{"version": 1, "folders": 3}',
-        '{"version": 1, "folders": {"image-cv2:FOLDER": 3}}',
-        '{"version": 1, "folders": {"FOLDER": {"0.png": [1, 2]}}}',
-        '{"version": 1, "folders": {"image-cv2:FOLDER": {"0.png": 3}}}',
-        '{"version": 1, "folders": {"image-cv2:FOLDER": {"0.png": [SIZE, TIME]}}}',
-        '{"version": 1, "folders": {"image-cv2:FOLDER": {"0.png": [SIZE, TIME, "PNG", "16", 16, "L", 1, "", []]}}}',
-        '{"version": 1, "folders": {"image-cv2:FOLDER": {"0.png": [SIZE, TIME, "PNG", 16, 16, "L", 1, "", 5]}}}',
-        '{"version": 1, "folders": {"image-cv2:FOLDER": {"0.png": [SIZE, TIME, "PNG", 16, 16, "L", 1, "", [], 1]}}}',
+        '{"version": 2}',
+        '{"version": 2, "folders": 3}',
+        '{"version": 2, "folders": {"image-cv2:FOLDER": 3}}',
+        '{"version": 2, "folders": {"FOLDER": {"0.png": [1, 2]}}}',
+        '{"version": 2, "folders": {"image-cv2:FOLDER": {"0.png": 3}}}',
+        '{"version": 2, "folders": {"image-cv2:FOLDER": {"0.png": [SIZE, TIME]}}}',
+        '{"version": 2, "folders": {"image-cv2:FOLDER": {"0.png": [SIZE, TIME, "PNG", "16", 16, "L", 1, "", []]}}}',
+        '{"version": 2, "folders": {"image-cv2:FOLDER": {"0.png": [SIZE, TIME, "PNG", 16, 16, "L", 1, "", 5]}}}',
+        '{"version": 2, "folders": {"image-cv2:FOLDER": {"0.png": [SIZE, TIME, "PNG", 16, 16, "L", 1, "", [], 1]}}}',
         '{"version": 0, "folders": {"image-cv2:FOLDER": {"0.png": [SIZE, TIME, "PNG", 9, 9, "L", 1, "", []]}}}',
     ],
 )
