@@ -2,7 +2,7 @@
 
     data/cifar10/train/<class>/*.jpg  data/cifar10/val/<class>/*.jpg
 
-Another place, or any data set of that layout with images of 32x32 or more, by --data-root.
+Another place, or any data set of that layout, by --data-root. The shorter side of its images becomes 32 pixels.
 """
 
 _base_ = "./groupmamba_imagenet.py"
@@ -29,12 +29,14 @@ model = dict(
 classes = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 train_pipeline = [
     dict(type="mmpretrain.LoadImageFromFile"),
+    dict(type="mmpretrain.ResizeEdge", scale=32, edge="short"),  # leaves 32x32 as they are
     dict(type="mmpretrain.RandomCrop", crop_size=32, padding=4),
     dict(type="mmpretrain.RandomFlip", prob=0.5, direction="horizontal"),
     dict(type="mmpretrain.PackInputs"),
 ]
 test_pipeline = [
     dict(type="mmpretrain.LoadImageFromFile"),
+    dict(type="mmpretrain.ResizeEdge", scale=32, edge="short"),  # leaves 32x32 as they are
     dict(type="mmpretrain.CenterCrop", crop_size=32),
     dict(type="mmpretrain.PackInputs"),
 ]

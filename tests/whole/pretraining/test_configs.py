@@ -7,6 +7,7 @@ import runpy
 from copy import deepcopy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
@@ -206,6 +207,17 @@ def test_cifar10(name):
         cfg.model.teacher_checkpoint = None
     logged, _ = step(cfg, build(cfg), 32, 4)
     assert all(map(math.isfinite, logged.values()))
+
+
+@pytest.mark.parametrize("loader", ["train_dataloader", "test_dataloader"])
+def test_cifar10_recipes_see_the_whole_of_larger_images(loader):
+    """Not a corner of 32x32 pixels; and images of that size as they are."""
+    steps = [TRANSFORMS.build(t) for t in load("groupmamba_cifar10")[loader].dataset.pipeline]
+    for size in ((32, 32), (200, 260)):
+        image = np.random.RandomState(0).randint(0, 255, (*size, 3), np.uint8)
+        resized = steps[1](dict(img=image, img_shape=size))["img"]
+        assert min(resized.shape[:2]) == 32 and (size != (32, 32) or (resized == image).all())
+        assert steps[2](dict(img=resized, img_shape=resized.shape[:2]))["img"].shape == (32, 32, 3)
 
 
 def test_flops_of_the_small_pruned_one():
