@@ -17,20 +17,18 @@ from typing import Any, Optional
 
 import torch
 from mmengine.logging import print_log
-from mmengine.model import PretrainedInit
 from mmengine.runner.checkpoint import CheckpointLoader
 
 from ..errors import UserError
 from ..files import write_whole
 from ..safe_checkpoint import UnsafeCheckpointError, load_checkpoint_safely
+from .backbones.base import PRETRAINED
 from .backbones.common import WRAPPINGS
 from .published import convert_whole, inert_globals, unwrap
 from .weights_table import PublishedModel, find_model
 
 SCHEME = "mmvssm://"
 VARIABLE = "MMVSSM_WEIGHTS"
-PRETRAINED = ("Pretrained", PretrainedInit)
-"""Types of an ``init_cfg`` that names a checkpoint."""
 
 
 def locate(name: str) -> Path:

@@ -9,7 +9,8 @@ from mmengine.model import BaseModule
 from torch import Size, Tensor, nn
 
 from ..errors import UserError, shown
-from ..models.weights import PRETRAINED, drop_pretrained
+from ..models.backbones.base import PRETRAINED
+from ..models.weights import drop_pretrained
 from .checkpoints import Checkpoint, shapes_of
 
 _CONVERT = "tools/convert_checkpoint.py renames those of published models"

@@ -17,6 +17,7 @@ from torch import nn
 import mmvssm  # noqa: F401  (registers the models)
 from mmvssm.analysis.flops import count
 from mmvssm.errors import UserError, add_traceback_option, run_tool, user_mistakes
+from mmvssm.models.weights import drop_pretrained
 from mmvssm.run.setup import explain_missing_mmpretrain
 
 
@@ -57,6 +58,7 @@ def build(args: argparse.Namespace) -> nn.Module:
         cfg = Config.fromfile(args.model)
         cfg.merge_from_dict(args.cfg_options)
         init_default_scope(cfg.get("default_scope", "mmengine"))
+        list(drop_pretrained(cfg.model))
         return MODELS.build(cfg.model)
 
 

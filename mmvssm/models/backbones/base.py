@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, Union
 
-from mmengine.model import BaseModule
+import torch
+from mmengine.model import BaseModule, PretrainedInit
 from torch import nn
 
+PRETRAINED = ("Pretrained", PretrainedInit)
+"""Types of an ``init_cfg`` that names a checkpoint."""
 NOT_DECAYED = (
     "A_log",
     "D",
@@ -35,6 +39,7 @@ class Backbone(BaseModule):
     out_channels: tuple[int, ...]
     out_strides: tuple[int, ...]
     unwrap_single: bool
+    _is_loaded = False  # whether weights were loaded, or we warned that they were not
 
     def describe_outputs(
         self,
@@ -98,9 +103,29 @@ class Backbone(BaseModule):
         raise NotImplementedError
 
     def pack(self, maps: Iterable[Any]) -> Union[tuple[Any, ...], Any]:
-        """The maps as a tuple, or the only one itself, as ``unwrap_single`` says."""
+        """The maps as a tuple, or the only one itself, as ``unwrap_single`` says.
+
+        We warn once if the maps are made by random weights although ``init_cfg`` names a checkpoint.
+        """
+        if not (torch.compiler.is_compiling() or self._is_loaded or self._is_init):
+            self._warn_of_random_weights()
         maps = tuple(maps)
         return maps[0] if self.unwrap_single else maps
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._is_loaded = True
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _warn_of_random_weights(self) -> None:
+        self._is_loaded = True
+        init_cfgs = [self.init_cfg] if isinstance(self.init_cfg, dict) else self.init_cfg or []
+        for init_cfg in init_cfgs:
+            if init_cfg.get("type") in PRETRAINED:
+                warnings.warn(
+                    f"{type(self).__name__} runs with random weights: {init_cfg.get('checkpoint')} of its init_cfg is "
+                    "loaded by init_weights(), which nothing called.",
+                    stacklevel=2,
+                )
 
 
 def stage_prefixes(stages: Sequence[nn.Module]) -> list[tuple[str, ...]]:

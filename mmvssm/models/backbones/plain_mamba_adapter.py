@@ -198,7 +198,7 @@ class PlainMambaAdapter(PlainMamba):
         if self.add_vit_feature:
             maps = [c + _resize(x, c.shape[2:]) for c in maps]
         norms = (self.ad_norm1, self.ad_norm2, self.ad_norm3, self.ad_norm4)
-        return tuple(norm(c).contiguous() for norm, c in zip(norms, maps))
+        return self.pack(norm(c).contiguous() for norm, c in zip(norms, maps))
 
     def _check_interactions(
         self, indexes: Optional[Sequence[Sequence[int]]]

@@ -1,6 +1,7 @@
 """What the backbones tell about themselves is what they do and what our recipes say."""
 
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,44 @@ def test_channels_and_strides_are_those_of_the_maps(backbone):
     assert [i["num_chs"] for i in info] == list(backbone.out_channels)
     assert [i["reduction"] for i in info] == list(backbone.out_strides)
     assert all(backbone.get_submodule(i["module"]) for i in info)
+
+
+class TestRandomWeights:
+    """Those of a backbone whose ``init_cfg`` names a checkpoint that nothing loaded."""
+
+    @pytest.fixture
+    def backbone(self, backbone, tmp_path):
+        path = tmp_path / "weights.pth"
+        torch.save(backbone.state_dict(), path)
+        backbone.init_cfg = dict(type="Pretrained", checkpoint=str(path))
+        return backbone.eval()
+
+    def warnings_of(self, backbone):
+        with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+            warnings.simplefilter("always")
+            backbone(torch.zeros(1, 3, 64, 64))
+        return [str(w.message) for w in caught if "random weights" in str(w.message)]
+
+    def test_we_warn_once(self, backbone):
+        (said,) = self.warnings_of(backbone)
+        assert f"{type(backbone).__name__} runs with random weights" in said
+        assert "weights.pth" in said and "init_weights()" in said
+        assert not self.warnings_of(backbone)
+
+    @pytest.mark.parametrize(
+        "initialise",
+        [
+            lambda model: model.init_weights(),
+            lambda model: model.load_state_dict({}, strict=False),
+            lambda model: torch.nn.Sequential(model).load_state_dict({}, strict=False),
+            lambda model: setattr(model, "init_cfg", None),
+            lambda model: setattr(model, "init_cfg", dict(type="Kaiming", layer="Conv2d")),
+        ],
+        ids=["init_weights", "load", "load of the whole", "no init_cfg", "no checkpoint"],
+    )
+    def test_we_do_not_warn(self, backbone, initialise):
+        initialise(backbone)
+        assert not self.warnings_of(backbone)
 
 
 def test_timm_takes_the_feature_info(backbone):
