@@ -59,6 +59,14 @@ _BUILT = re.compile(
 )
 _UNREGISTERED = re.compile(r"(\S+) is not in the \S+ registry")  # mmengine's words
 _AT_LEAST = {"batch_size": 1, "num_workers": 0, "max_epochs": 1, "max_iters": 1, "val_interval": 1}
+# Optimizers that mmengine registers if their package is installed.
+_PACKAGES = {
+    re.compile("Lion"): "lion-pytorch",
+    re.compile("DAdapt(AdaGrad|Adam|SGD)"): "dadaptation",
+    re.compile("Sophia.*"): "Sophia-Optimizer",
+    re.compile("bnb_.*|.*(8|32)bit"): "bitsandbytes",
+    re.compile("Adafactor"): "transformers",
+}
 # Dicts, and lists that hold one, which mmengine would split at their commas; "{:05}.png" is none.
 _DICT = re.compile(r"""[\[(](.*[\[(,])?(\{|dict\()|\{["'}]|dict\(""")
 
@@ -360,6 +368,9 @@ def find_type(kind: Any) -> Optional[Any]:
 
 
 def _explain_unregistered(kind: str) -> str:
+    for name, package in _PACKAGES.items():
+        if name.fullmatch(kind.rpartition(".")[2]):
+            return f"{kind!r} is of a package that is not installed; pip install {package}"
     near = _nearest_type(kind)
     hint = f"; the nearest is {near!r}" if near else ""
     return f"{kind!r} is not registered{hint}; import a class of your own by custom_imports in the config"

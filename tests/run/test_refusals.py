@@ -79,6 +79,8 @@ OPTIONS = [
     ("model.backbone={}", "values cannot be dicts"),
     ("model.backbone.type=mmvssm.GroupMambo", "the nearest is 'mmvssm.GroupMamba'"),
     ("model.type=EncoderDecodr", "the nearest is 'EncoderDecoder'"),
+    ("optim_wrapper.optimizer.type=Lion", "'Lion' is of a package that is not installed; pip install lion-pytorch"),
+    ("optim_wrapper.optimizer.type=PagedAdamW8bit", "pip install bitsandbytes"),
     ("optim_wrapper.optimizer.type=AdamV", "optim_wrapper.optimizer.type='AdamV' is not registered; the nearest is"),
     ("train_dataloader.dataset.pipeline.4.type=RandomFlap", "the nearest is 'RandomFlip'"),
     ("param_scheduler.0.type=LinearRL", "the nearest is 'LinearLR'"),
