@@ -69,6 +69,7 @@ class AtomicCheckpointHook(CheckpointHook):
     (``save_best``) before it writes the new one. This hook writes to a temporary file on a local disk and renames it,
     and removes old checkpoints only when the new one is complete. It does not save a state with NaN or infinity, which
     would replace a good checkpoint and cannot be resumed from. The run ends, since such a state never recovers.
+    ``save_best="auto"`` follows the metric of all classes even if mmdet evaluates each class as well.
 
     Raises:
         NonFiniteError: If the state is not finite. Buffers that were not finite before training are ignored.
@@ -136,6 +137,9 @@ class AtomicCheckpointHook(CheckpointHook):
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
         if self.save_best:
             self._check_finite(runner, runner.iter)
+            # "auto" takes the first metric, and mmdet's classwise=True puts those of single classes first.
+            if next(iter(metrics), "").endswith("_precision"):
+                metrics = {k: v for k, v in metrics.items() if k.endswith("_mAP")} | metrics
             with self._deferred_removal():
                 super()._save_best_checkpoint(runner, metrics)
 

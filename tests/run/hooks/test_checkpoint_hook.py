@@ -198,6 +198,21 @@ def test_a_best_checkpoint_written_again_under_its_name_stays(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("names", "best"),
+    [
+        (["disk_precision", "bbox_mAP", "bbox_mAP_50"], "bbox_mAP"),
+        (["disk_precision", "bbox_recall"], "disk_precision"),
+    ],
+    ids=["of mmdet", "of another evaluator"],
+)
+def test_the_best_is_that_of_all_classes(tmp_path, names, best):
+    """mmdet's CocoMetric(classwise=True) puts the metrics of single classes first."""
+    settings = {"default_hooks.checkpoint.save_best": "auto", "val_evaluator.names": names}
+    toy_runner(tmp_path, amount=1, **settings).train()
+    assert (tmp_path / f"best_toy_{best}_epoch_1.pth").exists()
+
+
+@pytest.mark.parametrize(
     "named, removable",
     [
         ("elsewhere/best_toy_mAP_epoch_1.pth", "best_toy_mAP_epoch_1.pth"),
