@@ -79,3 +79,14 @@ def test_one_sentence_and_nothing_written(fetch, tmp_path, npm, words):
     assert result.returncode == 1 and words in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], []], ids=["help", "no folder"])
+def test_usage_fetches_nothing(tmp_path, arguments):
+    (tmp_path / "npm").write_text("#!/bin/sh\ntouch called\n")
+    (tmp_path / "npm").chmod(0o755)
+    script = [sys.executable, INSTALL / "onnxruntime_web.py", *arguments]
+    env = {"PATH": str(tmp_path)}
+    result = subprocess.run(script, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert "usage" in result.stdout + result.stderr and len(list(tmp_path.iterdir())) == 1
+    assert (result.returncode == 0) == bool(arguments)

@@ -6,11 +6,11 @@ unpack the files that the page needs.
 
 from __future__ import annotations
 
+import argparse
 import base64
 import hashlib
 import shutil
 import subprocess
-import sys
 import tarfile
 import tempfile
 from pathlib import Path
@@ -82,4 +82,6 @@ def _check(archive: Path) -> None:
 
 
 if __name__ == "__main__":
-    fetch(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0].partition(":")[0] + ".")
+    parser.add_argument("folder", type=Path, help="where its files are put")
+    fetch(parser.parse_args().folder)
