@@ -31,8 +31,34 @@ def train_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--amp",
-        action="store_true",
-        help="train in mixed precision: float16 on a GPU, bfloat16 for backbone and neck on a CPU",
+        nargs="?",
+        const="auto",
+        choices=("auto", "bfloat16", "float16"),
+        help="train in mixed precision: on a GPU bfloat16 if it has that, else float16 with scaled losses, or the one "
+        "named; on a CPU bfloat16 for backbone and neck",
+    )
+    parser.add_argument(
+        "--batch-size", type=_positive, metavar="N", help="images a step on each GPU or process"
+    )
+    parser.add_argument("--lr", type=float, metavar="RATE", help="the optimizer's learning rate")
+    parser.add_argument(
+        "--layer-decay",
+        type=float,
+        metavar="RATE",
+        help="multiply the learning rate by this for each layer from the backbone's last to its first, such as 0.8",
+    )
+    parser.add_argument(
+        "--early-stop",
+        type=_positive,
+        metavar="N",
+        help="end when N validations in a row have not improved the metric",
+    )
+    parser.add_argument(
+        "--logger",
+        nargs="+",
+        default=[],
+        choices=("tensorboard", "wandb", "mlflow"),
+        help="also log losses and metrics there (needs that package)",
     )
     parser.add_argument(
         "--auto-scale-lr",
@@ -42,7 +68,7 @@ def train_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tensorboard",
         action="store_true",
-        help="also log losses and metrics for TensorBoard (needs the package tensorboard)",
+        help="the same as --logger tensorboard",
     )
     parser.add_argument(
         "--plain",
@@ -158,6 +184,13 @@ def export_onnx_parser() -> argparse.ArgumentParser:
     )
     add_cfg_options(parser)
     return parser
+
+
+def _positive(text: str) -> int:
+    """A whole number from 1 on."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
 
 
 def _parser(

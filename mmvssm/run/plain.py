@@ -15,7 +15,8 @@ from .pretrained import start_from_scratch
 from .setup import generate_data, print_once
 
 _DATA_OPTIONS = ("data_root", "classes", "reduce_zero_label", "no_data_check")
-_NOT_PLAIN = ("epochs", "iters", "tensorboard", *_DATA_OPTIONS)
+_SHORT = ("batch_size", "lr", "layer_decay", "early_stop", "logger", "tensorboard")
+_NOT_PLAIN = ("epochs", "iters", *_SHORT, *_DATA_OPTIONS)
 
 
 def train_plain(args: argparse.Namespace) -> None:

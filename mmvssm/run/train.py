@@ -3,18 +3,17 @@
 import argparse
 from typing import Any
 
-import torch
 from mmengine.config import Config, ConfigDict
-from mmengine.dist import get_world_size
 from mmengine.hooks import CheckpointHook
 from mmengine.runner import Runner
 
-from ..errors import UserError, one_line, user_mistakes
+from ..errors import user_mistakes
 from ..processes import on_first_process
 from .failures import run_failures
 from .hooks.reproducible import make_reproducible
+from .options import apply_options
 from .plain import train_plain
-from .pretrained import check_pretrained, start_from_scratch
+from .pretrained import check_pretrained
 from .resuming import choose_start
 from .schedule import change_length, hint_at_options, shorten_warm_ups
 from .settings import find_type, suggest_similar_name
@@ -42,8 +41,7 @@ def train(args: argparse.Namespace) -> None:
 
     1. Settings: refuse misspelt keys, unknown types and values that cannot work (:func:`~.setup.open_config`).
     2. Machine: gloo and plain batch norm without GPUs; ``SyncBuffersHook`` with several processes.
-    3. Options: ``--epochs`` and ``--iters`` with the whole schedule, ``--from-scratch``, ``--tensorboard``, ``--amp``
-       on a CPU.
+    3. Options: ``--epochs`` and ``--iters`` with the whole schedule, and those of :mod:`~.options`.
     4. Work dir: refuse one that holds, or is locked by, another run (:mod:`~.work_dir`).
     5. Data: ``--data-root`` with classes, heads and evaluators; generated data; checks of every file that the run will
        read (:func:`~.setup.prepare_data`).
@@ -79,7 +77,7 @@ def train(args: argparse.Namespace) -> None:
         print_once(change_length(cfg, option, getattr(args, option), given))
     else:
         print_once(hint_at_options(cfg, given))
-    _apply_options(cfg, args)
+    apply_options(cfg, args)
     on_first_process(check_not_locked, cfg.work_dir)
     if not (args.resume or cfg.get("resume")):
         check_unused(cfg.work_dir, None)
@@ -108,7 +106,7 @@ def train(args: argparse.Namespace) -> None:
             runner.train()
     print_once(f"Training is finished: checkpoints, logs and the config are in {runner.work_dir}")
     print_once(f"Losses and metrics of this run: {runner.log_dir}/vis_data/scalars.json")
-    if args.tensorboard:
+    if args.tensorboard or "tensorboard" in args.logger:
         print_once(f"To look at them: tensorboard --logdir {runner.work_dir}")
 
 
@@ -124,60 +122,6 @@ def prepare_training(cfg: Config) -> None:
     make_reproducible(cfg)
     _add_hooks(cfg, "mmvssm.NonFiniteGuardHook", "mmvssm.InterruptionHook")
     use_worker_init(cfg)
-
-
-def use_amp(cfg: Config) -> None:
-    """Turn on mixed precision: float16 on a GPU, bfloat16 without one.
-
-    Args:
-        cfg: Changed in place. Without a GPU, the settings of loss scaling are dropped.
-    """
-    if torch.cuda.is_available():
-        cfg.optim_wrapper.type = "AmpOptimWrapper"
-        cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
-        return
-    cfg.optim_wrapper.type = "mmvssm.BFloat16OptimWrapper"
-    for name in ("loss_scale", "dtype", "use_fsdp"):  # of AmpOptimWrapper alone
-        cfg.optim_wrapper.pop(name, None)
-
-
-def use_tensorboard(cfg: Config) -> None:
-    """Also log for TensorBoard.
-
-    Args:
-        cfg: Changed in place.
-
-    Raises:
-        UserError: If TensorBoard is not installed.
-    """
-    try:
-        import torch.utils.tensorboard  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"--tensorboard needs a package that is not installed ({one_line(error)}); pip install tensorboard"
-        ) from error
-    visualizer = cfg.setdefault("visualizer", ConfigDict(type="mmengine.Visualizer"))
-    backends = list(visualizer.get("vis_backends") or [ConfigDict(type="LocalVisBackend")])
-    if not any(str(part.get("type")).endswith("TensorboardVisBackend") for part in backends):
-        visualizer.vis_backends = [*backends, ConfigDict(type="TensorboardVisBackend")]
-
-
-def _apply_options(cfg: Config, args: argparse.Namespace) -> None:
-    if args.amp:
-        use_amp(cfg)
-    if args.tensorboard:
-        use_tensorboard(cfg)
-    if args.from_scratch:
-        print_once(start_from_scratch(cfg))
-    if args.auto_scale_lr:
-        if "base_batch_size" not in (cfg.get("auto_scale_lr") or {}):
-            raise UserError("--auto-scale-lr needs auto_scale_lr.base_batch_size in the config")
-        cfg.auto_scale_lr.enable = True
-        base = cfg.auto_scale_lr.base_batch_size
-        images = cfg.train_dataloader.batch_size * get_world_size()
-        print_once(
-            f"Learning rates times {images / base:g}: {images} images a step, and the config's rates are for {base}"
-        )
 
 
 def _add_hooks(cfg: Config, *types: str) -> None:

@@ -2,9 +2,7 @@
 
 import json
 import logging
-import sys
 import time
-from types import ModuleType
 
 import cv2
 import pytest
@@ -13,7 +11,7 @@ from mmengine.runner import Runner
 
 from mmvssm.analysis.training_log import Curve, default_keys, draw_runs, read_run
 from mmvssm.errors import UserError
-from mmvssm.run.train import use_tensorboard
+from mmvssm.run.options import use_logger
 from support.tool_runs import call, sentence_of_refusal
 from support.toy_training import losses, toy_config
 
@@ -187,18 +185,18 @@ def test_an_unreadable_log_is_one_sentence(tmp_path):
 
 class TestTensorBoard:
     def test_a_missing_package_is_one_sentence(self, monkeypatch):
-        monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+        monkeypatch.setattr("mmvssm.run.options.find_spec", lambda name: None)
         with pytest.raises(
-            UserError, match=r"^--tensorboard needs a package .* pip install tensorboard$"
+            UserError, match=r"^--logger tensorboard needs a package .* pip install tensorboard$"
         ):
-            use_tensorboard(Config())
+            use_logger(Config(), "tensorboard")
 
     def test_runs_write_what_they_log(self, tmp_path):
         pytest.importorskip("tensorboard")
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
         cfg = toy_config(tmp_path / "run", amount=1)
-        use_tensorboard(cfg)
+        use_logger(cfg, "tensorboard")
         Runner.from_cfg(cfg).train()
         (folder,) = (tmp_path / "run").glob("*/vis_data")
         events = EventAccumulator(str(folder))
@@ -208,10 +206,10 @@ class TestTensorBoard:
         assert logged == pytest.approx(wanted) and len(wanted) == 6
 
     def test_what_the_config_has_stays(self, monkeypatch):
-        monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", ModuleType("tensorboard"))
+        monkeypatch.setattr("mmvssm.run.options.find_spec", lambda name: name)
         backends = [dict(type="LocalVisBackend", save_dir="x")]
         cfg = Config(dict(visualizer=dict(type="DetLocalVisualizer", vis_backends=backends)))
         for _ in range(2):
-            use_tensorboard(cfg)
+            use_logger(cfg, "tensorboard")
             assert cfg.visualizer.type == "DetLocalVisualizer"
             assert cfg.visualizer.vis_backends == [*backends, dict(type="TensorboardVisBackend")]

@@ -1,6 +1,7 @@
 """Options of tools/train.py that change how a run starts."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,11 @@ from mmengine.config import Config
 
 pytest.importorskip("mmseg")
 
+from mmvssm.errors import UserError
+from mmvssm.run.options import stop_early, use_amp
 from mmvssm.run.pretrained import start_from_scratch
 from support.tiny_configs import SEGMENTER
-from support.tool_runs import call
+from support.tool_runs import call, sentence_of_refusal
 
 
 def test_rates_are_scaled_from_the_config_s_own_batch_and_persistent_workers_need_workers(
@@ -56,3 +59,125 @@ def test_every_kind_of_start_is_dropped():
     assert cfg.load_from is None and cfg.model.pretrained is None
     assert cfg.model.neck[0].init_cfg.type == "Xavier" and cfg.model.neck[1].init_cfg is None
     assert start_from_scratch(cfg).endswith("its config names no pretrained ones")
+
+
+# --------------------------------------------------------------------------- short options
+
+BF16 = "torch.cuda.is_bf16_supported"
+SHORT = {  # what is given: what changes in the saved config
+    ("--batch-size", 4): dict(train_dataloader=dict(batch_size=4)),
+    ("--lr", 0.5): dict(optim_wrapper=dict(optimizer=dict(lr=0.5))),
+    ("--layer-decay", 0.5): dict(
+        optim_wrapper=dict(
+            constructor="mmvssm.LayerDecayOptimWrapperConstructor",
+            paramwise_cfg=dict(layer_decay_rate=0.5),
+        )
+    ),
+}
+
+
+def differs_in(before, after):
+    """The settings of ``after`` that ``before`` lacks or has otherwise."""
+    if not isinstance(after, dict) or not isinstance(before, dict):
+        return after
+    pairs = {key: (before.get(key), value) for key, value in after.items()}
+    return {key: differs_in(b, a) for key, (b, a) in pairs.items() if b != a}
+
+
+@pytest.mark.parametrize("given", SHORT, ids=str)
+def test_a_short_option_changes_its_settings_alone(config, given):
+    path = config(SEGMENTER)
+    call("train.py", path, "--work-dir", "run", *given)
+    before, after = (
+        {
+            k: v
+            for k, v in Config.fromfile(f).to_dict().items()
+            if k in ("optim_wrapper", "train_dataloader")
+        }
+        for f in (path, "run/tiny.py")
+    )
+    for cfg in (before, after):  # which every run of ours sets
+        cfg["train_dataloader"] = {"batch_size": cfg["train_dataloader"]["batch_size"]}
+    assert differs_in(before, after) == SHORT[given]
+
+
+def test_another_batch_says_whose_rates_these_are(config, capsys):
+    call("train.py", config(SEGMENTER), "--work-dir", "run", "--batch-size", "4")
+    said = capsys.readouterr().out
+    assert "rates are for 8 images a step, and there are 4: --auto-scale-lr scales them" in said
+
+
+def test_a_training_ends_when_its_metric_no_longer_improves(config, capsys):
+    """With a rate of zero soon no validation is better than the ones before; BatchNorm's statistics still change."""
+    longer = "\ntrain_cfg.update(max_iters=40, val_interval=1)\n"
+    options = ("--early-stop", "1", "--lr", "0")
+    call("train.py", config(SEGMENTER, longer), "--work-dir", "run", *options)
+    assert "ends after 1 validations in a row without a better mIoU" in capsys.readouterr().out
+    assert 1 < int(re.search(r"iter_(\d+)\.pth", Path("run/last_checkpoint").read_text())[1]) < 40
+
+
+@pytest.mark.parametrize(
+    "evaluator, save_best, metric",
+    [
+        (dict(type="CocoMetric"), None, "coco/bbox_mAP"),
+        ([dict(type="mmseg.IoUMetric")], "auto", "mIoU"),
+        (dict(type="Own"), "own/best", "own/best"),
+    ],
+)
+def test_which_metric_ends_a_training(evaluator, save_best, metric):
+    hooks = dict(checkpoint=dict(type="CheckpointHook", save_best=save_best))
+    cfg = Config(dict(val_evaluator=evaluator, default_hooks=hooks, custom_hooks=[dict(type="A")]))
+    stop_early(cfg, 3)
+    assert [hook.type for hook in cfg.custom_hooks] == ["A", "EarlyStoppingHook"]
+    assert (cfg.custom_hooks[1].monitor, cfg.custom_hooks[1].patience) == (metric, 3)
+
+
+@pytest.mark.parametrize(
+    "cfg, words",
+    [
+        (dict(val_evaluator=dict(type="Own")), "does not know the metric of Own; name it by"),
+        (dict(val_evaluator=None), "--early-stop needs a validation"),
+    ],
+)
+def test_a_metric_that_is_not_known(cfg, words):
+    with pytest.raises(UserError, match=words):
+        stop_early(Config(cfg), 3)
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_a_logger_s_package_is_named(config, capsys, monkeypatch, name):
+    monkeypatch.setattr("mmvssm.run.options.find_spec", lambda module: None)
+    sentence = sentence_of_refusal(
+        capsys, "train.py", config(SEGMENTER), "--work-dir", "run", "--logger", name
+    )
+    assert sentence.endswith(
+        f"--logger {name} needs a package that is not installed; pip install {name}"
+    )
+
+
+@pytest.mark.parametrize(
+    "option", [["--batch-size", "0"], ["--early-stop", "x"], ["--amp", "half"]]
+)
+def test_values_that_cannot_work(config, capsys, option):
+    with pytest.raises(SystemExit):
+        call("train.py", config(SEGMENTER), *option)
+    assert f"argument {option[0]}: invalid" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "asked, has_bf16, in_config, dtype, scale",
+    [
+        ("auto", True, {}, "bfloat16", 1.0),
+        ("auto", False, {}, "float16", "dynamic"),
+        ("auto", True, dict(dtype="float16", loss_scale=8.0), "float16", 8.0),
+        ("float16", True, {}, "float16", "dynamic"),
+        ("bfloat16", True, dict(loss_scale="dynamic"), "bfloat16", 1.0),
+    ],
+)
+def test_mixed_precision_on_a_gpu(monkeypatch, asked, has_bf16, in_config, dtype, scale):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(BF16, lambda: has_bf16)
+    cfg = Config(dict(optim_wrapper=dict(optimizer=dict(type="SGD"), **in_config)))
+    use_amp(cfg, asked)
+    assert cfg.optim_wrapper.type == "AmpOptimWrapper"
+    assert (cfg.optim_wrapper.dtype, cfg.optim_wrapper.loss_scale) == (dtype, scale)

@@ -9,7 +9,7 @@ from mmengine.optim import build_optim_wrapper
 
 from mmvssm.errors import UserError
 from mmvssm.run.hooks import BFloat16OptimWrapper
-from mmvssm.run.train import use_amp
+from mmvssm.run.options import use_amp
 from support.toy_training import ToyModel, losses, toy_runner
 
 SGD = dict(type="SGD", lr=0.1)
