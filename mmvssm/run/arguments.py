@@ -31,11 +31,12 @@ def train_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--amp",
-        nargs="?",
-        const="auto",
-        choices=("auto", "bfloat16", "float16"),
-        help="train in mixed precision: on a GPU bfloat16 if it has that, else float16 with scaled losses, or the one "
-        "named; on a CPU bfloat16 for backbone and neck",
+        action="store_true",
+        help="train in mixed precision: on a GPU bfloat16 if it has that, else float16 with scaled losses; on a CPU "
+        "bfloat16 for backbone and neck",
+    )
+    parser.add_argument(
+        "--amp-dtype", choices=("bfloat16", "float16"), help="--amp, in this dtype on a GPU"
     )
     parser.add_argument(
         "--batch-size", type=_positive, metavar="N", help="images a step on each GPU or process"
@@ -55,10 +56,10 @@ def train_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--logger",
-        nargs="+",
+        action="append",
         default=[],
         choices=("tensorboard", "wandb", "mlflow"),
-        help="also log losses and metrics there (needs that package)",
+        help="also log losses and metrics there (needs that package); repeatable",
     )
     parser.add_argument(
         "--auto-scale-lr",

@@ -2,7 +2,7 @@
 
 import argparse
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from mmengine.config import Config, ConfigDict
@@ -33,8 +33,8 @@ def apply_options(cfg: Config, args: argparse.Namespace) -> None:
     Raises:
         UserError: If the config lacks what an option changes, or a package is not installed.
     """
-    if args.amp:
-        use_amp(cfg, args.amp)
+    if args.amp or args.amp_dtype:
+        use_amp(cfg, args.amp_dtype)
     for logger in dict.fromkeys([*args.logger, *["tensorboard"] * args.tensorboard]):
         use_logger(cfg, logger)
     if args.from_scratch:
@@ -51,7 +51,7 @@ def apply_options(cfg: Config, args: argparse.Namespace) -> None:
         _scale_rates(cfg, args)
 
 
-def use_amp(cfg: Config, dtype: str = "auto") -> None:
+def use_amp(cfg: Config, dtype: Optional[str] = None) -> None:
     """Turn on mixed precision.
 
     On a GPU it is bfloat16 where the GPU has it, as scans overflow in float16; otherwise float16, whose losses are
@@ -59,8 +59,7 @@ def use_amp(cfg: Config, dtype: str = "auto") -> None:
 
     Args:
         cfg: Changed in place. Settings of loss scaling are dropped where nothing is scaled.
-        dtype: ``"bfloat16"`` or ``"float16"`` on a GPU, instead of what it has. By default, a dtype in the config
-            stays.
+        dtype: On a GPU, ``"bfloat16"`` or ``"float16"``; by default the config's, or else what the GPU has.
     """
     wrapper = cfg.optim_wrapper
     if not torch.cuda.is_available():
@@ -69,7 +68,7 @@ def use_amp(cfg: Config, dtype: str = "auto") -> None:
             wrapper.pop(name, None)
         return
     wrapper.type = "AmpOptimWrapper"
-    if dtype == "auto":
+    if dtype is None:
         found = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
         dtype = wrapper.get("dtype") or found
     wrapper.dtype = dtype

@@ -66,7 +66,9 @@ def open_config(
     with user_mistakes(f"cannot read the config {args.config}"), explain_missing_mmpretrain():
         cfg = Config.fromfile(args.config)
     options = args.cfg_options or {}
-    unchecked = check_options(cfg, options, getattr(args, "amp", False))
+    unchecked = check_options(
+        cfg, options, getattr(args, "amp", False) or getattr(args, "amp_dtype", None)
+    )
     with user_mistakes("cannot apply --cfg-options"):
         cfg.merge_from_dict(options)
     cfg.launcher = args.launcher

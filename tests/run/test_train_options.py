@@ -156,7 +156,7 @@ def test_a_logger_s_package_is_named(config, capsys, monkeypatch, name):
 
 
 @pytest.mark.parametrize(
-    "option", [["--batch-size", "0"], ["--early-stop", "x"], ["--amp", "half"]]
+    "option", [["--batch-size", "0"], ["--early-stop", "x"], ["--amp-dtype", "half"]]
 )
 def test_values_that_cannot_work(config, capsys, option):
     with pytest.raises(SystemExit):
@@ -167,9 +167,9 @@ def test_values_that_cannot_work(config, capsys, option):
 @pytest.mark.parametrize(
     "asked, has_bf16, in_config, dtype, scale",
     [
-        ("auto", True, {}, "bfloat16", 1.0),
-        ("auto", False, {}, "float16", "dynamic"),
-        ("auto", True, dict(dtype="float16", loss_scale=8.0), "float16", 8.0),
+        (None, True, {}, "bfloat16", 1.0),
+        (None, False, {}, "float16", "dynamic"),
+        (None, True, dict(dtype="float16", loss_scale=8.0), "float16", 8.0),
         ("float16", True, {}, "float16", "dynamic"),
         ("bfloat16", True, dict(loss_scale="dynamic"), "bfloat16", 1.0),
     ],
