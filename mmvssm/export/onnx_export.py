@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import onnx
@@ -27,7 +27,10 @@ _HEIGHT, _WIDTH = 96, 128
 
 
 def build_onnx(
-    graph: nn.Module, metadata: Mapping[str, str], opset: int = LOWEST_OPSET
+    graph: nn.Module,
+    metadata: Mapping[str, str],
+    opset: int = LOWEST_OPSET,
+    report: Callable[[str], None] = lambda step: None,
 ) -> onnx.ModelProto:
     """Export a model for images of any size.
 
@@ -35,6 +38,7 @@ def build_onnx(
         graph: A :class:`~.segmenter.SegmenterGraph` or :class:`~.detector.DetectorGraph`, in evaluation mode.
         metadata: Metadata of the file.
         opset: Version of the standard operators.
+        report: Called before each slow step, with its description.
 
     Raises:
         UnsupportedModelError: If the model has a part that cannot be exported, or the opset is not supported.
@@ -48,7 +52,7 @@ def build_onnx(
         names[0] = "batch"
     images = torch.zeros(2 if graph.any_batch else 1, 3, _HEIGHT, _WIDTH)
     try:
-        exported = _export(graph, images, list(names), opset)
+        exported = _export(graph, images, list(names), opset, report)
     except Exception as error:  # a model's code may fail under export in any way
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise UnsupportedModelError(
@@ -71,11 +75,17 @@ def build_onnx(
 
 
 def _export(
-    graph: nn.Module, images: torch.Tensor, dynamic: list[int], opset: int
+    graph: nn.Module,
+    images: torch.Tensor,
+    dynamic: list[int],
+    opset: int,
+    report: Callable[[str], None],
 ) -> torch.onnx.ONNXProgram:
     dims = dict.fromkeys(dynamic, Dim.DYNAMIC)  # the exporter raises if it must fix one
     with torch.no_grad(), _quiet():
+        report("trace the model, which takes a minute or more for a detector")
         program = torch.export.export(graph, (images,), dynamic_shapes=(dims,), strict=False)
+        report("translate it to ONNX, which takes two to three times as long")
         return torch.onnx.export(
             program,
             input_names=["images"],

@@ -43,8 +43,9 @@ def export_onnx(args: argparse.Namespace) -> None:
         metadata = _metadata(cfg, checkpoint)
         if "kept" in graph.outputs:
             metadata["token_size"] = json.dumps(model.backbone.stride)
-        onnx_model = build_onnx(graph.eval(), metadata, args.opset)
+        onnx_model = build_onnx(graph.eval(), metadata, args.opset, _report)
     onnx_model.producer_name, onnx_model.producer_version = "mmvssm", __version__
+    _report("check the exported model")
     content = onnx_model.SerializeToString()
     with user_mistakes("ONNX's checker refuses the exported model"):
         onnx.checker.check_model(content, full_check=True)
@@ -55,6 +56,10 @@ def export_onnx(args: argparse.Namespace) -> None:
         for values in (onnx_model.graph.input, onnx_model.graph.output)
     )
     print_once(f"{out}: {len(content) / 1e6:.1f} MB, opset {args.opset}; {inputs} -> {outputs}")
+
+
+def _report(step: str) -> None:
+    print_once(f"Export: {step}")
 
 
 def _check_first(out: Path) -> None:

@@ -38,11 +38,13 @@ def metrics(folder):
 
 
 @pytest.mark.slow
-def test_exported_file_scores_as_its_checkpoint_does(tiny, trained, in_folder):
+def test_exported_file_scores_as_its_checkpoint_does(tiny, trained, in_folder, capsys):
     """Its images are resized on the way in, and its label maps on the way back."""
     pytest.importorskip("onnxscript")
     checkpoint = str(trained / "iter_2.pth")
     export_onnx(export_onnx_parser().parse_args([tiny, checkpoint, "tiny.onnx"]))
+    steps = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Export: ")]
+    assert [line.split()[1] for line in steps] == ["trace", "translate", "check"]
     call("test.py", tiny, checkpoint, "--work-dir", "eager")
     call("test.py", tiny, "tiny.onnx", "--work-dir", "portable", "--out", "maps")
     expected = metrics(in_folder / "eager")
