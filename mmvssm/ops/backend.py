@@ -14,13 +14,14 @@ import os
 import shutil
 import sysconfig
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Optional
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 """Codes of the element types, as in ``DType`` of ``csrc/dispatch.h``."""
@@ -96,6 +97,44 @@ def missing_for_triton() -> str:
     if not any((Path(folder) / "Python.h").exists() for folder in folders):
         return "no header Python.h (in packages such as python3-dev)"
     return ""
+
+
+# ------------------------------------------------------------------------------------- derivatives
+
+
+def gradients_of(
+    formula: Callable[..., Tensor], inputs: Sequence[object], grad_y: Tensor
+) -> tuple[Optional[Tensor], ...]:
+    """Differentiate an operator's formula by PyTorch, so that the gradients can be differentiated again.
+
+    For backward passes under ``create_graph=True``, since the kernels have first derivatives only. It takes more time
+    and memory than they do.
+
+    Args:
+        formula: Computes the operator with differentiable PyTorch functions.
+        inputs: Its arguments, as the forward pass got them.
+        grad_y: Gradient of what it returns.
+
+    Returns:
+        A gradient for each argument; None for those that need none.
+    """
+    with torch.enable_grad():
+        # Views tell arguments apart that are one tensor.
+        inputs = [x.view_as(x) if getattr(x, "requires_grad", False) else x for x in inputs]
+        y = formula(*inputs)
+    needed = [i for i, x in enumerate(inputs) if getattr(x, "requires_grad", False)]
+    found = torch.autograd.grad(
+        y, [inputs[i] for i in needed], grad_y, create_graph=True, allow_unused=True
+    )
+    grads = dict(zip(needed, found))
+    return tuple(grads.get(i) for i in range(len(inputs)))
+
+
+def has_tangent(*inputs: object) -> bool:
+    """Whether an argument carries a tangent of forward-mode differentiation, which kernels would lose."""
+    return forward_ad._current_level >= 0 and any(
+        isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in inputs
+    )
 
 
 # --------------------------------------------------------------------------------- dtypes, autocast, devices

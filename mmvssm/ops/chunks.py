@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from .backend import gradients_of
 
 CHUNK_BYTES = 1 << 20
 """Bytes per chunk of the first map: small enough for intermediate results to stay in a CPU's cache."""
@@ -25,7 +26,7 @@ def in_chunks(
     """Compute ``function(*maps, *of_images, *parameters)``, on CPUs in chunks of tokens.
 
     In chunks, intermediate results stay in the cache. The backward pass keeps only the inputs and calls ``function``
-    again, so it should be a chain of cheap, element-wise operations. Gradients can be taken once.
+    again, so it should be a chain of cheap, element-wise operations. Second derivatives go through the whole at once.
 
     Args:
         function: Returns ``(B, L, ...)``; each token's result depends only on that token's inputs.
@@ -63,10 +64,11 @@ class _InChunks(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx, grad_y):
         tensors, num_maps = ctx.saved_tensors, ctx.num_maps
+        if torch.is_grad_enabled():
+            return (*(None, None, None), *gradients_of(ctx.function, tensors, grad_y))
         needed = ctx.needs_input_grad[3:]
         # Gradients of maps are written once; the others are sums over chunks, in float32 or wider.
         grads = [

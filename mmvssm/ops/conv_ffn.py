@@ -13,7 +13,8 @@ from typing import NamedTuple, Optional
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from .backend import gradients_of
 
 BAND_BYTES = 3 << 20
 """Approximate bytes of a band's hidden layer."""
@@ -46,7 +47,7 @@ def conv_ffn(
         bias2: ``(C,)``.
 
     Returns:
-        ``(B, H, W, C)``. Differentiable once if processed in bands.
+        ``(B, H, W, C)``. Second derivatives go through the whole map at once.
     """
     # GPUs lack a cache of that size, and compilers fuse by themselves. Check for a compiler first: comparing sizes
     # under one would specialise them.
@@ -55,9 +56,7 @@ def conv_ffn(
         or x.device.type != "cpu"
         or _hidden_bytes(x, weight1) <= (WHOLE_BANDS * BAND_BYTES)
     ):
-        hidden = F.linear(x, weight1, bias1).permute(0, 3, 1, 2)
-        hidden = F.conv2d(hidden, conv_weight, conv_bias, padding=1, groups=conv_weight.shape[0])
-        return F.linear(F.gelu(hidden.permute(0, 2, 3, 1)), weight2, bias2)
+        return _whole(x, weight1, bias1, conv_weight, conv_bias, weight2, bias2)
     tensors = (x, weight1, bias1, conv_weight, conv_bias, weight2, bias2)
     dtype = x.dtype
     if torch.is_autocast_enabled("cpu"):
@@ -65,6 +64,12 @@ def conv_ffn(
     store = torch.is_grad_enabled() and _hidden_bytes(x, weight1) <= STORED_BANDS * BAND_BYTES
     with torch.autocast("cpu", enabled=False):
         return _InBands.apply(store, *(tensor.to(dtype) for tensor in tensors))
+
+
+def _whole(x, weight1, bias1, conv_weight, conv_bias, weight2, bias2) -> Tensor:
+    hidden = F.linear(x, weight1, bias1).permute(0, 3, 1, 2)
+    hidden = F.conv2d(hidden, conv_weight, conv_bias, padding=1, groups=conv_weight.shape[0])
+    return F.linear(F.gelu(hidden.permute(0, 2, 3, 1)), weight2, bias2)
 
 
 def _hidden_bytes(x: Tensor, weight1: Tensor) -> int:
@@ -76,9 +81,10 @@ class _InBands(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, store, x, weight1, bias1, conv_weight, conv_bias, weight2, bias2):
-        x = x.contiguous()
         stored = x.new_empty(*x.shape[:3], weight1.shape[0]) if store else None
-        ctx.save_for_backward(x, stored, weight1, bias1, conv_weight, conv_bias, weight2)
+        parameters = (weight1, bias1, conv_weight, conv_bias, weight2, bias2)
+        ctx.save_for_backward(x, stored, *parameters)
+        x = x.contiguous()
         y = torch.empty_like(x)
         for i, (image, output) in enumerate(zip(x.split(1), y.split(1))):
             linear = _Linear(image, weight1, bias1, stored[i : i + 1] if store else None)
@@ -90,10 +96,12 @@ class _InBands(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_y):
-        x, stored, weight1, bias1, conv_weight, conv_bias, weight2 = ctx.saved_tensors
-        grad_y = grad_y.contiguous()
+        x, stored, *parameters = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return None, *gradients_of(_whole, (x, *parameters), grad_y)
+        weight1, bias1, conv_weight, conv_bias, weight2, _ = parameters
+        x, grad_y = x.contiguous(), grad_y.contiguous()
         grad_x = torch.empty_like(x)
         # Sums over bands, in float32 or wider.
         wide = torch.promote_types(x.dtype, torch.float32)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .backend import gradients_of
 from .sparse_depthwise_conv import cpu, neighbor_table
 
 
@@ -103,9 +104,10 @@ class _DepthwiseConv(torch.autograd.Function):
         return _convolve(x, weight, bias, grid)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y):
         x, weight, bias = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return gradients_of(_convolve, (x, weight, bias, ctx.grid), grad_y)
         everywhere = torch.arange(x.shape[1]).expand(1, -1)
         neighbors = neighbor_table(everywhere, ctx.grid, tuple(weight.shape[2:]))
         neighbors = neighbors.expand(x.shape[0], -1, -1).contiguous()

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .backend import has_tangent
 from .sparse_depthwise_conv import cpu
 
 
@@ -34,6 +35,7 @@ def dilated_conv(x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int])
         and all(x.dtype == weight.dtype for weight in weights)
         and not torch.is_autocast_enabled("cpu")
         and cpu.available()
+        and not has_tangent(x, *weights)
     )
     if not fast:
         return _one_by_one(x, weights, dilations)

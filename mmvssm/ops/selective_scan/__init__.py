@@ -12,7 +12,6 @@ from typing import Optional
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import backend
@@ -39,7 +38,8 @@ def selective_scan(
     :func:`mmvssm.ops.selective_scan.naive.selective_scan_naive` has the formula. The state is float64 if any of ``u``,
     ``delta``, ``A``, ``B`` and ``C`` is, else float32; ``D``, ``delta_bias`` and ``rest`` are converted to that dtype.
     Forward and backward take ``O(B * L * K * D)`` memory: no tensor of size ``B * L * K * D * N`` exists. All
-    floating-point arguments are differentiable once.
+    floating-point arguments are differentiable. Second derivatives (``create_graph=True``) and forward mode go through
+    PyTorch's formula, which is slower and stores ``O(B * L * K * D * N)``.
 
     ``u`` and ``delta`` may be expanded along ``K`` (stride 0) where walks share them: nothing is copied. If everything
     but ``B``, ``traversal.order`` and ``traversal.gap`` is expanded this way, the CPU forward pass computes the shared
@@ -121,7 +121,7 @@ def _(grad_y, *inputs_and_states):
 
 
 class _Differentiable(torch.autograd.Function):
-    """The operator with its first-order gradients."""
+    """The operator with its gradients."""
 
     @staticmethod
     def forward(ctx, *inputs):
@@ -133,16 +133,21 @@ class _Differentiable(torch.autograd.Function):
         return y, states
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_y: Optional[Tensor], _grad_states: Optional[Tensor]):
         *tensors, states = ctx.saved_tensors
         inputs = ScanInputs(*tensors, ctx.delta_softplus)
         grads = dict.fromkeys(ScanInputs._fields)
+        if grad_y is not None and torch.is_grad_enabled():
+            return backend.gradients_of(_formula, inputs, grad_y)
         if grad_y is not None:
             found = torch.ops.mmvssm.selective_scan_backward.default(grad_y, *inputs, states)
             for name, grad in zip(DIFFERENTIABLE, found):
                 grads[name] = None if getattr(inputs, name) is None else grad
         return tuple(grads.values())
+
+
+def _formula(*inputs) -> Tensor:
+    return pytorch.forward(ScanInputs(*inputs))[0]
 
 
 def _without_autograd(*inputs) -> tuple[Tensor, Tensor]:
@@ -152,6 +157,9 @@ def _without_autograd(*inputs) -> tuple[Tensor, Tensor]:
 
 @torch.library.impl(_library, "selective_scan", "Autograd")
 def _with_autograd(*inputs) -> tuple[Tensor, Tensor]:
+    if backend.has_tangent(*inputs):
+        y, states = pytorch.forward(ScanInputs(*inputs))
+        return y, states.flatten()
     if torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in inputs):
         return _Differentiable.apply(*inputs)
     return _without_autograd(*inputs)

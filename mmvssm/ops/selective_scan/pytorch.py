@@ -19,7 +19,7 @@ from .inputs import CHUNK_LENGTH, ScanInputs, num_chunks
 
 
 def forward(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
-    """Run the scan.
+    """Run the scan, so that PyTorch can differentiate it to any order.
 
     Returns:
         ``y (B, L, K, D)`` in the dtype of ``u``, contiguous, and ``states (B, K, S, D, N)`` in the accumulation dtype:
@@ -193,9 +193,10 @@ def _chunked_scan(
         for decay_t, drive_t in zip(decay[1:], drive[1:]):
             end = torch.addcmul(drive_t, decay_t, end)
             fade = fade * decay_t
-        entry = torch.zeros_like(end)
+        entries = [torch.zeros_like(end[:, 0])]
         for s in range(1, chunks):
-            entry[:, s] = torch.addcmul(end[:, s - 1], fade[:, s - 1], entry[:, s - 1])
+            entries.append(torch.addcmul(end[:, s - 1], fade[:, s - 1], entries[-1]))
+        entry = torch.stack(entries, dim=1)
     h, steps = entry, []
     for decay_t, drive_t in zip(decay, drive):
         h = torch.addcmul(drive_t, decay_t, h)

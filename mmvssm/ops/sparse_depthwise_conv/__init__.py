@@ -73,7 +73,8 @@ def sparse_depthwise_conv(
 
     Equals scattering the tokens into a zero map ``(B, C, H, W)``, ``torch.nn.functional.conv2d`` with ``padding`` of
     half the kernel and ``groups=C``, and gathering at the kept positions. Sums are float32 (float64 for float64 inputs)
-    in a fixed order, so two runs give the same bits. ``x``, ``weight`` and ``bias`` are differentiable once.
+    in a fixed order, so two runs give the same bits. ``x``, ``weight`` and ``bias`` are differentiable; second
+    derivatives and forward mode go through PyTorch's formula, which is slower.
 
     The gradient of ``x`` relies on a symmetry that every table of :func:`neighbor_table` has: with ``T`` taps,
     ``neighbors[b, i, t] == j`` if and only if ``neighbors[b, j, T - 1 - t] == i``. What tap ``t`` carries from one
@@ -92,6 +93,8 @@ def sparse_depthwise_conv(
         ValueError: If a shape, dtype or device does not fit; the message names the argument.
     """
     _check(x, weight, neighbors, bias)
+    if backend.has_tangent(x, weight, bias):
+        return pytorch.convolve(x, weight, neighbors, bias)
     return torch.ops.mmvssm.sparse_depthwise_conv(x, weight, neighbors, bias)
 
 
@@ -178,6 +181,8 @@ def _save_for_backward(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, grad_y: Tensor):
+    if torch.is_grad_enabled():
+        return backend.gradients_of(pytorch.convolve, ctx.saved_tensors, grad_y)
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
     grads = torch.ops.mmvssm.sparse_depthwise_conv_backward(grad_y, *ctx.saved_tensors, *needs)
     grad_x, grad_weight, grad_bias = (g if needed else None for g, needed in zip(grads, needs))
