@@ -131,6 +131,9 @@ class AtomicCheckpointHook(CheckpointHook):
             del notes["keep_ckpt_ids"]
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: Optional[dict]) -> None:
+        marker = Path(runner.work_dir, "last_checkpoint")
+        if is_main_process() and marker.is_symlink():  # mmengine would write into its target
+            marker.unlink(missing_ok=True)
         with self._deferred_removal():
             super()._save_checkpoint_with_step(runner, step, meta)
 

@@ -119,6 +119,17 @@ def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
     assert not torn.exists() and other.exists() and (tmp_path / "epoch_1.pth").exists()
 
 
+def test_a_link_in_place_of_last_checkpoint_is_replaced(tmp_path):
+    precious = tmp_path / "precious.txt"
+    precious.write_text("mine")
+    work_dir = tmp_path / "run"
+    work_dir.mkdir()
+    (work_dir / "last_checkpoint").symlink_to(precious)
+    toy_runner(work_dir, amount=1).train()
+    assert precious.read_text() == "mine"
+    assert (work_dir / "last_checkpoint").read_text().endswith("epoch_1.pth")
+
+
 def test_so_is_it_in_a_folder_of_its_own(tmp_path):
     """``out_dir``, to which mmengine adds the last part of the work dir."""
     folder = tmp_path / "weights" / "run"
