@@ -121,7 +121,7 @@ class Checkpoint:
         return {}
 
     def check_fits(self, model: nn.Module) -> None:
-        """Load the weights into ``model`` and check that every key and shape matches.
+        """Load the weights into ``model`` and check that every key and shape matches, and every weight is finite.
 
         mmengine only warns, and would then train or test a model that is partly random.
 
@@ -129,13 +129,26 @@ class Checkpoint:
             model: Built for this check; its weights are overwritten.
 
         Raises:
-            UserError: If the weights belong to another model.
+            UserError: If the weights belong to another model, or are not finite.
         """
         weights = self.weights()
         try:
             load_state_dict(model, weights, strict=True)
         except Exception as error:  # a weight that is no tensor may raise anything
             raise UserError(self._misfit(model.state_dict(), weights)) from error
+        floating = {k: x for k, x in model.state_dict().items() if _is_floating(x)}
+        parameters = {name for name, _ in model.named_parameters()}
+        # A buffer may be meant to hold infinity.
+        bad = [
+            k
+            for k, x in floating.items()
+            if not (x.isfinite() if k in parameters else x == x).all()
+        ]
+        if bad:
+            raise UserError(
+                f"{self.path} holds NaN or infinity in {len(bad)} weights ({shown(bad)}), as predictions would; take "
+                "an earlier checkpoint"
+            )
 
     def count_shared(self, model: nn.Module) -> str:
         """Return a line that counts the weights that ``model`` takes from this checkpoint (``load_from``).
@@ -299,6 +312,10 @@ def _by_recency(work_dir: Path) -> Iterator[Path]:
 
 def _is_dict(value: Any) -> bool:
     return type(value) in (dict, OrderedDict)
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _shape_of(value: Any) -> Any:

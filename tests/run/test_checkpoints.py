@@ -88,3 +88,30 @@ def test_checkpoint_must_fit_exactly():
     assert "1 unknown to the model (0.bia)" in sentence
     assert "0.weight is (3, 5) there and (3, 2) here" in sentence
     assert set(Checkpoint("a.pth", {"module.a": 1}).weights()) == {"a"}
+
+
+class TestWeightsThatAreNotFinite:
+    def model(self, **values):
+        model = nn.BatchNorm1d(2)
+        model.register_buffer("mask", torch.tensor([0, -float("inf")]))
+        for name, value in values.items():
+            getattr(model, name).data[1] = value
+        return model
+
+    @pytest.mark.parametrize("name", ["weight", "running_var"])
+    def test_nan_is_refused(self, name):
+        checkpoint = Checkpoint(
+            "a.pth", {"state_dict": self.model(**{name: torch.nan}).state_dict()}
+        )
+        with pytest.raises(
+            UserError, match=rf"a.pth holds NaN or infinity in 1 weights \({name}\)"
+        ):
+            checkpoint.check_fits(self.model())
+
+    def test_an_infinite_parameter_is_refused(self):
+        checkpoint = Checkpoint("a.pth", {"state_dict": self.model(bias=torch.inf).state_dict()})
+        with pytest.raises(UserError, match=r"\(bias\)"):
+            checkpoint.check_fits(self.model())
+
+    def test_an_infinite_buffer_is_not(self):
+        Checkpoint("a.pth", {"state_dict": self.model().state_dict()}).check_fits(self.model())
