@@ -61,8 +61,10 @@ class BuildKernel(build_ext):
     def copy_extensions_to_source(self):
         # Called for editable installations and --inplace: the same holds for the source folder.
         for ext in self.extensions:
-            (HERE / self.get_ext_filename(ext.name)).unlink(missing_ok=True)
-        super().copy_extensions_to_source()
+            name = self.get_ext_filename(ext.name)
+            (HERE / name).unlink(missing_ok=True)
+            if Path(self.build_lib, name).exists():
+                copy_whole(Path(self.build_lib, name), HERE / name)
 
 
 class TagWheel(bdist_wheel):
@@ -98,13 +100,23 @@ def compile_kernel(sources, library):
                     [*command, "-o", str(built)], capture_output=True, text=True
                 )
                 if result.returncode == 0 and built.exists():
-                    shutil.copyfile(built, library)
+                    copy_whole(built, library)
                     print(f"mmvssm: compiled the CPU kernel with {' '.join(command)}")
                     return
     said = [line for line in result.stderr.splitlines() if "error:" in line] or [
         f"{compiler} ended with status {result.returncode}"
     ]
     raise BuildFailed(said[0].strip())
+
+
+def copy_whole(source, target):
+    """Copy a file so that ``target`` is never there in part: Python would die loading half a library."""
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        shutil.copyfile(source, partial)
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def version():

@@ -12,6 +12,7 @@ import ctypes
 import functools
 import os
 import shutil
+import struct
 import sysconfig
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -243,7 +244,10 @@ def load_library(
     if _interface(library, prefix) != (version, ctypes.sizeof(arguments)):
         return None, _OTHER_VERSION
     for function in functions:
-        getattr(library, f"{prefix}_{function}").argtypes = [ctypes.POINTER(arguments)]
+        try:
+            getattr(library, f"{prefix}_{function}").argtypes = [ctypes.POINTER(arguments)]
+        except AttributeError:
+            return None, _OTHER_VERSION
     return library, ""
 
 
@@ -277,9 +281,22 @@ def _open_library() -> tuple[Optional[ctypes.CDLL], str]:
     if not _LIBRARY.exists():
         return None, "they were not built when mmvssm was installed"
     try:
+        if not _is_whole(_LIBRARY):
+            return None, f"{_LIBRARY} is only part of a file"
         return ctypes.CDLL(str(_LIBRARY)), ""
     except OSError as error:
         return None, f"they cannot be loaded ({error})"
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether an ELF file (Linux) reaches to its section headers, which come last; loading a part kills the process."""
+    with path.open("rb") as file:
+        header = file.read(64)
+    if header[:6] != b"\x7fELF\x02\x01" or len(header) < 64:  # 64 bits, little-endian
+        return True
+    (start,) = struct.unpack_from("<Q", header, 40)
+    size, count = struct.unpack_from("<HH", header, 58)
+    return path.stat().st_size >= start + size * count
 
 
 def _interface(library: ctypes.CDLL, prefix: str) -> Optional[tuple[int, int]]:

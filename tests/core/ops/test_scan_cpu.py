@@ -5,6 +5,7 @@ import itertools
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -535,6 +536,27 @@ def test_missing_library_warns_once(elsewhere):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert not scan_cpu.available()
+
+
+@needs_library
+@pytest.mark.parametrize("share", [0.0001, 0.01, 0.5, 0.99])
+def test_part_of_a_library_warns(elsewhere, share):
+    """To load one would end the process by SIGBUS."""
+    content = (Path(backend.__file__).parent / "_kernels.so").read_bytes()
+    (elsewhere / "_kernels.so").write_bytes(content[: int(share * len(content))])
+    with pytest.warns(RuntimeWarning, match="only part of a file|cannot be loaded"):
+        assert not scan_cpu.available()
+
+
+@needs_library
+def test_library_without_a_function_warns(monkeypatch, elsewhere):
+    monkeypatch.undo()
+    scan_cpu._load.cache_clear()
+    assert backend.load_library("scan", scan_cpu._INTERFACE_VERSION, scan_cpu._Scan, ["forward"])[0]
+    library, reason = backend.load_library(
+        "scan", scan_cpu._INTERFACE_VERSION, scan_cpu._Scan, ["forward", "sideways"]
+    )
+    assert library is None and "another version" in reason
 
 
 def test_library_that_cannot_be_loaded_warns(elsewhere):
