@@ -91,8 +91,8 @@ _library.define(
 @torch.library.impl(_library, "selective_scan", "CompositeExplicitAutograd")
 def _scan(*inputs) -> tuple[Tensor, Tensor]:
     inputs = ScanInputs(*inputs)
-    # Exported programs skip the checks above, and may have been moved to another device.
-    inputs.check_devices()
+    # Exported programs and direct calls skip the checks above, and kernels trust shapes.
+    inputs.check_once()
     y, states = _backend(inputs.u).forward(inputs)
     # Flat, since torch.export specialises sizes of 1, and a short walk has one chunk.
     return y, states.flatten()
@@ -110,6 +110,14 @@ def _(*inputs):
 def _scan_backward(grad_y, *inputs_and_states) -> tuple[Tensor, ...]:
     *inputs, states = inputs_and_states
     inputs = ScanInputs(*inputs)
+    inputs.check_once()
+    if grad_y.shape != inputs.u.shape or states.numel() != math.prod(inputs.states_shape):
+        raise ValueError(
+            f"selective_scan_backward: grad_y must have the shape of u, {tuple(inputs.u.shape)}, and states "
+            f"{math.prod(inputs.states_shape)} elements; got {tuple(grad_y.shape)} and {states.numel()}."
+        )
+    others = dict(u=inputs.u, states=states)
+    backend.check_devices("selective_scan_backward", "grad_y", grad_y, others)
     return _backend(grad_y).backward(grad_y, inputs, states.view(inputs.states_shape))
 
 

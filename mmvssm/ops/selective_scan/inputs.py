@@ -33,6 +33,7 @@ def num_chunks(length: int) -> int:
     return (length + CHUNK_LENGTH - 1) // CHUNK_LENGTH
 
 
+_MOST_STATES = 2**20  # the CPU kernel counts them, times the steps of a chunk, in an int
 _MOST_PASSED = 1024
 _passed: set[tuple] = set()
 
@@ -102,6 +103,8 @@ class ScanInputs(NamedTuple):
             raise ValueError(
                 f"selective_scan: every dimension must be at least 1; got u {tuple(u.shape)} and A {tuple(A.shape)}."
             )
+        if states > _MOST_STATES:
+            raise ValueError(f"selective_scan: A has {states} states; {_MOST_STATES} is the most.")
         expected = {
             "u": u.shape,
             "delta": (batch, length, walks, channels),

@@ -130,12 +130,46 @@ def _check(x: Tensor, weight: Tensor, neighbors: Tensor, bias: Optional[Tensor])
     backend.check_devices(name, "x", x, dict(weight=weight, neighbors=neighbors, bias=bias))
 
 
+def _check_memory(x: Tensor, weight: Tensor, neighbors: Tensor, *others: Optional[Tensor]) -> None:
+    """Check what kernels trust, also where the operator is called directly, with a weight of any shape ``(C, ...)``.
+
+    Args:
+        x: As for :func:`sparse_depthwise_conv`.
+        weight: ``(C, ...)``, a value for each tap.
+        neighbors: As for :func:`sparse_depthwise_conv`.
+        others: The bias, and the gradient of the output.
+
+    Raises:
+        ValueError: If a shape, dtype or device does not fit.
+    """
+    bias, grad_y = (*others, None)[:2]
+    fits = x.dim() == neighbors.dim() == 3 and 0 not in x.shape and weight.dim() > 0
+    fits = fits and neighbors.shape[:2] == x.shape[:2] and neighbors.dtype == torch.int32
+    fits = (
+        fits and weight.shape[0] == x.shape[2] and weight.numel() == x.shape[2] * neighbors.shape[2]
+    )
+    fits = fits and (bias is None or bias.shape == x.shape[2:])
+    fits = fits and (grad_y is None or grad_y.shape == x.shape)
+    if not fits:
+        found = [
+            None if t is None else (tuple(t.shape), t.dtype)
+            for t in (x, weight, neighbors, *others)
+        ]
+        raise ValueError(
+            "sparse_depthwise_conv: expected x (B, K, C), weight (C, ...) of T taps, neighbors (B, K, T) int32, and "
+            f"bias (C,), grad_y (B, K, C) where there is one; got {found}."
+        )
+    named = dict(weight=weight, neighbors=neighbors, bias=bias, grad_y=grad_y)
+    backend.check_devices("sparse_depthwise_conv", "x", x, named)
+
+
 def _backend(x: Tensor) -> ModuleType:
     return backend.choose(x, gpu=triton_launch, cpu=cpu, fallback=pytorch)
 
 
 @torch.library.custom_op("mmvssm::sparse_depthwise_conv", mutates_args=())
 def _conv(x: Tensor, weight: Tensor, neighbors: Tensor, bias: Optional[Tensor]) -> Tensor:
+    _check_memory(x, weight, neighbors, bias)
     return _backend(x).convolve(x, weight, neighbors, bias)
 
 
@@ -155,6 +189,7 @@ def _conv_backward(
     needs_weight: bool,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_memory(x, weight, neighbors, bias, grad_y)
     absent = x.new_empty(0)
     grad_x, grad_weight, grad_bias = absent, absent.clone(), absent.clone()
     if needs_x:

@@ -1,0 +1,97 @@
+"""Operators that are called directly, without the checks of the public functions, refuse what would end the process."""
+
+import pytest
+import torch
+
+from mmvssm.ops import neighbor_table
+
+SCAN = torch.ops.mmvssm.selective_scan
+SCAN_BACKWARD = torch.ops.mmvssm.selective_scan_backward
+CONV = torch.ops.mmvssm.sparse_depthwise_conv
+CONV_BACKWARD = torch.ops.mmvssm.sparse_depthwise_conv_backward
+
+
+def scan(**changes):
+    """Arguments of the scan's operator."""
+    shapes = dict(u=(1, 4, 2, 3), delta=(1, 4, 2, 3), A=(2, 3, 1), B=(1, 4, 2, 1), C=(1, 4, 2, 1))
+    tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    tensors.update(dict.fromkeys(("D", "delta_bias", "order", "source", "gap", "rest")))
+    return [*{**tensors, **changes}.values(), True]
+
+
+def conv(**changes):
+    """Arguments of the convolution's operator."""
+    table = neighbor_table(torch.arange(4)[None], (2, 2), 3)
+    tensors = dict(
+        x=torch.zeros(1, 4, 3), weight=torch.zeros(3, 1, 3, 3), neighbors=table, bias=None
+    )
+    return list({**tensors, **changes}.values())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(delta=torch.zeros(1, 3, 2, 3)),
+        dict(u=torch.zeros(0, 4, 2, 3)),
+        dict(u=torch.zeros(1, 0, 2, 3)),
+        dict(B=torch.zeros(1, 4, 2, 2)),
+        dict(order=torch.zeros(2, 3, dtype=torch.int32)),
+        dict(gap=torch.zeros(2, 4, dtype=torch.int32)),
+        dict(u=torch.zeros(4)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("grad", [False, True])
+def test_scan(changes, grad):
+    arguments = scan(**changes)
+    if grad:
+        arguments[0] = arguments[0].requires_grad_()
+    with pytest.raises(ValueError, match="selective_scan: "):
+        SCAN(*arguments)
+    with pytest.raises(ValueError, match="selective_scan: "):
+        SCAN_BACKWARD(torch.zeros(1, 4, 2, 3), *scan(**changes), torch.zeros(6))
+
+
+def test_more_states_than_the_kernel_counts():
+    many = dict(A=torch.zeros(2, 3, 1).expand(2, 3, 2**25))
+    many.update(B=torch.zeros(1, 4, 2, 1).expand(1, 4, 2, 2**25))
+    many.update(C=many["B"])
+    with pytest.raises(ValueError, match="A has 33554432 states; 1048576 is the most"):
+        SCAN(*scan(**many))
+
+
+@pytest.mark.parametrize("grad_y, states", [((1, 3, 2, 3), 6), ((1, 4, 2, 3), 5)])
+def test_gradients_of_the_scan(grad_y, states):
+    with pytest.raises(ValueError, match="selective_scan_backward: grad_y must have"):
+        SCAN_BACKWARD(torch.zeros(grad_y), *scan(), torch.zeros(states))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(x=torch.zeros(1, 5, 3)),
+        dict(x=torch.zeros(1, 4, 2)),
+        dict(x=torch.zeros(4)),
+        dict(weight=torch.zeros(3, 1, 5, 5)),
+        dict(weight=torch.zeros(())),
+        dict(neighbors=torch.zeros(1, 4, 9, dtype=torch.int64)),
+        dict(bias=torch.zeros(2)),
+    ],
+    ids=str,
+)
+def test_convolution(changes):
+    with pytest.raises(ValueError, match="sparse_depthwise_conv: expected x"):
+        CONV(*conv(**changes))
+    with pytest.raises(ValueError, match="sparse_depthwise_conv: expected x"):
+        CONV_BACKWARD(torch.zeros(1, 4, 3), *conv(**changes), True, True, False)
+
+
+def test_gradients_of_the_convolution():
+    with pytest.raises(ValueError, match="sparse_depthwise_conv: expected x"):
+        CONV_BACKWARD(torch.zeros(1, 3, 3), *conv(), True, True, False)
+
+
+def test_fitting_arguments_pass():
+    y, states = SCAN(*scan())
+    assert SCAN_BACKWARD(y, *scan(), states)[0].shape == y.shape
+    assert CONV(*conv(weight=torch.zeros(3, 9))).shape == (1, 4, 3)
