@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pytest
 import torch
+import yaml
 
 pytest.importorskip("mmdet")
 pytest.importorskip("mmseg")
@@ -720,3 +721,24 @@ def test_work_dir_that_is_a_file(tiny, refused):
     Path("out").write_text("a file")
     sentence = refused("train.py", tiny(), "--work-dir", "out")
     assert "cannot write to the work dir out" in sentence
+
+
+@pytest.mark.parametrize("tag", ["!!python/object/apply:os.mkdir", "!!python/object/new:os.mkdir"])
+@pytest.mark.parametrize("plain", [[], ["--plain"]], ids=["ours", "plain"])
+def test_a_yaml_config_runs_no_code(in_folder, capsys, tag, plain):
+    (in_folder / "bad.yml").write_text(f"model:\n  type: {tag} [canary]\n")
+    (in_folder / "c.yaml").write_text("_base_: ./bad.yml\ndefault_scope: mmseg\n")
+    for name in ("bad.yml", "c.yaml"):
+        with pytest.raises((SystemExit, yaml.YAMLError)):
+            call("train.py", name, *plain)
+        if not plain:
+            error = capsys.readouterr().err
+            assert error.startswith(
+                f"error: cannot read the config {name}: could not determine a constructor"
+            )
+    assert not (in_folder / "canary").exists()
+
+
+def test_a_yaml_config_may_have_tuples(in_folder):
+    (in_folder / "c.yaml").write_text("size: !!python/tuple [1, 2]\n")
+    assert Config.fromfile(in_folder / "c.yaml").size == (1, 2)
