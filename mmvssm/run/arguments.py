@@ -1,6 +1,7 @@
 """Define the command-line arguments of the tools that train, test, predict and export."""
 
 import argparse
+import math
 from typing import Optional
 
 import torch
@@ -41,10 +42,10 @@ def train_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--batch-size", type=_positive, metavar="N", help="images a step on each GPU or process"
     )
-    parser.add_argument("--lr", type=float, metavar="RATE", help="the optimizer's learning rate")
+    parser.add_argument("--lr", type=_rate, metavar="RATE", help="the optimizer's learning rate")
     parser.add_argument(
         "--layer-decay",
-        type=float,
+        type=_share,
         metavar="RATE",
         help="multiply the learning rate by this for each layer from the backbone's last to its first, such as 0.8",
     )
@@ -192,6 +193,20 @@ def _positive(text: str) -> int:
     if int(text) < 1:
         raise ValueError
     return int(text)
+
+
+def _rate(text: str) -> float:
+    """A finite number from 0 on."""
+    if not 0 <= float(text) < math.inf:
+        raise ValueError
+    return float(text)
+
+
+def _share(text: str) -> float:
+    """A number in (0, 1]."""
+    if not 0 < float(text) <= 1:
+        raise ValueError
+    return float(text)
 
 
 def _parser(

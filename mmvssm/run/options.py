@@ -7,6 +7,7 @@ from typing import Any, Optional
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.dist import get_world_size
+from mmengine.hooks import EarlyStoppingHook
 
 from ..errors import UserError
 from .pretrained import start_from_scratch
@@ -69,7 +70,7 @@ def use_amp(cfg: Config, dtype: Optional[str] = None) -> None:
         return
     wrapper.type = "AmpOptimWrapper"
     if dtype is None:
-        found = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+        found = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
         dtype = wrapper.get("dtype") or found
     wrapper.dtype = dtype
     if dtype == "bfloat16":
@@ -113,12 +114,14 @@ def use_layer_decay(cfg: Config, rate: float) -> None:
 def stop_early(cfg: Config, patience: int) -> None:
     """End the training when ``patience`` validations in a row have not improved the metric.
 
-    It is the metric of ``default_hooks.checkpoint.save_best``, or else that of the evaluator.
+    It is the metric of ``default_hooks.checkpoint.save_best``, or else that of the evaluator; ``rule`` beside it says
+    whether greater or less is better, where mmengine cannot infer that.
 
     Raises:
-        UserError: If the config has no validation, or the metric is not known.
+        UserError: If the config has no validation, or the metric or its direction is not known.
     """
-    best = (cfg.get("default_hooks") or {}).get("checkpoint", {}).get("save_best")
+    checkpoint = (cfg.get("default_hooks") or {}).get("checkpoint") or {}
+    best = checkpoint.get("save_best")
     evaluators = cfg.get("val_evaluator") or []
     evaluators = evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]
     types = [str(e.get("type")).rpartition(".")[2] for e in evaluators]
@@ -131,14 +134,21 @@ def stop_early(cfg: Config, patience: int) -> None:
             f"--early-stop does not know the metric of {', '.join(types)}; name it by --cfg-options "
             "default_hooks.checkpoint.save_best=METRIC, as the log of a validation calls it"
         )
-    hook = ConfigDict(
-        type="EarlyStoppingHook",
+    settings = dict(
         monitor=metrics[0],
-        rule="greater",
+        rule=checkpoint.get("rule"),
         min_delta=0.0,
         strict=True,
         patience=patience,
     )
+    try:
+        EarlyStoppingHook(**settings)
+    except ValueError as error:
+        raise UserError(
+            f"--early-stop does not know whether a greater {metrics[0]} is better; set "
+            "default_hooks.checkpoint.rule to greater or less"
+        ) from error
+    hook = ConfigDict(type="EarlyStoppingHook", **settings)
     cfg.custom_hooks = [*(cfg.get("custom_hooks") or []), hook]
     print_once(
         f"--early-stop: ends after {patience} validations in a row without a better {metrics[0]}"

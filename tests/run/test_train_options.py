@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from mmengine.config import Config
+from mmengine.registry import HOOKS
 
 pytest.importorskip("mmseg")
 
@@ -117,19 +118,22 @@ def test_a_training_ends_when_its_metric_no_longer_improves(config, capsys):
 
 
 @pytest.mark.parametrize(
-    "evaluator, save_best, metric",
+    "evaluator, best, metric, rule",
     [
-        (dict(type="CocoMetric"), None, "coco/bbox_mAP"),
-        ([dict(type="mmseg.IoUMetric")], "auto", "mIoU"),
-        (dict(type="Own"), "own/best", "own/best"),
+        (dict(type="CocoMetric"), {}, "coco/bbox_mAP", "greater"),
+        (dict(type="VOCMetric"), {}, "pascal_voc/mAP", "greater"),
+        (dict(type="mmpretrain.Accuracy"), {}, "accuracy/top1", "greater"),
+        ([dict(type="mmseg.IoUMetric")], dict(save_best="auto"), "mIoU", "greater"),
+        (dict(type="Own"), dict(save_best="own/error", rule="less"), "own/error", "less"),
     ],
 )
-def test_which_metric_ends_a_training(evaluator, save_best, metric):
-    hooks = dict(checkpoint=dict(type="CheckpointHook", save_best=save_best))
+def test_which_metric_ends_a_training(evaluator, best, metric, rule):
+    hooks = dict(checkpoint=dict(type="CheckpointHook", **best))
     cfg = Config(dict(val_evaluator=evaluator, default_hooks=hooks, custom_hooks=[dict(type="A")]))
     stop_early(cfg, 3)
     assert [hook.type for hook in cfg.custom_hooks] == ["A", "EarlyStoppingHook"]
     assert (cfg.custom_hooks[1].monitor, cfg.custom_hooks[1].patience) == (metric, 3)
+    assert HOOKS.build(cfg.custom_hooks[1]).rule == rule
 
 
 @pytest.mark.parametrize(
@@ -137,6 +141,14 @@ def test_which_metric_ends_a_training(evaluator, save_best, metric):
     [
         (dict(val_evaluator=dict(type="Own")), "does not know the metric of Own; name it by"),
         (dict(val_evaluator=None), "--early-stop needs a validation"),
+        (
+            dict(
+                val_evaluator=dict(type="Own"),
+                default_hooks=dict(checkpoint=dict(save_best="own/value")),
+            ),
+            "does not know whether a greater own/value is better; set",
+        ),
+        (dict(val_evaluator=dict(type="Own"), default_hooks=dict(checkpoint=None)), "name it by"),
     ],
 )
 def test_a_metric_that_is_not_known(cfg, words):
@@ -156,7 +168,11 @@ def test_a_logger_s_package_is_named(config, capsys, monkeypatch, name):
 
 
 @pytest.mark.parametrize(
-    "option", [["--batch-size", "0"], ["--early-stop", "x"], ["--amp-dtype", "half"]]
+    "option",
+    [
+        *(("--batch-size", "0"), ("--early-stop", "x"), ("--amp-dtype", "half")),
+        *(("--lr", "nan"), ("--lr", "-1"), ("--layer-decay", "1.5")),
+    ],
 )
 def test_values_that_cannot_work(config, capsys, option):
     with pytest.raises(SystemExit):
@@ -176,7 +192,7 @@ def test_values_that_cannot_work(config, capsys, option):
 )
 def test_mixed_precision_on_a_gpu(monkeypatch, asked, has_bf16, in_config, dtype, scale):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr(BF16, lambda: has_bf16)
+    monkeypatch.setattr(BF16, lambda including_emulation: has_bf16 or including_emulation)
     cfg = Config(dict(optim_wrapper=dict(optimizer=dict(type="SGD"), **in_config)))
     use_amp(cfg, asked)
     assert cfg.optim_wrapper.type == "AmpOptimWrapper"
