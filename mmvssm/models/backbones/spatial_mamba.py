@@ -19,24 +19,23 @@ from torch.utils.checkpoint import checkpoint
 
 from ...ops import selective_scan
 from ...registry import MODELS
-from .base import Backbone, stage_prefixes
 from .common import (
     accept_published_names,
     check_rates,
     convolve,
     drop_path_schedule,
     init_step_size_bias,
-    resolve_arch,
     resolve_out_indices,
 )
 from .fast_paths import conv_norm, fused_states
+from .staged_backbone import StagedBackbone, resolve_staged_arch
 
 DILATIONS = (1, 3, 5)
 """Distances, in positions, of the neighbours whose states are fused."""
 
 
 @MODELS.register_module()
-class SpatialMamba(Backbone):
+class SpatialMamba(StagedBackbone):
     """Spatial-Mamba backbone.
 
     The stem and the down-sampling have BatchNorm, trained as published; freeze them where batches are too small.
@@ -80,7 +79,9 @@ class SpatialMamba(Backbone):
         unwrap_single: bool = False,
     ) -> None:
         super().__init__(init_cfg)
-        arch = self._resolve_arch(arch)
+        arch = resolve_staged_arch(
+            "SpatialMamba", arch, self.arch_settings, ("embed_dims", "depths", "mlp_ratio")
+        )
         depths = arch["depths"]
         self.embed_dims = tuple(arch["embed_dims"])
         self.out_indices = resolve_out_indices("SpatialMamba", out_indices, len(depths), "stages")
@@ -111,61 +112,6 @@ class SpatialMamba(Backbone):
         self.apply(_init_parameters)
         accept_published_names(self)
         self._freeze_stages()
-
-    def forward(self, x: Tensor) -> Union[tuple[Tensor, ...], Tensor]:
-        """Compute the feature maps.
-
-        Args:
-            x: Images ``(B, in_channels, H, W)``, of any size.
-
-        Returns:
-            For each of ``out_indices`` a map ``(B, embed_dims[i], h, w)``, contiguous in memory, where ``h`` and ``w``
-            are ``H`` and ``W`` halved, rounding up, as often as the stride says. A tuple, but for ``unwrap_single``.
-
-        Raises:
-            ValueError: If ``x`` has another number of dimensions or channels.
-        """
-        if x.dim() != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(
-                f"SpatialMamba: expected images (B, {self.in_channels}, H, W); got {tuple(x.shape)}."
-            )
-        x = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
-        maps = []
-        for i, stage in enumerate(self.stages):
-            x = stage(x, with_cp=self.with_cp)
-            if i in self.out_indices:
-                # mmcv's RoIAlign reads memory as if every tensor were contiguous.
-                maps.append(self.norms[str(i)](x).permute(0, 3, 1, 2).contiguous())
-        return self.pack(maps)
-
-    def layer_prefixes(self) -> list[tuple[str, ...]]:
-        """See :func:`stage_prefixes`."""
-        return stage_prefixes(self.stages)
-
-    def train(self, mode: bool = True) -> SpatialMamba:
-        """Set the training mode of all but the frozen stages."""
-        super().train(mode)
-        self._freeze_stages()
-        return self
-
-    def _freeze_stages(self) -> None:
-        frozen = [self.stages[0].embed] if self.frozen_stages >= 0 else []
-        frozen += self.stages[: max(self.frozen_stages, 0)]
-        frozen += [norm for i, norm in self.norms.items() if int(i) < self.frozen_stages]
-        for module in frozen:
-            module.eval()
-            module.requires_grad_(False)
-
-    @classmethod
-    def _resolve_arch(cls, arch: Union[str, dict]) -> dict:
-        keys = ("embed_dims", "depths", "mlp_ratio")
-        arch = resolve_arch("SpatialMamba", arch, cls.arch_settings, keys)
-        for key in ("embed_dims", "depths"):
-            if len(arch[key]) != 4:
-                raise ValueError(
-                    f"SpatialMamba: arch[{key!r}] needs four values, one a stage; got {arch[key]}."
-                )
-        return arch
 
 
 class Stem(nn.Module):

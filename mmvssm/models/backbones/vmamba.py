@@ -19,7 +19,6 @@ from torch.utils.checkpoint import checkpoint
 
 from ...ops import Traversal, cross_traversal, selective_scan
 from ...registry import MODELS
-from .base import Backbone, stage_prefixes
 from .common import (
     DownSample,
     accept_published_names,
@@ -27,16 +26,16 @@ from .common import (
     convolve,
     drop_path_schedule,
     init_step_size_bias,
-    resolve_arch,
     resolve_out_indices,
 )
+from .staged_backbone import StagedBackbone, resolve_staged_arch
 
 NUM_WALKS = 4
 """Walks over each map: by rows, by columns, and both backwards (paper, section 4.2, "cross-scan")."""
 
 
 @MODELS.register_module()
-class VMamba(Backbone):
+class VMamba(StagedBackbone):
     """VMamba backbone.
 
     Args:
@@ -77,7 +76,9 @@ class VMamba(Backbone):
         unwrap_single: bool = False,
     ) -> None:
         super().__init__(init_cfg)
-        arch = self._resolve_arch(arch)
+        arch = resolve_staged_arch(
+            "VMamba", arch, self.arch_settings, ("embed_dims", "depths", "ssm_ratio", "mlp_ratio")
+        )
         depths = arch["depths"]
         self.embed_dims = tuple(arch["embed_dims"])
         self.out_indices = resolve_out_indices("VMamba", out_indices, len(depths), "stages")
@@ -109,61 +110,6 @@ class VMamba(Backbone):
         self.apply(_init_parameters)
         accept_published_names(self)
         self._freeze_stages()
-
-    def forward(self, x: Tensor) -> Union[tuple[Tensor, ...], Tensor]:
-        """Compute the feature maps.
-
-        Args:
-            x: Images ``(B, in_channels, H, W)``, of any size.
-
-        Returns:
-            For each of ``out_indices`` a map ``(B, embed_dims[i], h, w)``, contiguous in memory, where ``h`` and ``w``
-            are ``H`` and ``W`` halved, rounding up, as often as the stride says. A tuple, but for ``unwrap_single``.
-
-        Raises:
-            ValueError: If ``x`` has another number of dimensions or channels.
-        """
-        if x.dim() != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(
-                f"VMamba: expected images (B, {self.in_channels}, H, W); got {tuple(x.shape)}."
-            )
-        x = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
-        maps = []
-        for i, stage in enumerate(self.stages):
-            x = stage(x, with_cp=self.with_cp)
-            if i in self.out_indices:
-                # mmcv's RoIAlign reads memory as if every tensor were contiguous.
-                maps.append(self.norms[str(i)](x).permute(0, 3, 1, 2).contiguous())
-        return self.pack(maps)
-
-    def layer_prefixes(self) -> list[tuple[str, ...]]:
-        """See :func:`stage_prefixes`."""
-        return stage_prefixes(self.stages)
-
-    def train(self, mode: bool = True) -> VMamba:
-        """Set the training mode of all but the frozen stages."""
-        super().train(mode)
-        self._freeze_stages()
-        return self
-
-    def _freeze_stages(self) -> None:
-        frozen = [self.stages[0].embed] if self.frozen_stages >= 0 else []
-        frozen += self.stages[: max(self.frozen_stages, 0)]
-        frozen += [norm for i, norm in self.norms.items() if int(i) < self.frozen_stages]
-        for module in frozen:
-            module.eval()
-            module.requires_grad_(False)
-
-    @classmethod
-    def _resolve_arch(cls, arch: Union[str, dict]) -> dict:
-        keys = ("embed_dims", "depths", "ssm_ratio", "mlp_ratio")
-        arch = resolve_arch("VMamba", arch, cls.arch_settings, keys)
-        for key in ("embed_dims", "depths"):
-            if len(arch[key]) != 4:
-                raise ValueError(
-                    f"VMamba: arch[{key!r}] needs four values, one a stage; got {arch[key]}."
-                )
-        return arch
 
 
 class Stem(nn.Module):
