@@ -1,21 +1,10 @@
-// What the kernels have in common outside their inner loops: element types, the choice of instruction set, threads.
+// What the operators have in common outside their kernels: the choice of instruction set, threads.
 
 #pragma once
 
-#include <cstdint>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include "dtypes.h"
 
 namespace {
-
-enum DType : int64_t { kFloat32, kBFloat16, kFloat16, kFloat64 };
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
 
 // Binaries move between machines, so the machine's best is chosen when running.
 enum InstructionSet : int { kBaseline, kAvx2, kAvx512 };

@@ -1,5 +1,6 @@
-// Compiles KERNEL, a header, once per instruction set: as avx512::, avx2:: and baseline::. Include it outside any
-// function, in an anonymous namespace, after dispatch.h and the standard headers that the kernel needs.
+// Compiles KERNEL, a header, once per instruction set: as avx512::, avx2:: and baseline::, or for one of them alone if
+// ONLY_VECTOR_BYTES is defined. Include it outside any function, in an anonymous namespace, after dtypes.h and the
+// standard headers that the kernel needs.
 
 // Vectors wider than the registers that the rest of a file may use never cross a function's border that remains.
 #if defined(__GNUC__) && !defined(__clang__)
@@ -15,7 +16,11 @@
 #endif
 #define TARGET_TEXT(x) #x
 
-#if defined(__x86_64__)
+#ifndef ONLY_VECTOR_BYTES
+#define ONLY_VECTOR_BYTES 0
+#endif
+
+#if defined(__x86_64__) && (ONLY_VECTOR_BYTES == 64 || !ONLY_VECTOR_BYTES)
 TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 namespace avx512 {
 #define VECTOR_BYTES 64
@@ -24,7 +29,9 @@ namespace avx512 {
 #undef VECTOR_BYTES
 }  // namespace avx512
 TARGET_END
+#endif
 
+#if defined(__x86_64__) && (ONLY_VECTOR_BYTES == 32 || !ONLY_VECTOR_BYTES)
 TARGET("avx2,fma")
 namespace avx2 {
 #define VECTOR_BYTES 32
@@ -35,9 +42,11 @@ namespace avx2 {
 TARGET_END
 #endif
 
+#if ONLY_VECTOR_BYTES == 16 || !ONLY_VECTOR_BYTES
 namespace baseline {
 #define VECTOR_BYTES 16
 #include "simd.h"
 #include KERNEL
 #undef VECTOR_BYTES
 }  // namespace baseline
+#endif

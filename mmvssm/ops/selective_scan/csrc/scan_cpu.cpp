@@ -23,67 +23,35 @@
 // step, from which the backward pass computes the others again.
 //
 // This file holds the interface, a plain C one for ctypes and for scan_onnxruntime.cpp, and the division into tasks;
-// scan_kernel.h is what a task does. Nothing but the standard library and, if the compiler has it, OpenMP is needed.
+// scan_kernel.h is what a task does, compiled for each instruction set by a file of its own. Nothing but the standard
+// library and, if the compiler has it, OpenMP is needed.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <memory>
-#include <new>
-#include <type_traits>
-#include <utility>
 #include <vector>
 
 #include "../../csrc/dispatch.h"
-#include "scan.h"
+#include "scan_kernels.h"
 
 namespace {
 
+using scan_kernels::KernelFunctions;
+using scan_kernels::kTile;
+using scan_kernels::Partials;
+using scan_kernels::Task;
+
 constexpr int kInterfaceVersion = 3;
-constexpr int kTile = 64;  // CHUNK_LENGTH of inputs.py
-
-using Tensor = Scan::Tensor;
 using Index = Scan::Index;
-
-struct Task {
-  int64_t batch, walk;
-  int64_t first_channel, last_channel;  // the last one is excluded
-  int64_t start, stop;                  // steps
-  int64_t block, stretch;               // which of the channel blocks and of the stretches of steps this is
-};
-
-// What the tasks of a backward pass sum up, each in a place of its own, in the accumulation dtype.
-struct Partials {
-  void *B, *C;                     // (blocks, B, L, K, N)
-  void *A, *D, *delta_bias, *rest;  // (stretches, B, K, D, N) and (stretches, B, K, D)
-  int64_t row(const Scan& scan, const Task& task, int64_t token) const {
-    return ((task.block * scan.batch + task.batch) * scan.length + token) * scan.walks + task.walk;
-  }
-  int64_t stretch(const Scan& scan, const Task& task) const {
-    return (task.stretch * scan.batch + task.batch) * scan.walks * scan.channels;
-  }
-};
-
-struct KernelFunctions {
-  int width;  // channels in a vector
-  void (*forward)(const Scan&, const Task&, const void* entry);
-  void (*forward_carry)(const Scan&, const Task&, void* end, void* elapsed);
-  void (*forward_shared)(const Scan&, const Task&);  // of all walks, which share all but B, order and gap
-  void (*backward)(const Scan&, const Task&, const void* adjoint, const Partials&);
-  void (*backward_carry)(const Scan&, const Task&, void* adjoint, void* elapsed);
-  void (*sum_blocks)(const void* partials, int64_t blocks, int64_t size, int64_t first, int64_t last, void* sums);
-};
-
-#define KERNEL "../selective_scan/csrc/scan_kernel.h"  // seen from instruction_sets.h
-#include "../../csrc/instruction_sets.h"
 
 KernelFunctions kernel_for(const Scan& scan) {
 #if defined(__x86_64__)
-  if (instruction_set == kAvx512) return avx512::choose(scan.dtype, scan.states);
-  if (instruction_set == kAvx2) return avx2::choose(scan.dtype, scan.states);
+  if (instruction_set == kAvx512) return scan_kernels::avx512(scan.dtype, scan.states);
+  if (instruction_set == kAvx2) return scan_kernels::avx2(scan.dtype, scan.states);
 #endif
-  return baseline::choose(scan.dtype, scan.states);
+  return scan_kernels::baseline(scan.dtype, scan.states);
 }
 
 template <class Function>

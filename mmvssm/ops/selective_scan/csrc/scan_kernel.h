@@ -651,12 +651,14 @@ KernelFunctions functions() {
 template <class T, class Element>
 KernelFunctions functions_for(int64_t states) {
   if (states == 1) return functions<T, Element, 1>();
+#if VECTOR_BYTES > 16 || !defined(__x86_64__)  // x86-64 processors without AVX2 are rare, and compiling takes long
   if (states == 8) return functions<T, Element, 8>();
   if (states == 16) return functions<T, Element, 16>();
+#endif
   return functions<T, Element, 0>();
 }
 
-inline KernelFunctions choose(int dtype, int64_t states) {
+inline KernelFunctions choose(int64_t dtype, int64_t states) {
   if (dtype == kFloat32) return functions_for<float, float>(states);
   if (dtype == kBFloat16) return functions_for<float, BFloat16>(states);
   if (dtype == kFloat16) return functions<float, Float16, 0>();
