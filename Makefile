@@ -26,7 +26,7 @@ ONNXRUNTIME_WEB := $(WEB)/site/onnxruntime-web/version.txt
 # `env` with the variables that a run on this machine needs (none on most).
 RUN = env $$($(BIN)/python tools/install/environment.py --print-run-env) $(BIN)/python
 
-.PHONY: help setup setup-pretrain setup-web train train-seg train-pruned train-seg-pruned web test test-fast test-changed lint docs clean
+.PHONY: help setup setup-pretrain setup-web train train-seg train-pruned train-seg-pruned web test test-all test-fast test-changed lint docs clean
 
 help: ## Show this list.
 	@echo "Targets (each sets up $(VENV) by itself when it is missing or out of date):"
@@ -144,13 +144,17 @@ web: $(ENVIRONMENT) $(MMVSSM) $(ONNXRUNTIME_WEB) ## Show the demo models, or CON
 # JOBS tests run at a time, each on one core; a process that is done takes tests from the others.
 PYTEST = env OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-test: $(ENVIRONMENT) $(MMVSSM) ## Run all tests; those for a GPU are skipped without one.
+test: $(ENVIRONMENT) $(MMVSSM) ## Run the tests, but those of test-all; those for a GPU are skipped without one.
+	@$(BIN)/python tools/install/environment.py --print-versions
+	@$(PYTEST) -m "not nightly" $(ARGS)
+
+test-all: $(ENVIRONMENT) $(MMVSSM) ## Run also what shows in more cases, and longer, what test shows in one.
 	@$(BIN)/python tools/install/environment.py --print-versions
 	@$(PYTEST) $(ARGS)
 
 test-fast: $(ENVIRONMENT) $(MMVSSM) ## Run the quick tests of operators, models, pruning, data, configs and documentation.
 	@$(BIN)/python tools/install/environment.py --print-versions
-	@$(PYTEST) -m "not slow" tests/core $(ARGS)
+	@$(PYTEST) -m "not slow and not nightly" tests/core $(ARGS)
 
 test-changed: $(ENVIRONMENT) $(MMVSSM) ## Run the test files that import or name what differs from the commit BASE.
 	@files=$$($(BIN)/python tools/analysis_tools/changed_tests.py $(BASE)) || exit; \

@@ -74,7 +74,7 @@ def test_a_part_that_no_time_is_left_for_is_a_failure(tmp_path, monkeypatch):
         assert result["message"] == "not run: no time was left"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_part_at_small_sizes(tmp_path):
     out = tmp_path / "new"
     done = run_tool(out, "--device", "cpu")
@@ -105,7 +105,7 @@ def test_every_part_at_small_sizes(tmp_path):
     assert table in done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_missing_gpu_is_said(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     done = run_tool(tmp_path, "--only", "tests")
@@ -499,7 +499,7 @@ def test_cases_of_the_look_back_ask_for_all_of_it(case):
     assert not values["ALIGNED"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_cases_of_the_look_back_are_within_their_tolerance():
     """Long walks in half precision: by the CPU's kernels."""
     scan_cases.check(gpu_check.look_back_cases()[1], gpu_check._run_scan)
@@ -528,7 +528,7 @@ def test_whatever_is_launched_later_is_compiled_before():
     pickle.dumps(gpu_check.compile_jobs("cuda"))  # for other processes
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_jobs_run_in_processes_of_their_own(tmp_path):
     report = gpu_check.Report(tmp_path / "part.json")
     jobs = [
@@ -618,7 +618,7 @@ for part in ("bandwidth", "times", "tests", "backbones"):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_torch_alone_is_enough(tmp_path):
     command = [sys.executable, "-c", WITHOUT_OPENMMLAB, tmp_path]
     subprocess.run(command, check=True, cwd=TOOL.parent, env=gpu_check._environment())

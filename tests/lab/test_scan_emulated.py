@@ -79,8 +79,14 @@ def run_on(capability, launches=None):
     return run
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case, capability", CASES, ids=str)
+@pytest.mark.parametrize(
+    "case, capability",
+    [
+        pytest.param(*case, marks=pytest.mark.nightly if i else pytest.mark.slow)
+        for i, case in enumerate(CASES)
+    ],
+    ids=str,
+)
 def test_agrees_with_the_definition_without_spills(case, capability):
     launches = []
     check(case, run_on(capability, launches))
@@ -92,20 +98,20 @@ def test_agrees_with_the_definition_without_spills(case, capability):
         assert registers * warps * 32 <= 65536, name
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("case", MORE_CASES, ids=str)
 def test_agrees_with_the_definition_in_more_cases(case, fewer_steps):
     check(case, run_on(90))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_single_pass_agrees_with_the_definition_as_it_is_launched(monkeypatch):
     """What takes longest to compile, and test_triton_cost.py compiles, too: in the case of its shape."""
     monkeypatch.setattr(triton_launch, "SINGLE_PASS", True)
     check(Case(1, 800, 2, 16, 1, walk="order"), run_on(90))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "case",
     [
@@ -125,7 +131,7 @@ def test_single_pass_agrees_with_the_definition(case, fewer_steps, monkeypatch):
     check(case, run_on(90))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("case", [Case(1, 520, 1, 5, 1), Case(1, 515, 2, 7, 1)], ids=str)
 def test_single_pass_of_many_blocks_agrees_with_the_definition(case, fewer_steps, monkeypatch):
     """Blocks of two tiles, more than one look back takes; tiles of 16 steps, which do not decay to nothing."""
@@ -136,12 +142,12 @@ def test_single_pass_of_many_blocks_agrees_with_the_definition(case, fewer_steps
     check(case, run_on(90))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_agrees_with_the_definition_on_older_gpus(fewer_steps):
     check(Case(2, 70, 2, 5, 1), run_on(80))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_runs_agree_bit_for_bit(fewer_steps):
     first, second = (run_on(90)(make_inputs(Case(1, 65, 1, 33, 1)), True) for _ in range(2))
     for name, x in first.items():

@@ -88,9 +88,18 @@ def test_partial_sums_of_weights_take_no_more_than_u_of_an_image(images):
     assert parts[1] == 1 or math.prod(parts) <= scan.u[0].numel()
 
 
+FEW = "definition and (1x65x1x3x2 or 1x66x1x5x16 or 2x70x2x3x1 or 1x77x4x3x1)"
+
+
 @needs_triton
-@pytest.mark.slow
-@pytest.mark.parametrize("which", ["definition", "not definition"])  # two can run at a time
+@pytest.mark.parametrize(
+    "which",
+    [
+        pytest.param(FEW, marks=pytest.mark.slow, id="few"),
+        pytest.param("definition", marks=pytest.mark.nightly),  # two, which can run at a time
+        pytest.param("not definition", marks=pytest.mark.nightly),
+    ],
+)
 def test_kernels_in_the_interpreter(which):
     file = "tests/lab/interpreted_scan_triton.py"
     command = [sys.executable, "-m", "pytest", "-x", file, "-k", which]

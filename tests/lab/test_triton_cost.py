@@ -290,7 +290,7 @@ KEYS |= {"shared", "bytes_per_element", "least_bytes_per_element"}
 KEYS |= {"predicted_share_of_copy_bandwidth"}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_table_is_complete(rows):
     for row in rows:
         assert row.keys() >= KEYS
@@ -327,7 +327,7 @@ def limited(rows):
     return [row for row in rows if row["capability"] == 90 and row["dtype"] == "float32"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_costs_stay_low(rows):
     assert all(row["stack"] == 0 for row in rows)
     for row in limited(rows):
@@ -335,7 +335,7 @@ def test_costs_stay_low(rows):
         assert row["instructions_per_element_and_state"] <= limit, row
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_predicted_share_of_copy_bandwidth(rows):
     shares = [
         row["predicted_share_of_copy_bandwidth"]

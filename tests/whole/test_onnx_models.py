@@ -118,7 +118,7 @@ model = dict(
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_pruned_segmenter(tool, tmp_path, monkeypatch):
     """Its answers, and its speed."""
     (tmp_path / "photos").mkdir()

@@ -96,7 +96,7 @@ def losses_of(work_dir):
     }
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("text", [DETECTOR, SEGMENTER], ids=["detector", "segmenter"])
 def test_five_iterations_and_a_resumed_run_agree(text, shapes, tmp_path, monkeypatch, one_thread):
     undo_what_tools_set(monkeypatch)

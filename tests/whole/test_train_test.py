@@ -185,7 +185,7 @@ def members_of_session(session):
     ("text", "checkpoint", "resumed_at"),
     [
         (DETECTION, "epoch_2.pth", 12),
-        (PRUNED_SEGMENTATION, "iter_8.pth", 8),
+        pytest.param(PRUNED_SEGMENTATION, "iter_8.pth", 8, marks=pytest.mark.nightly),
     ],
     ids=["detection, by epochs", "pruned segmentation, by iterations"],
 )
@@ -251,7 +251,11 @@ class WriteWeightsOfRank(Hook):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("text", [DETECTION, PRUNED_DETECTION], ids=["dense", "pruned"])
+@pytest.mark.parametrize(
+    "text",
+    [pytest.param(DETECTION, marks=pytest.mark.nightly), PRUNED_DETECTION],
+    ids=["dense", "pruned"],
+)
 def test_two_gloo_processes_end_with_the_same_weights(config, tmp_path, text):
     (tmp_path / "write_weights.py").write_text(WEIGHTS_OF_RANKS)
     path = config(
@@ -449,7 +453,11 @@ def test_detection_tta_is_refused(trained, refused):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("text", [DETECTION, PRUNED_SEGMENTATION], ids=["dense", "pruned"])
+@pytest.mark.parametrize(
+    "text",
+    [DETECTION, pytest.param(PRUNED_SEGMENTATION, marks=pytest.mark.nightly)],
+    ids=["dense", "pruned"],
+)
 def test_mixed_precision_without_a_gpu(trained, config, tmp_path, succeed_here, text):
     """Backbone and neck compute in bfloat16, the losses stay finite and near those of float32."""
     limit = "train_cfg.max_epochs=1" if text == DETECTION else "train_cfg.max_iters=6"

@@ -558,7 +558,7 @@ def test_compile_fullgraph():
     torch.testing.assert_close(a, e, atol=1e-5, rtol=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_compile_fullgraph_inductor():
     model = GroupMamba(MINI, out_indices=(0,)).eval()
     compiled = torch.compile(model, fullgraph=True)

@@ -94,7 +94,9 @@ def test_published_parameters(arch, whole, spm, interactions, up):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch, gflops", [("L1", 101.6), ("L2", 250.4)])
+@pytest.mark.parametrize(
+    "arch, gflops", [("L1", 101.6), pytest.param("L2", 250.4, marks=pytest.mark.nightly)]
+)
 def test_published_flops_at_800x1280(arch, gflops):
     model = PlainMambaAdapter(arch).eval()
     cost = count(model, lambda: model(torch.zeros(1, 3, 800, 1280)))["total"]
@@ -314,7 +316,9 @@ def test_attention_in_a_graph_is_that_of_mmcv():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pruning", [None, dict(layers=(1,), keep_ratio=0.5)])
+@pytest.mark.parametrize(
+    "pruning", [None, pytest.param(dict(layers=(1,), keep_ratio=0.5), marks=pytest.mark.nightly)]
+)
 def test_export_with_dynamic_sizes(pruning):
     """Of any height and width. The batch is fixed: PyTorch proves nothing of an image alone."""
     model = build(pruning=pruning).eval()

@@ -485,7 +485,7 @@ def test_compile_fullgraph(out_type, pruning):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pruning", [None, PRUNING])
+@pytest.mark.parametrize("pruning", [pytest.param(None, marks=pytest.mark.nightly), PRUNING])
 def test_export_with_dynamic_sizes(pruning):
     model = build(pruning, out_indices=(0, 4))
     model = nn.Sequential(model, MODELS.build(dict(type="mmvssm.TokenRestoration")))

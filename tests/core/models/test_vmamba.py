@@ -288,7 +288,7 @@ def test_compile_fullgraph():
         )
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_export_with_dynamic_sizes():
     torch.manual_seed(0)
     model = VMamba(MINI, out_indices=(0, 3)).eval()

@@ -159,14 +159,23 @@ def test_compiled_backend(case, limit, instruction_set):
 
 
 @needs_triton
-@pytest.mark.slow
-def test_triton_kernels_in_the_interpreter():
+@pytest.mark.parametrize(
+    "which",
+    [
+        pytest.param(
+            "x33-k3 or expanded or x5-k7-plain-bfloat16", marks=pytest.mark.slow, id="few"
+        ),
+        pytest.param("", marks=pytest.mark.nightly, id="all"),
+    ],
+)
+def test_triton_kernels_in_the_interpreter(which):
     command = [
         sys.executable,
         "-m",
         "pytest",
         "-x",
         "tests/lab/interpreted_sparse_conv_triton.py",
+        *("-k", which),
     ]
     done = subprocess.run(
         [*command, "-p", "no:cacheprovider"],

@@ -194,7 +194,15 @@ def segmenters(export):
     return functools.cache(lambda name: export(SEGMENTERS[name]))
 
 
-@pytest.fixture(params=SEGMENTERS)
+IN_EVERY_RUN = {"groupmamba", "pruned"}
+
+
+@pytest.fixture(
+    params=[
+        name if name in IN_EVERY_RUN else pytest.param(name, marks=pytest.mark.nightly)
+        for name in SEGMENTERS
+    ]
+)
 def segmenter(request, segmenters):
     return segmenters(request.param)
 

@@ -104,7 +104,7 @@ def test_the_promised_configs_are_there():
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in IMAGENET]
+    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.nightly) for n in IMAGENET]
 )
 def test_imagenet(name):
     """The published number of parameters, and a step on images of 224x224 that changes all of them."""
@@ -182,7 +182,12 @@ def test_fine_tuning_of_vim_as_published(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "size, gflops, reduction", [("", 3.01, 0.4), ("_l2", 8.07, 0.4), ("_l3", 14.43, 0.4)]
+    "size, gflops, reduction",
+    [
+        ("", 3.01, 0.4),
+        pytest.param("_l2", 8.07, 0.4, marks=pytest.mark.nightly),
+        pytest.param("_l3", 14.43, 0.4, marks=pytest.mark.nightly),
+    ],
 )
 def test_flops_of_the_pruned_ones(size, gflops, reduction):
     found = []
