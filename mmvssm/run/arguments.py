@@ -42,6 +42,13 @@ def train_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--batch-size", type=_positive, metavar="N", help="images a step on each GPU or process"
     )
+    parser.add_argument(
+        "--image-size",
+        type=_positive,
+        metavar="PIXELS",
+        help="train and test with images of this size: the longer side of a detector's test images, else the training "
+        "crop; all sizes of the config follow in proportion",
+    )
     parser.add_argument("--lr", type=_rate, metavar="RATE", help="the optimizer's learning rate")
     parser.add_argument(
         "--layer-decay",

@@ -10,6 +10,7 @@ from mmengine.dist import get_world_size
 from mmengine.hooks import EarlyStoppingHook
 
 from ..errors import UserError
+from .image_size import set_image_size
 from .pretrained import start_from_scratch
 from .setup import print_once
 
@@ -40,6 +41,8 @@ def apply_options(cfg: Config, args: argparse.Namespace) -> None:
         use_logger(cfg, logger)
     if args.from_scratch:
         print_once(start_from_scratch(cfg))
+    if args.image_size is not None:
+        print_once(set_image_size(cfg, args.image_size))
     if args.batch_size is not None:
         cfg.train_dataloader.batch_size = args.batch_size
     if args.lr is not None:

@@ -5,6 +5,7 @@ new key that the constructor does not accept, and report every other new key.
 """
 
 import argparse
+import ast
 import difflib
 import inspect
 import os
@@ -21,7 +22,7 @@ from mmengine.registry import DefaultScope, Registry, init_default_scope
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
-from ..errors import UserError, shown, user_mistakes
+from ..errors import UserError, brief, shown, user_mistakes
 
 _CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 _DELETE = "_delete_"  # mmengine's key to replace a dict instead of merging into it
@@ -74,14 +75,15 @@ _DICT = re.compile(r"""[\[(](.*[\[(,])?(\{|dict\()|\{["'}]|dict\(""")
 class SettingsAction(DictAction):
     """Read ``--cfg-options`` as mmengine does, and reject malformed options in one line.
 
-    mmengine drops spaces and makes lists of values with commas; we keep a value that is an existing path.
+    mmengine drops spaces and makes lists of values with commas; we keep a value that is an existing path, and read
+    dicts, and lists that hold one, as Python writes them.
     """
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
         """Read the options.
 
         Raises:
-            UserError: If an option has no ``=``, its brackets do not match, or its value is a dict.
+            UserError: If an option has no ``=``, or its value cannot be read.
         """
         found = dict(getattr(namespace, self.dest, None) or {})
         for text in values or []:
@@ -92,10 +94,8 @@ class SettingsAction(DictAction):
                 found[key] = value
                 continue
             if _DICT.match(value.replace(" ", "")):
-                raise UserError(
-                    f"--cfg-options {text}: values cannot be dicts; set one entry with {key}.NAME=VALUE, "
-                    "or write the dict in a config file that has this one as its _base_"
-                )
+                found[key] = _read_data(text, value)
+                continue
             one = argparse.Namespace()
             try:
                 super().__call__(parser, one, [text], option_string)
@@ -106,6 +106,35 @@ class SettingsAction(DictAction):
                 ) from error
             found.update(getattr(one, self.dest))
         setattr(namespace, self.dest, found)
+
+
+def _read_data(option: str, text: str) -> Any:
+    """Read data in Python's notation, ``dict(name=value)`` included; nothing is evaluated.
+
+    Raises:
+        UserError: If it is anything else.
+    """
+
+    def read(node: ast.expr) -> Any:
+        if isinstance(node, (ast.List, ast.Tuple)):
+            items = [read(item) for item in node.elts]
+            return items if isinstance(node, ast.List) else tuple(items)
+        if isinstance(node, ast.Dict) and None not in node.keys:
+            return {read(key): read(value) for key, value in zip(node.keys, node.values)}
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "dict" and not node.args:
+            if any(keyword.arg is None for keyword in node.keywords):
+                raise ValueError("dict(**...)")
+            return {keyword.arg: read(keyword.value) for keyword in node.keywords}
+        return ast.literal_eval(node)
+
+    try:
+        value = read(ast.parse(text.strip(), mode="eval").body)
+        return Config({"value": value}).value
+    except (SyntaxError, TypeError, ValueError, MemoryError, RecursionError) as error:
+        raise UserError(
+            f"--cfg-options {brief(option)}: the value cannot be read; a dict is \"dict(type='SGD', lr=0.01)\" or "
+            "\"{'type': 'SGD', 'lr': 0.01}\", in quotes of the shell, and may be in a list"
+        ) from error
 
 
 def check_config_file(path: str) -> None:
@@ -126,6 +155,63 @@ def check_config_file(path: str) -> None:
 
 
 # ---------------------------------------------------------------------------------- --cfg-options
+
+
+def spread_dicts(cfg: Config, options: dict[str, Any]) -> dict[str, Any]:
+    """Write options whose values are dicts as options for each entry, which mmengine merges in the same way.
+
+    A dict in place of something else, such as None, replaces it.
+    """
+    spread: dict[str, Any] = {}
+    for key, value in options.items():
+        names = isinstance(value, dict) and [str(name) for name in value]
+        if not names or not all(name.isidentifier() for name in names):
+            spread[key] = value
+            continue
+        if not isinstance(_at(cfg, key), (dict, _Missing)):
+            spread[f"{key}.{_DELETE}"] = True
+        spread.update(spread_dicts(cfg, {f"{key}.{name}": item for name, item in value.items()}))
+    return spread
+
+
+def drop_refused(cfg: Config, options: dict[str, Any]) -> Iterator[str]:
+    """Drop settings of a part that options give another ``type`` if its constructor does not accept them.
+
+    Args:
+        cfg: Changed in place: the config before the options are merged into it.
+        options: Values by dotted key.
+
+    Yields:
+        A line on each such part.
+    """
+    for key, kind in options.items():
+        path, _, last = key.rpartition(".")
+        node = _at(cfg, path)
+        if last != "type" or not isinstance(node, dict) or kind == node.get("type"):
+            continue
+        names, is_closed = _arguments(path, kind)
+        refused = [name for name in node if name not in names and f"{path}.{name}" not in options]
+        if is_closed and _BUILT.fullmatch(path) and refused:
+            for name in refused:
+                del node[name]
+            yield f"{path}.type={kind} drops {', '.join(refused)}, which {kind} does not take"
+
+
+class _Missing:
+    """What :func:`_at` returns where there is nothing."""
+
+
+def _at(cfg: Config, path: str) -> Any:
+    """Return what is at a dotted path in a config."""
+    node: Any = cfg
+    for part in path.split("."):
+        if isinstance(node, (list, tuple)) and part.isdigit() and int(part) < len(node):
+            node = node[int(part)]
+        elif isinstance(node, (dict, Config)) and part in node:
+            node = node[part]
+        else:
+            return _Missing()
+    return node
 
 
 def check_options(cfg: Config, options: dict[str, Any], amp: bool = False) -> list[str]:

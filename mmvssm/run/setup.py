@@ -33,7 +33,9 @@ from .settings import (
     check_options,
     check_types,
     check_values,
+    drop_refused,
     find_type,
+    spread_dicts,
     suggest_similar_name,
 )
 
@@ -65,10 +67,11 @@ def open_config(
     check_config_file(args.config)
     with user_mistakes(f"cannot read the config {args.config}"), explain_missing_mmpretrain():
         cfg = Config.fromfile(args.config)
-    options = args.cfg_options or {}
+    args.cfg_options = options = spread_dicts(cfg, args.cfg_options or {})
     unchecked = check_options(
         cfg, options, getattr(args, "amp", False) or getattr(args, "amp_dtype", None)
     )
+    dropped = list(drop_refused(cfg, options))
     with user_mistakes("cannot apply --cfg-options"):
         cfg.merge_from_dict(options)
     cfg.launcher = args.launcher
@@ -91,6 +94,8 @@ def open_config(
     _check_runner(cfg)
     init_processes(cfg)
     adapt_to_machine(cfg)
+    for line in dropped:
+        print_once(line)
     if unchecked:
         print_once(f"Not in the config, passed on unchecked: {', '.join(unchecked)}")
     return cfg

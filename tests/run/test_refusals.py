@@ -29,7 +29,14 @@ from mmengine.registry import init_default_scope
 
 from mmvssm.errors import UserError
 from mmvssm.run import checkpoints
-from mmvssm.run.settings import SettingsAction, check_options, check_types, check_values
+from mmvssm.run.settings import (
+    SettingsAction,
+    check_options,
+    check_types,
+    check_values,
+    drop_refused,
+    spread_dicts,
+)
 from mmvssm.run.setup import build_model
 from mmvssm.run.test import _plain
 from support import tiny_configs
@@ -72,12 +79,12 @@ OPTIONS = [
     ("model.backbone.out_indices=(0,1", "the value cannot be read"),
     ("model.backbone.drop_path_rate", "options are KEY=VALUE, without spaces"),
     ("=3", "options are KEY=VALUE, without spaces"),
-    ('custom_hooks=[{"type":"EMAHook"}]', "values cannot be dicts"),
-    ("custom_hooks=[{type:EMAHook}]", "values cannot be dicts"),
-    ("custom_hooks=[dict(type='EMAHook')]", "values cannot be dicts"),
-    ('param_scheduler=[ 1, {"type":"LinearLR"}]', "values cannot be dicts"),
-    ("model.backbone={'arch':'tiny'}", "values cannot be dicts"),
-    ("model.backbone={}", "values cannot be dicts"),
+    ("custom_hooks=[{type:EMAHook}]", "the value cannot be read; a dict is \"dict(type='SGD', lr=0.01)\""),
+    ("custom_hooks=[dict(type=print('x'))]", "the value cannot be read; a dict is"),
+    ("custom_hooks=[dict(**{'type': 'EMAHook'})]", "the value cannot be read"),
+    ("custom_hooks=[{" + "[" * 999, "the value cannot be read"),
+    ("optim_wrapper.optimizer=dict(type='SGD', momentom=1)", "optim_wrapper.optimizer.momentom: unknown setting"),
+    ("custom_hooks=[dict(type='EMAHok')]", "custom_hooks.0.type='EMAHok' is not registered; the nearest is"),
     ("model.backbone.type=mmvssm.GroupMambo", "the nearest is 'mmvssm.GroupMamba'"),
     ("model.type=EncoderDecodr", "the nearest is 'EncoderDecoder'"),
     ("optim_wrapper.optimizer.type=Lion", "'Lion' is of a package that is not installed; pip install lion-pytorch"),
@@ -199,7 +206,9 @@ def check(*options, extra=EXTRA, **settings):
     parser.add_argument("--cfg-options", nargs="+", action=SettingsAction)
     options = parser.parse_args(["--cfg-options", *options]).cfg_options
     cfg = deepcopy(tiny_config(extra))
+    options = spread_dicts(cfg, options)
     unchecked = check_options(cfg, options, **settings)
+    list(drop_refused(cfg, options))
     cfg.merge_from_dict(options)
     check_types(cfg)
     check_values(cfg)
@@ -236,6 +245,53 @@ def test_a_schedule_that_cannot_be_built(tiny, capsys):
     assert sentence.startswith(
         "error: cannot set up the schedule (param_scheduler): Starting multiplicative"
     )
+
+
+DICTS = {  # what the segmenter's config has then, by path
+    "custom_hooks=[dict(type='EMAHook', momentum=1e-3), {'type': 'SyncBuffersHook'}]": {
+        "custom_hooks.0.momentum": 1e-3,
+        "custom_hooks.1.type": "SyncBuffersHook",
+    },
+    "optim_wrapper.optimizer=dict(type='SGD', momentum=0.9)": {
+        "optim_wrapper.optimizer.momentum": 0.9,
+        "optim_wrapper.optimizer.weight_decay": 0.01,
+        "optim_wrapper.optimizer.betas": None,
+    },
+    "optim_wrapper.paramwise_cfg=dict(custom_keys={'a.b': dict(lr_mult=2)})": {
+        "optim_wrapper.paramwise_cfg.norm_decay_mult": 0.0,
+    },
+    "model.auxiliary_head=dict(_delete_=True, type='FCNHead')": {
+        "model.auxiliary_head": dict(type="FCNHead")
+    },
+    "test_cfg=dict(type='TestLoop', fp16=True)": {"test_cfg.fp16": True},
+    "load_from=None": {"load_from": None},
+    "resume={'a': -1}": {"resume": {"a": -1}},
+}
+
+
+@pytest.mark.parametrize("option", DICTS)
+def test_dicts_are_merged_as_in_a_config_file(option):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--cfg-options", nargs="+", action=SettingsAction)
+    cfg = deepcopy(tiny_config(EXTRA))
+    options = spread_dicts(cfg, parser.parse_args(["--cfg-options", option]).cfg_options)
+    check_options(cfg, options)
+    list(drop_refused(cfg, options))
+    cfg.merge_from_dict(options)
+    for path, expected in DICTS[option].items():
+        node = cfg
+        for part in path.split("."):
+            node = node[int(part)] if part.isdigit() else node.get(part)
+        assert node == expected, path
+
+
+def test_another_optimizer_drops_what_it_does_not_take():
+    cfg = deepcopy(tiny_config(EXTRA))
+    options = {"optim_wrapper.optimizer.type": "SGD", "optim_wrapper.optimizer.lr": 0.1}
+    (line,) = drop_refused(cfg, options)
+    assert line == "optim_wrapper.optimizer.type=SGD drops betas, which SGD does not take"
+    assert "betas" not in cfg.optim_wrapper.optimizer
+    assert list(drop_refused(cfg, {"optim_wrapper.optimizer.type": "Adam"})) == []
 
 
 class StoppedError(Exception):

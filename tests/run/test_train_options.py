@@ -11,6 +11,7 @@ from mmengine.registry import HOOKS
 pytest.importorskip("mmseg")
 
 from mmvssm.errors import UserError
+from mmvssm.run.image_size import set_image_size
 from mmvssm.run.options import stop_early, use_amp
 from mmvssm.run.pretrained import start_from_scratch
 from support.tiny_configs import SEGMENTER
@@ -100,6 +101,67 @@ def test_a_short_option_changes_its_settings_alone(config, given):
     for cfg in (before, after):  # which every run of ours sets
         cfg["train_dataloader"] = {"batch_size": cfg["train_dataloader"]["batch_size"]}
     assert differs_in(before, after) == SHORT[given]
+
+
+# For a config and a size: what some of its settings are then, by path.
+TEST_SCALE = "test_dataloader.dataset.pipeline.1.scale"
+SIZES = {
+    ("groupmamba_maskrcnn_coco", 667): {
+        TEST_SCALE: (667, 400),
+        "train_dataloader.dataset.pipeline.2.scale": (667, 400),
+    },
+    ("groupmamba_upernet_ade20k", 256): {
+        TEST_SCALE: (1024, 256),
+        "train_dataloader.dataset.pipeline.2.scale": (1024, 256),
+        "train_dataloader.dataset.pipeline.3.crop_size": (256, 256),
+        "model.data_preprocessor.size": (256, 256),
+        "tta_pipeline.1.transforms.0.0.scale": (512, 128),
+    },
+    ("groupmamba_upernet_shapes", 320): {
+        TEST_SCALE: (320, 320),
+        "train_dataloader.dataset.pipeline.2.ratio_range": (0.8, 1.25),
+        "prepare_data.image_size": 320,
+    },
+    ("plainmamba_pruned_maskrcnn_shapes", 160): {TEST_SCALE: (160, 160)},
+}
+
+
+@pytest.mark.parametrize(("given", "expected"), SIZES.items(), ids=[name for name, _ in SIZES])
+def test_an_image_size_reaches_every_part(given, expected):
+    name, size = given
+    cfg = Config.fromfile(Path(__file__).parents[2] / f"configs/{name}.py")
+    line = set_image_size(cfg, size)
+    assert line.startswith(f"--image-size {size}: sizes times ") and "test_dataloader" in line
+    for path, value in expected.items():
+        node = cfg
+        for part in path.split("."):
+            node = node[int(part)] if part.isdigit() else node[part]
+        assert node == value, path
+
+
+def test_what_several_loaders_share_is_scaled_once_and_a_window_too():
+    step = dict(type="Resize", scale=(100, 50))
+    loader = dict(dataset=dict(type="X", pipeline=[step]))
+    model = dict(test_cfg=dict(mode="slide", crop_size=(50, 50), stride=(25, 25)))
+    cfg = Config(dict(default_scope="mmseg", model=model))
+    cfg.val_dataloader = cfg.test_dataloader = Config(dict(x=loader)).x
+    set_image_size(cfg, 200)
+    assert cfg.test_dataloader.dataset.pipeline[0].scale == (200, 100)
+    assert cfg.model.test_cfg == dict(mode="slide", crop_size=(100, 100), stride=(50, 50))
+
+
+def test_an_image_size_needs_a_size_to_change():
+    cfg = Config(
+        dict(default_scope="mmseg", model={}, test_dataloader=dict(dataset=dict(type="X")))
+    )
+    with pytest.raises(UserError, match="no pipeline of the config resizes or crops its images"):
+        set_image_size(cfg, 64)
+
+
+def test_a_run_with_another_image_size(config, capsys):
+    call("train.py", config(SEGMENTER), "--work-dir", "run", "--image-size", "48")
+    saved = Config.fromfile("run/tiny.py")
+    assert saved.train_dataloader.dataset.pipeline[3].crop_size == (48, 48)
 
 
 def test_another_batch_says_whose_rates_these_are(config, capsys):
