@@ -161,8 +161,8 @@ def prepare_data(
         for key in args.cfg_options or ():
             if key.split(".")[0] == "prepare_data":
                 raise UserError(
-                    f"--cfg-options {key} has no effect with --data-root, whose images exist already; to change their "
-                    'size in a run, set "scale" and "crop_size" in the pipelines, as in docs/data.md under "Few images"'
+                    f"--cfg-options {key} has no effect with --data-root, whose images exist already; "
+                    "--image-size changes their size in a training"
                 )
         if args.classes and cfg.default_scope == "mmpretrain":
             raise UserError(

@@ -11,14 +11,12 @@ import textwrap
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 
 import mmvssm.registry
-from mmvssm.run.arguments import train_parser
 
 REPO = Path(__file__).parents[2]
 README, DOCS = REPO / "README.md", REPO / "docs"
@@ -240,23 +238,6 @@ def test_options_named_in_the_text_are_those_of_a_tool():
         for code in inline_code(page):
             for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", code):
                 assert option in known, f"{page.name}: {option}"
-
-
-def test_larger_images_are_set_where_they_are_resized():
-    """The command of the page about data gives every pipeline's Resize a size that it takes."""
-    pytest.importorskip("mmdet")
-    from mmdet.registry import TRANSFORMS
-    from mmdet.utils import register_all_modules
-
-    register_all_modules(init_default_scope=False)
-    ((_, words),) = [(p, w) for p, w in commands() if any("pipeline" in word for word in w)]
-    args = train_parser().parse_args(words[2:])
-    cfg = Config.fromfile(REPO / args.config)
-    cfg.merge_from_dict(args.cfg_options)
-    for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
-        (resize,) = [p for p in cfg[name].dataset.pipeline if p.type == "Resize"]
-        image = np.zeros((20, 40, 3), np.uint8)
-        assert TRANSFORMS.build(resize)(dict(img=image))["img"].shape == (160, 320, 3)
 
 
 # --- names and links ----------------------------------------------------------------------------------
