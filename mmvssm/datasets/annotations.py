@@ -547,7 +547,7 @@ class _AnnotationCheck:
 def _problem_of_mask(mask: Any, image: dict) -> str:
     """Return why a mask cannot be read; an empty text if it can."""
     if not mask:
-        return "no segmentation, which this config's masks need; train a box detector on them"
+        return "no segmentation, which this config's masks need; --data-root trains on boxes alone if none has one"
     if isinstance(mask, dict):
         return _problem_of_rle(mask, image)
     if not isinstance(mask, list) or not all(isinstance(polygon, list) for polygon in mask):

@@ -17,9 +17,10 @@ from ..errors import UserError, brief, shown, user_mistakes
 from .annotations import Use, category_names, check_annotations, read_coco
 from .images import check_images
 from .label_maps import check_label_maps
+from .layouts import ADE20K, COCO, COCO_MAPS
 from .memory import Memory
 from .pictures import Loading
-from .root import ADE20K, COCO, COCO_MAPS, IMAGENET_LAYOUT, class_folders
+from .root import IMAGENET_LAYOUT, class_folders
 from .walk import leaf_datasets
 
 _ANNOTATIONS_PER_IMAGE = 16  # we check so many in the time of reading one image's header

@@ -37,7 +37,7 @@ def check_images(
     """
     pictures = read_images(paths, loading.backend, memory)
     refuse_unreadable(paths, pictures, "images")
-    sizes = [_loaded_size(picture, loading) for picture in pictures]
+    sizes = [loaded_size(picture, loading) for picture in pictures]
     if annotated:
         _compare_sizes(paths, pictures, sizes, annotated)
     doubts = {
@@ -88,7 +88,8 @@ def refuse_unreadable(paths: Sequence[str], pictures: Sequence[Picture], kind: s
         )
 
 
-def _loaded_size(picture: Picture, loading: Loading) -> Size:
+def loaded_size(picture: Picture, loading: Loading) -> Size:
+    """Return ``(width, height)`` of a picture as a pipeline loads it."""
     if loading.applies_orientation and picture.orientation >= 5:  # those that turn by 90 degrees
         return picture.height, picture.width
     return picture.width, picture.height

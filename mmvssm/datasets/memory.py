@@ -50,7 +50,7 @@ class Memory:
         folder, name = os.path.split(os.path.abspath(path))
         entry = self._folders.get(f"{kind}:{folder}", {}).get(name)
         try:
-            known = isinstance(entry, list) and entry[:2] == _signature(path)
+            known = isinstance(entry, list) and entry[:2] == signature(path)
         except OSError:
             return None
         return entry[2:] if known else None
@@ -67,7 +67,7 @@ class Memory:
         folder, name = os.path.split(os.path.abspath(path))
         # A file that is missing now may be mounted later.
         with suppress(OSError):
-            entry = [*_signature(path), *facts]
+            entry = [*signature(path), *facts]
             self._folders.setdefault(f"{kind}:{folder}", {})[name] = entry
             self._effort += effort
 
@@ -89,7 +89,7 @@ class Memory:
         return True
 
 
-def _signature(path: str) -> list[int]:
+def signature(path: str) -> list[int]:
     """Return the size and time of modification of a file, which change when the file does."""
     status = os.stat(path)
     return [status.st_size, status.st_mtime_ns]

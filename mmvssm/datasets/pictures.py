@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from typing import BinaryIO, Callable, NamedTuple, Optional
+from typing import Any, BinaryIO, Callable, NamedTuple, Optional
 
 import cv2
 import mmcv
@@ -105,13 +105,13 @@ def _read(
 ) -> list[Picture]:
     known = {path: _remembered(memory.recall(kind, path)) for path in dict.fromkeys(paths)}
     unread = [path for path, picture in known.items() if picture is None]
-    for path, picture in zip(unread, _map(function, unread, what)):
+    for path, picture in zip(unread, map_files(function, unread, what)):
         known[path] = picture
         memory.note(kind, path, picture)
     return [known[path] for path in paths]
 
 
-def _map(function: Callable[[str], Picture], paths: Sequence[str], what: str) -> Iterator[Picture]:
+def map_files(function: Callable[[Any], Any], paths: Sequence[Any], what: str) -> Iterator[Any]:
     """Apply ``function`` to every path, in several processes with a progress bar if there are many."""
     if len(paths) < _FEW:
         with without_size_limit():

@@ -1,40 +1,27 @@
 """Point any config at the user's own data set (``--data-root``).
 
-We recognise four layouts by their folders. COCO instances, for detection::
-
-    annotations/instances_train2017.json  annotations/instances_val2017.json
-    train2017/                            val2017/
-
-COCO with semantic maps, for segmentation, where 0 is the background and k the k-th category::
-
-    semantic_train2017/*.png              semantic_val2017/*.png
-    train2017/                            val2017/
-
-ADE20K's, for segmentation::
-
-    images/training/                      images/validation/
-    annotations/training/*.png            annotations/validation/*.png
-
-and ImageNet's, for classification::
-
-    train/<class>/                        val/<class>/
+:mod:`.layouts` finds detection and segmentation data by names of folders and files, :mod:`.formats` and :mod:`.colours`
+convert what mmdet and mmseg do not read. Classification takes ImageNet's layout, ``train/<class>/`` and
+``val/<class>/``.
 """
 
 import colorsys
 import os
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Optional
 
 from mmengine.config import Config, ConfigDict
 
 from ..errors import UserError, shown
+from ..files import write_whole
 from ..processes import on_first_process
-from .annotations import category_names
+from .annotations import category_names, read_coco
+from .colours import CONVERTED, prepare_maps
+from .formats import draw_validation, made_from, prepare_instances
 from .label_maps import labels_in
+from .layouts import COCO, COCO_MAPS, Layout, find_instances, find_maps, list_files, only_suffix
 from .memory import Memory
-from .pictures import IMAGE_SUFFIXES
 from .walk import leaf_datasets, parts_of
 
 SPLIT_OF_LOADER = {"train_dataloader": "train", "val_dataloader": "val", "test_dataloader": "val"}
@@ -45,48 +32,6 @@ _NOT_CLASSIFYING = (
 )
 
 
-@dataclass(frozen=True, eq=False)
-class Layout:
-    """Paths of a data set's images and labels, relative to its root.
-
-    Attributes:
-        name: Its name in messages.
-        images: Folder of images of each split.
-        labels: Annotation file, or folder of label maps, of each split.
-    """
-
-    name: str
-    images: dict[str, str]
-    labels: dict[str, str]
-
-    def missing_in(self, root: str, splits: Sequence[str]) -> list[str]:
-        """Return the folders and files of some splits that ``root`` lacks."""
-        parts = [part for s in splits for part in (self.labels[s], self.images[s])]
-        return [part for part in parts if not _exists(root, part)]
-
-    def __str__(self) -> str:
-        parts = [f"{self.images[s]}/ with {self.labels[s]}" for s in ("train", "val")]
-        return f"{self.name} ({'; '.join(parts)})"
-
-
-COCO = Layout(
-    "the COCO layout",
-    images={"train": "train2017", "val": "val2017"},
-    labels={
-        "train": "annotations/instances_train2017.json",
-        "val": "annotations/instances_val2017.json",
-    },
-)
-COCO_MAPS = Layout(
-    "the COCO layout with semantic maps",
-    images=COCO.images,
-    labels={"train": "semantic_train2017", "val": "semantic_val2017"},
-)
-ADE20K = Layout(
-    "the ADE20K layout",
-    images={"train": "images/training", "val": "images/validation"},
-    labels={"train": "annotations/training", "val": "annotations/validation"},
-)
 IMAGENET_LAYOUT = "ImageNet's layout (train/<class>/ and val/<class>/, with images in them)"
 
 
@@ -96,19 +41,22 @@ def apply_data_root(
     loaders: Sequence[str],
     classes: Optional[Sequence[str]] = None,
     reduce_zero_label: Optional[bool] = None,
+    data_format: Optional[str] = None,
 ) -> str:
     """Make a config use the data set under ``root``.
 
     We set paths, class names, palette, file suffixes, ``num_classes`` of every head and the annotation
-    files of the evaluators. Data set wrappers and pipelines are not changed.
+    files of the evaluators. Data set wrappers are not changed. Of objects without masks, a detector's mask
+    part is left out.
 
     Args:
         cfg: Changed in place.
         root: The data set's folder.
         loaders: The config's data loaders that the run uses; we need only their splits.
         classes: Class names. Default: from the annotation files. Classification takes the folders' names.
-        reduce_zero_label: For segmentation in the ADE20K layout: whether 0 in a label map means
-            "unlabelled" and classes count from 1. Default: what all the maps show.
+        reduce_zero_label: For segmentation: whether 0 in a label map means "unlabelled" and classes
+            count from 1. Default: what all the maps show.
+        data_format: Key of the layout, for a folder with several.
 
     Returns:
         A line that describes the data set.
@@ -120,10 +68,10 @@ def apply_data_root(
         raise UserError(f"there is no folder {root} (--data-root)")
     cfg.pop("prepare_data", None)
     if cfg.default_scope == "mmdet":
-        return _use_instances(cfg, root, loaders, classes)
+        return _use_instances(cfg, root, loaders, classes, data_format)
     if cfg.default_scope == "mmpretrain":
         return _use_class_folders(cfg, root, loaders)
-    return _use_label_maps(cfg, root, loaders, classes, reduce_zero_label)
+    return _use_label_maps(cfg, root, loaders, classes, reduce_zero_label, data_format)
 
 
 def make_palette(classes: Sequence[str]) -> list[tuple[int, int, int]]:
@@ -198,31 +146,65 @@ def _num_classes(node: Any) -> Iterator[int]:
 
 
 def _use_instances(
-    cfg: Config, root: str, loaders: Sequence[str], classes: Optional[Sequence[str]]
+    cfg: Config,
+    root: str,
+    loaders: Sequence[str],
+    classes: Optional[Sequence[str]],
+    data_format: Optional[str],
 ) -> str:
-    splits = sorted({SPLIT_OF_LOADER[loader] for loader in loaders})
-    missing = COCO.missing_in(root, splits)
-    if missing:
-        raise UserError(f"{root} lacks {' and '.join(missing)}; detection expects {COCO}")
-    if not classes:
-        first = "train" if _exists(root, COCO.labels["train"]) else "val"
-        # The parsed file takes gigabytes, so only one process reads it.
-        classes = on_first_process(category_names, os.path.join(root, COCO.labels[first]))
+    # The parsed file takes gigabytes, so only one process reads it.
+    found, layout, names, has_masks = on_first_process(
+        _read_instances, root, _splits(loaders), data_format, _work_dir(cfg)
+    )
+    classes = classes or names
     metainfo = {"classes": tuple(classes), "palette": make_palette(classes)}
     for loader, leaf in _leaves(cfg, loaders):
         split = SPLIT_OF_LOADER[loader]
         leaf.update(
             type="mmdet.CocoDataset",
             data_root=root,
-            ann_file=COCO.labels[split],
-            data_prefix={"img": COCO.images[split] + "/"},
+            ann_file=layout.labels[split],
+            data_prefix={"img": os.path.join(layout.images[split], "")},
             metainfo=metainfo,
         )
     for evaluator in ("val_evaluator", "test_evaluator"):
-        if cfg.get(evaluator):
-            cfg[evaluator] = _coco_metrics(cfg[evaluator], os.path.join(root, COCO.labels["val"]))
+        if cfg.get(evaluator) and "val" in layout.labels:
+            cfg[evaluator] = _coco_metrics(cfg[evaluator], os.path.join(root, layout.labels["val"]))
+    note = layout.note
+    if not has_masks and _leave_out_masks(cfg):
+        note += "; it has boxes alone, so the model's mask part is left out"
     set_num_classes(cfg.model, len(classes))
-    return f"{root}: {COCO.name}, {_listing(classes)}"
+    return f"{root}: {found}, {_listing(classes)}{note}"
+
+
+def _read_instances(
+    root: str, splits: Sequence[str], data_format: Optional[str], work_dir: str
+) -> tuple[Layout, Layout, list[str], bool]:
+    """Return the layout as found and as used, the names of the categories, and whether objects have masks."""
+    found = find_instances(root, splits, data_format)
+    layout = prepare_instances(root, found, work_dir)
+    ann_file = os.path.join(root, layout.labels.get("train") or layout.labels["val"])
+    names = category_names(ann_file)
+    annotations = read_coco(ann_file)["annotations"]
+    return found, layout, names, not annotations or any(a.get("segmentation") for a in annotations)
+
+
+def _leave_out_masks(cfg: Config) -> bool:
+    """Make a detector of boxes and masks one of boxes; return whether it was one."""
+    roi_head = cfg.model.get("roi_head") or {}
+    if not roi_head.pop("mask_head", None):
+        return False
+    roi_head.pop("mask_roi_extractor", None)
+    for part in _dicts_in(cfg._cfg_dict):
+        for key in ("with_mask", "by_mask"):
+            if part.get(key):
+                part[key] = False
+        for key in ("save_best", "monitor"):
+            if isinstance(part.get(key), str):
+                part[key] = part[key].replace("segm_", "bbox_")
+        if str(part.get("type")).endswith("CocoMetric"):
+            part["metric"] = "bbox"
+    return True
 
 
 def _coco_metrics(evaluator: Any, ann_file: str) -> Any:
@@ -249,22 +231,24 @@ def _use_label_maps(
     loaders: Sequence[str],
     classes: Optional[Sequence[str]],
     reduce_zero_label: Optional[bool],
+    data_format: Optional[str],
 ) -> str:
-    splits = sorted({SPLIT_OF_LOADER[loader] for loader in loaders})
-    layout = _layout_of_maps(root, splits)
-    if not classes and layout is COCO_MAPS:
-        ann_file = next((f for f in COCO.labels.values() if _exists(root, f)), None)
-        if ann_file:
-            names = on_first_process(category_names, os.path.join(root, ann_file))
-            classes = ["background", *names]
+    splits, opens = _splits(loaders), cfg.get("check_data", True)
+    found, layout, classes = on_first_process(
+        _read_maps, root, splits, data_format, classes, _work_dir(cfg), opens
+    )
     if not classes:
         kept = next((leaf for _, leaf in _leaves(cfg, loaders)), {}).get("type")
-        if layout is not ADE20K or kept not in ("ADE20KDataset", "mmseg.ADE20KDataset"):
+        if layout.key != "ade20k" or kept not in ("ADE20KDataset", "mmseg.ADE20KDataset"):
             raise UserError(
                 f"the class names of {root} are not known; give them with --classes, in the order "
                 "of their numbers in the label maps"
             )
-    elif reduce_zero_label is None and layout is ADE20K:
+    elif layout.key == CONVERTED and reduce_zero_label:
+        raise UserError(
+            f"--reduce-zero-label: we number the classes of the label maps of {root} ourselves, from 0"
+        )
+    elif reduce_zero_label is None and layout.key not in ("coco", CONVERTED):
         folders = [os.path.join(root, layout.labels[s]) for s in splits]
         reduce_zero_label = _counts_from_one(cfg, root, folders, list(classes))
     for loader, leaf in _leaves(cfg, loaders):
@@ -274,9 +258,9 @@ def _use_label_maps(
             data_root=root,
             data_prefix={"img_path": layout.images[split], "seg_map_path": layout.labels[split]},
             img_suffix=only_suffix(images),
-            seg_map_suffix=only_suffix(maps),
+            seg_map_suffix=layout.tail + only_suffix(maps),
+            ann_file=layout.lists.get(split, ""),
         )
-        leaf.pop("ann_file", None)
         if classes:
             leaf.update(
                 type="mmseg.BaseSegDataset",
@@ -285,23 +269,30 @@ def _use_label_maps(
             )
             _let_dataset_number_labels(leaf.get("pipeline"))
     if not classes:
-        return f"{root}: {layout.name}, with ADE20K's own classes"
+        return f"{root}: {found}, with ADE20K's own classes{layout.note}"
     _let_dataset_number_labels(cfg.get("tta_pipeline"))
     set_num_classes(cfg.model, len(classes))
     zero = "0 is unlabelled" if reduce_zero_label else f"0 is {classes[0]!r}"
-    return f"{root}: {layout.name}, {_listing(classes)}, {zero} in the label maps"
+    return f"{root}: {found}, {_listing(classes)}, {zero} in the label maps{layout.note}"
 
 
-def _layout_of_maps(root: str, splits: Sequence[str]) -> Layout:
-    missing = {layout: layout.missing_in(root, splits) for layout in (COCO_MAPS, ADE20K)}
-    for layout, lacking in missing.items():
-        if not lacking:
-            return layout
-    layout, lacking = min(missing.items(), key=lambda item: len(item[1]))
-    raise UserError(
-        f"{root} lacks {' and '.join(lacking)} of {layout}; segmentation expects "
-        f"{COCO_MAPS.name} or {ADE20K}"
+def _read_maps(
+    root: str,
+    splits: Sequence[str],
+    data_format: Optional[str],
+    classes: Optional[Sequence[str]],
+    work_dir: str,
+    opens: bool,
+) -> tuple[Layout, Layout, Sequence[str]]:
+    """Return the layout as found and as used, and the class names, if they are known."""
+    found = find_maps(root, splits, data_format)
+    ann_file = next(
+        (f for f in COCO.labels.values() if os.path.exists(os.path.join(root, f))), None
     )
+    if not classes and found.key == COCO_MAPS.key and ann_file:
+        classes = ["background", *category_names(os.path.join(root, ann_file))]
+    layout = prepare_maps(root, found, classes, work_dir, opens)
+    return found, layout, classes or layout.classes
 
 
 def _counts_from_one(
@@ -346,13 +337,9 @@ def _labels_of_all(cfg: Config, folders: Sequence[str]) -> set[int]:
 
 def _let_dataset_number_labels(pipeline: Any) -> None:
     """Drop a loading transform's own reduce_zero_label, so that it cannot contradict the data set."""
-    if isinstance(pipeline, dict):
-        if str(pipeline.get("type")).endswith("LoadAnnotations"):
-            pipeline.pop("reduce_zero_label", None)
-        pipeline = list(pipeline.values())
-    if isinstance(pipeline, (list, tuple)):
-        for item in pipeline:
-            _let_dataset_number_labels(item)
+    for step in _dicts_in(pipeline):
+        if str(step.get("type")).endswith("LoadAnnotations"):
+            step.pop("reduce_zero_label", None)
 
 
 # --------------------------------------------------------------------------------- class folders
@@ -365,26 +352,26 @@ def class_folders(folder: str) -> list[str]:
 
 
 def _use_class_folders(cfg: Config, root: str, loaders: Sequence[str]) -> str:
-    splits = sorted({SPLIT_OF_LOADER[loader] for loader in loaders})
-    missing = [f"{split}/" for split in splits if not os.path.isdir(os.path.join(root, split))]
-    if missing:
-        raise UserError(
-            f"{root} lacks {' and '.join(missing)}; classification expects {IMAGENET_LAYOUT}"
-        )
+    here = [split for split in ("train", "val") if os.path.isdir(os.path.join(root, split))]
+    if "train" not in here and ("train" in _splits(loaders) or not here):
+        raise UserError(f"{root} lacks train/; classification expects {IMAGENET_LAYOUT}")
     # The training set names the classes, also for a test if it exists.
-    named_by = next(s for s in ("train", "val") if os.path.isdir(os.path.join(root, s)))
-    classes = class_folders(os.path.join(root, named_by))
+    classes = class_folders(os.path.join(root, here[0]))
     if not classes:
         raise UserError(
-            f"there are no folders in {os.path.join(root, named_by)}; classification expects {IMAGENET_LAYOUT}"
+            f"there are no folders in {os.path.join(root, here[0])}; classification expects {IMAGENET_LAYOUT}"
         )
+    lists, note = {}, ""
+    if "val" not in here:
+        lists, note = on_first_process(_draw_from_folders, root, classes, _work_dir(cfg))
     for loader, leaf in _leaves(cfg, loaders):
-        for key in ("split", "ann_file"):
-            leaf.pop(key, None)
+        split = SPLIT_OF_LOADER[loader]
+        leaf.pop("split", None)
         leaf.update(
             type="mmpretrain.CustomDataset",
             data_root=root,
-            data_prefix=SPLIT_OF_LOADER[loader],
+            data_prefix="train" if lists else split,
+            ann_file=lists.get(split, ""),
             metainfo={"classes": tuple(classes)},
         )
     set_num_classes(cfg.model, len(classes))
@@ -393,7 +380,27 @@ def _use_class_folders(cfg: Config, root: str, loaders: Sequence[str]) -> str:
             preprocessor.num_classes = len(classes)
     for name in ("val_evaluator", "test_evaluator"):
         _limit_topk(cfg.get(name), len(classes))
-    return f"{root}: ImageNet's layout, {_listing(classes)}"
+    return f"{root}: ImageNet's layout, {_listing(classes)}{note}"
+
+
+def _draw_from_folders(
+    root: str, classes: Sequence[str], work_dir: str
+) -> tuple[dict[str, str], str]:
+    """Write lists of the images of both splits, each with its class's number; return them and a note."""
+    folder = os.path.join(root, "train")
+    names = list_files(folder)
+
+    def make(target: Path) -> dict[str, Any]:
+        drawn, note = draw_validation(names)
+        for split in ("train", "val"):
+            chosen = [name for name in names if (name in drawn) is (split == "val")]
+            numbered = [f"{name} {classes.index(name.split(os.sep)[0])}" for name in chosen]
+            write_whole(target / f"{split}.txt", "\n".join(numbered))
+        return {"note": note}
+
+    target, about = made_from(root, work_dir, [os.path.join(folder, n) for n in names], make)
+    lists = {split: str(target / f"{split}.txt") for split in ("train", "val")}
+    return lists, f"{about['note']}; files in {target}"
 
 
 def _limit_topk(evaluator: Any, num_classes: int) -> None:
@@ -404,40 +411,24 @@ def _limit_topk(evaluator: Any, num_classes: int) -> None:
             metric["topk"] = tuple(k for k in topk if k <= num_classes) or (1,)
 
 
-# ---------------------------------------------------------------------------------------- files
+# ----------------------------------------------------------------------------------------- config
 
 
-def list_files(folder: str) -> list[str]:
-    """Return relative paths of all pictures under a folder, sorted."""
-    found = []
-    for directory, _, names in os.walk(folder, followlinks=True):
-        found += [
-            os.path.relpath(os.path.join(directory, name), folder)
-            for name in names
-            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
-        ]
-    return sorted(found)
+def _splits(loaders: Sequence[str]) -> list[str]:
+    return sorted({SPLIT_OF_LOADER[loader] for loader in loaders})
 
 
-def only_suffix(folder: str) -> str:
-    """Return the file name suffix that all pictures in ``folder`` share.
-
-    Raises:
-        UserError: If there are no pictures, or several suffixes (mmseg takes one).
-    """
-    suffixes = Counter(os.path.splitext(name)[1] for name in list_files(folder))
-    if not suffixes:
-        raise UserError(f"there are no pictures in {folder}")
-    if len(suffixes) > 1:
-        raise UserError(
-            f"the pictures in {folder} end in {' and '.join(sorted(suffixes))}, but mmseg reads "
-            "one kind; convert or rename them to one"
-        )
-    return next(iter(suffixes))
+def _work_dir(cfg: Config) -> str:
+    return cfg.get("work_dir") or "work_dirs"
 
 
-def _exists(root: str, part: str) -> bool:
-    return os.path.exists(os.path.join(root, part))
+def _dicts_in(node: Any) -> Iterator[dict]:
+    """Yield every dict in nested dicts and lists."""
+    if isinstance(node, dict):
+        yield node
+        node = list(node.values())
+    for item in node if isinstance(node, (list, tuple)) else ():
+        yield from _dicts_in(item)
 
 
 def _leaves(cfg: Config, loaders: Sequence[str]) -> Iterator[tuple[str, ConfigDict]]:

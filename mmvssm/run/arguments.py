@@ -254,8 +254,13 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data-root",
         metavar="DIR",
-        help="use the data set in this folder: COCO's layout for detection, ADE20K's for segmentation, ImageNet's for "
-        "classification; classes, heads and evaluators follow",
+        help="use the data set in this folder: COCO, Pascal VOC or YOLO for detection, label maps beside images for "
+        "segmentation, a folder a class for classification; classes, heads and evaluators follow",
+    )
+    parser.add_argument(
+        "--data-format",
+        choices=("coco", "voc", "yolo", "ade20k"),
+        help="which of several layouts in --data-root to use (default: the only one)",
     )
     parser.add_argument(
         "--classes",

@@ -14,7 +14,7 @@ from .arguments import train_parser
 from .pretrained import start_from_scratch
 from .setup import generate_data, print_once
 
-_DATA_OPTIONS = ("data_root", "classes", "reduce_zero_label", "no_data_check")
+_DATA_OPTIONS = ("data_root", "data_format", "classes", "reduce_zero_label", "no_data_check")
 _SHORT = ("amp_dtype", "batch_size", "lr", "layer_decay", "early_stop", "logger", "tensorboard")
 _NOT_PLAIN = ("epochs", "iters", *_SHORT, *_DATA_OPTIONS)
 

@@ -164,17 +164,20 @@ def prepare_data(
                     f"--cfg-options {key} has no effect with --data-root, whose images exist already; "
                     "--image-size changes their size in a training"
                 )
-        if args.classes and cfg.default_scope == "mmpretrain":
+        if (args.classes or args.data_format) and cfg.default_scope == "mmpretrain":
             raise UserError(
-                "--classes: a classifier's classes are named by their folders in --data-root"
+                "--classes and --data-format: a classifier's classes are the folders in --data-root"
             )
         classes = args.classes or (checkpoint.classes if checkpoint else None)
         # Change all loaders of those splits, so that the config saved in the work dir names one data set.
         here = {SPLIT_OF_LOADER[loader] for loader in loaders}
         following = [name for name, split in SPLIT_OF_LOADER.items() if split in here]
-        print_once(apply_data_root(cfg, args.data_root, following, classes, args.reduce_zero_label))
-    elif args.classes or args.reduce_zero_label is not None:
-        raise UserError("--classes and --reduce-zero-label describe a --data-root; give that too")
+        how = (args.reduce_zero_label, args.data_format)
+        print_once(apply_data_root(cfg, args.data_root, following, classes, *how))
+    elif args.classes or args.reduce_zero_label is not None or args.data_format:
+        raise UserError(
+            "--classes, --reduce-zero-label and --data-format describe a --data-root; give that too"
+        )
     if cfg.get("prepare_data"):
         on_first_process(generate_data, cfg.prepare_data)
     for warning in on_first_process(check_data, cfg, loaders):

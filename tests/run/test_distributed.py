@@ -65,7 +65,9 @@ class GeneratorThatFails:
 
 def test_data_that_cannot_be_generated_ends_all(tmp_path):
     cfg = Config(dict(prepare_data=dict(type="mmvssm.GeneratorThatFails"), default_scope="mmdet"))
-    args = Namespace(no_data_check=False, data_root=None, classes=None, reduce_zero_label=None)
+    args = Namespace(
+        no_data_check=False, data_root=None, data_format=None, classes=None, reduce_zero_label=None
+    )
     found = in_two_processes(lambda rank: prepare_data(cfg, args, (), None), tmp_path)
     said = "cannot prepare the data set: no room"
     assert found == [f"UserError: {said}", f"UserError: {said}"]

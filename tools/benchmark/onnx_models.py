@@ -32,7 +32,7 @@ from mmengine.registry import DATASETS
 from timing import about, markdown_table, time_side_by_side, write_json
 from torch import Tensor, nn
 
-from mmvssm.datasets.root import list_files
+from mmvssm.datasets.layouts import list_files
 from mmvssm.errors import UserError, add_traceback_option, run_tool
 from mmvssm.models.pruning import PrunedTokens
 from mmvssm.run.checkpoints import Checkpoint
@@ -84,7 +84,7 @@ def parse_args() -> argparse.Namespace:
     # Arguments that opening a config and its data set also reads.
     parser.set_defaults(
         cfg_options=None, work_dir=None, launcher="none", local_rank=0,
-        classes=None, reduce_zero_label=None, no_data_check=True,
+        data_format=None, classes=None, reduce_zero_label=None, no_data_check=True,
     )  # fmt: skip
     args = parser.parse_args()
     for name in ("onnx", "onnxscript", "onnxruntime"):

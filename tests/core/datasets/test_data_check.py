@@ -966,7 +966,7 @@ REFUSED_MAPS = {
     "nothing but ignored": (every_map(encoded(labels(255))), "nothing is left to train on"),
     "binary maps of 0 and 255": (
         every_map(encoded(labels(0, 255))),
-        "255 means pixels to ignore, not 'b'",
+        "have 2 classes (background, foreground), and 3 are expected (a, b, c)",
     ),
     "map in colour": (
         label_map(encoded(np.zeros((SIDE, SIDE, 3), np.uint8))),
@@ -981,7 +981,7 @@ REFUSED_MAPS = {
     "map of floats": (label_map(encoded(DEEP.astype(np.float32), "TIFF")), "0.png is a F picture"),
     "all maps in colour": (
         every_map(encoded(np.zeros((SIDE, SIDE, 3), np.uint8))),
-        "(and 3 more of 4 label maps)",
+        "have 1 classes (background), and 3 are expected (a, b, c)",
     ),
     "map empty": (label_map(b""), "annotations/training/0.png is empty"),
     "map of text": (label_map(b"<svg/>"), "is no picture, or damaged"),
@@ -1388,7 +1388,7 @@ def test_a_small_data_set_leaves_nothing_behind(tmp_path):
 def test_a_process_that_dies_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "_FEW", 1)
     paths = [str(tmp_path / str(i)) for i in range(4)]
-    sentence = refusal(list, pictures._map(_dies, paths, "images"))
+    sentence = refusal(list, pictures.map_files(_dies, paths, "images"))
     assert "--no-data-check" in sentence
 
 
@@ -1400,7 +1400,8 @@ def test_without_reading_what_zero_means_is_asked_for(tmp_path, monkeypatch):
     sentence = refusal(apply_data_root, cfg, str(data.root), TRAIN, ["a", "b", "c"])
     assert "--no-reduce-zero-label if it is 'a'" in sentence
     (warning,) = checked(cfg, data.root, **ABC)
-    assert "not checked" in warning and reads.take() == []
+    # The first ones show whether they are coloured.
+    assert "not checked" in warning and set(reads.take()) == {"training/0.png", "validation/0.png"}
 
 
 def test_run_length_codes_add_up_as_pycocotools_writes_them():

@@ -172,6 +172,7 @@ def test_missing_and_contradictory_pieces_are_named(tmp_path):
     write_picture(tmp_path / "ade/images/training/b.png", np.zeros((8, 8, 3)))
     sentence = refusal(apply_data_root, segmenter(), ade, LOADERS, classes=list("abcdef"))
     assert ".jpg and .png" in sentence
+    (tmp_path / "ade/images/training/b.png").unlink()
     write_picture(tmp_path / "ade/annotations/training/a.png", np.zeros((8, 8, 3)))
     sentence = refusal(apply_data_root, segmenter(), ade, LOADERS, classes=list("abcdef"))
     assert "not a map of labels" in sentence
@@ -187,7 +188,9 @@ def checked(make, root, **kwargs):
 
 
 def test_inconsistent_data_is_named(tmp_path):
-    root = write_coco(tmp_path / "boxes", segmentation=False)
+    root = write_coco(tmp_path / "boxes")
+    path = root / "annotations/instances_val2017.json"
+    path.write_text(path.read_text().replace("segmentation", "outline"))
     assert "1 of 1 annotations" in checked(detector, root)
 
     root = write_coco(tmp_path / "order")
