@@ -28,6 +28,7 @@ _ROWS = (  # name,r,g,b with perhaps more after a colon, and r g b name
     re.compile(r"(?P<rgb>\d+\s+\d+\s+\d+)\s+(?P<name>\S.*)"),
 )
 _MOST_COLOURS = 64  # in maps without a table; more come from smoothing or compression
+_MOST_BLURRED = 0.1  # share of pixels between 0 and 255 in a mask saved as JPEG
 _BLACK, _WHITE = 0, 0xFFFFFF
 _BINARY = {_BLACK: "background", _WHITE: "foreground"}
 
@@ -87,7 +88,7 @@ def prepare_maps(
     layout = replace(layout, classes=about["classes"], note=f"{about['note']}; files in {folder}")
     if kind:
         given = list(classes or layout.classes)
-        _compare_names(root, layout.classes, given, is_fixed=bool(tables))
+        _compare_names(root, layout.classes, given, is_fixed=bool(tables) and kind == "colours")
         labels = {split: str(folder / split) for split in layout.labels}
         layout = replace(layout, key=CONVERTED, classes=given, labels=labels, tail="")
     if drawn:
@@ -106,9 +107,11 @@ def _kind_of(paths: Sequence[str], binary: Sequence[set[int]]) -> str:
     pictures = read_label_maps(paths, Memory())
     refuse_unreadable(paths, pictures, "label maps")
     modes = {picture.mode for picture in pictures}
+    labels = {label for picture in pictures for label in picture.labels}
+    if {picture.format for picture in pictures} == {"JPEG"} and (not labels or max(labels) > 250):
+        return "0 and 255"  # it blurs all other values
     if modes and modes <= {"RGB", "RGBA"}:
         return "colours"
-    labels = {label for picture in pictures for label in picture.labels}
     return "0 and 255" if modes == {"L"} and labels in binary else ""
 
 
@@ -148,7 +151,12 @@ def _codes_in(path: str) -> np.ndarray:
     with Image.open(path) as picture:
         if picture.mode not in ("RGB", "RGBA", "L"):
             raise ValueError(f"a {picture.mode} picture among others")
-        return _code(np.asarray(picture.convert("RGB")))
+        if picture.format != "JPEG":
+            return _code(np.asarray(picture.convert("RGB")))
+        grey = np.asarray(picture.convert("L"))
+    if np.mean((grey > 64) & (grey < 191)) > _MOST_BLURRED:
+        raise ValueError("a JPEG file, which blurs all values but 0 and 255; save PNG")
+    return np.where(grey < 128, _BLACK, _WHITE)
 
 
 def _colours_in(path: str) -> list[int]:

@@ -286,12 +286,12 @@ def _read_maps(
 ) -> tuple[Layout, Layout, Sequence[str]]:
     """Return the layout as found and as used, and the class names, if they are known."""
     found = find_maps(root, splits, data_format)
-    ann_file = next(
-        (f for f in COCO.labels.values() if os.path.exists(os.path.join(root, f))), None
-    )
-    if not classes and found.key == COCO_MAPS.key and ann_file:
-        classes = ["background", *category_names(os.path.join(root, ann_file))]
     layout = prepare_maps(root, found, classes, work_dir, opens)
+    # Categories do not tell the colours of several classes.
+    is_numbered = layout.key == COCO_MAPS.key or layout.classes[1:] == ["foreground"]
+    for part in COCO.labels.values() if found.key == COCO_MAPS.key and is_numbered else ():
+        if not classes and os.path.exists(os.path.join(root, part)):
+            classes = ["background", *category_names(os.path.join(root, part))]
     return found, layout, classes or layout.classes
 
 

@@ -111,6 +111,19 @@ def test_coco_in_its_usual_folders(root, labels, images):
     assert not (root.parent / "run").exists()
 
 
+def test_coco_without_validation(root):
+    write(root / "annotations/instances_train2017.json", coco("a.png", "b.png", "c.png"))
+    write_images(root / "train2017", *"abc")
+    cfg = detector()
+    assert "1 of 3 images drawn" in applied(cfg, root)
+    contents = [content_of(cfg, loader) for loader in TRAIN]
+    for content in contents:
+        ids = [image["id"] for image in content["images"]]
+        assert [annotation["image_id"] for annotation in content["annotations"]] == ids
+    train, val = (names_in(cfg, loader) for loader in TRAIN)
+    assert len(val) == 1 and sorted(train + val) == ["a.png", "b.png", "c.png"]
+
+
 def test_roboflows_coco(root):
     for word in ("train", "valid"):
         content = coco("a.png", "b.png", segmentation=None)
@@ -460,6 +473,31 @@ def test_masks_of_0_and_255(root, channels):
     assert "2 classes (rest, crack)" in line
     sentence = refusal(applied, segmenter(), root, reduce_zero_label=True)
     assert "--reduce-zero-label" in sentence
+
+
+def test_masks_of_coco_are_named_by_its_category(root):
+    """Unless there are several, whose colours it does not tell."""
+    for split in ("train", "val"):
+        write(root / f"annotations/instances_{split}2017.json", coco("x.png"))
+        write_images(root / f"{split}2017", "x")
+        write(root / f"semantic_{split}2017/x.png", np.resize([0, 255], (HEIGHT, WIDTH)))
+    assert "2 classes (background, cat), 0 is" in applied(segmenter(), root)
+    for split in ("train", "val"):
+        write(root / f"semantic_{split}2017/x.png", COLOURS[LABELS])
+    assert "3 classes (background, #050607, #c8000a)" in applied(segmenter(), root)
+
+
+def test_masks_saved_as_jpeg(root):
+    mask = np.zeros((64, 64))
+    mask[10:50, 20:45] = 255
+    for word in ("train", "val"):
+        write(root / f"images/{word}/x.jpg", RNG.randint(0, 256, (64, 64, 3)))
+        write(root / f"masks/{word}/x.jpg", mask)
+    cfg = segmenter()
+    assert "2 classes (background, foreground)" in applied(cfg, root)
+    assert (written_map(cfg) == mask / 255).all()
+    write(root / "masks/train/x.jpg", np.indices((64, 64)).sum(axis=0) * 2)
+    assert "x.jpg cannot be made a map" in refusal(applied, segmenter(), root)
 
 
 def test_0_and_255_in_a_configs_own_data(root):
