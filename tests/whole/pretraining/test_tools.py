@@ -87,7 +87,7 @@ def remove_images(folder):
     [
         (lambda: remove_images("data/train/dog"), "plain", "no images in data/train/dog, the folder of one class"),
         (lambda: remove_images("data/val/cat"), "plain", "no images in data/val/cat"),
-        (lambda: shutil.rmtree("data/val"), "plain", "data lacks val/; classification expects ImageNet's layout"),
+        (lambda: shutil.rmtree("data/train"), "plain", "data lacks train/; classification expects ImageNet's layout"),
         (lambda: shutil.rmtree("data"), "plain", "there is no folder data"),
         (lambda: [shutil.rmtree(f"data/train/{c}") for c in ("cat", "dog")], "plain", "no folders in data/train"),
         (lambda: Path("data/val/dog").rename("data/val/cow"), "plain", "data/val has cow, other classes than the 2"),
