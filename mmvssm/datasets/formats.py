@@ -27,7 +27,7 @@ from ..errors import UserError, brief, shown
 from ..files import write_whole
 from .annotations import read_coco
 from .images import loaded_size
-from .layouts import ROBOFLOW, Layout, list_files
+from .layouts import ABOUT, ROBOFLOW, VOC_FOLDERS, Layout, list_files
 from .memory import Memory, signature
 from .pictures import Loading, read_images
 
@@ -71,7 +71,7 @@ def made_from(
     try:
         if not folder.is_dir():
             unfinished.mkdir(parents=True)
-            write_whole(unfinished / "about.json", json.dumps(make(unfinished)))
+            write_whole(unfinished / ABOUT, json.dumps(make(unfinished)))
             unfinished.rename(folder)
     except OSError as error:
         if not folder.is_dir():  # another run may have been faster
@@ -80,7 +80,7 @@ def made_from(
         shutil.rmtree(unfinished, ignore_errors=True)
         with suppress(OSError):  # of folders that are not empty
             os.removedirs(folder.parent)
-    return folder, json.loads((folder / "about.json").read_text(encoding="utf-8"))
+    return folder, json.loads((folder / ABOUT).read_text(encoding="utf-8"))
 
 
 def prepare_instances(root: str, layout: Layout, work_dir: str) -> Layout:
@@ -94,13 +94,11 @@ def prepare_instances(root: str, layout: Layout, work_dir: str) -> Layout:
     drawn = "val" not in layout.labels
     if not (converter or is_roboflow or drawn):
         return layout
-    parts = {*layout.labels.values()}
+    parts: Sequence[str] = list(layout.labels.values())
     if converter:
         tops = {part.split("/")[0] for part in (*parts, *layout.images.values())}
-        parts = {
-            *tops,
-            *(n for n in os.listdir(root) if n.startswith(("Anno", "anno")) or n.endswith("ml")),
-        }
+        tops.update(label for _, label in VOC_FOLDERS)
+        parts = [n for n in os.listdir(root) if n in tops or n.endswith((".yaml", ".yml"))]
 
     def make(folder: Path) -> dict[str, Any]:
         contents = (converter or _read_coco)(root, layout)
@@ -212,7 +210,7 @@ def lines_of(path: str) -> Iterator[tuple[str, str]]:
 
 def _read_voc(root: str, layout: Layout) -> dict[str, dict]:
     images = _images_in(root, next(iter(layout.images.values())))
-    parent = next(p for p in ("Annotations", "annotations") if os.path.isdir(os.path.join(root, p)))
+    parent = next(p for _, p in VOC_FOLDERS if os.path.isdir(os.path.join(root, p)))
     found = {path.stem: _read_xml(path) for path in sorted(Path(root, parent).glob("*.xml"))}
     names = sorted({name for _, objects in found.values() for name, _, _ in objects})
     # The first pixel is 1 in Pascal VOC, and 0 in what some programs write.
@@ -310,7 +308,7 @@ def _yolo_names(root: str) -> list[str]:
     names = content["names"]
     if isinstance(names, dict):
         names = [names.get(number) for number in range(len(names))]
-    words = [str(n) for n in names if isinstance(n, (str, int))] if isinstance(names, list) else []
+    words = [str(n) for n in names if type(n) in (str, int)] if isinstance(names, list) else []
     if not words or len(set(words)) < len(names):
         raise UserError(
             f"{path} needs names that are a list of different words, or words numbered from 0"

@@ -21,6 +21,7 @@ WORDS = {
     "val": ("val", "valid", "validation", "test", "testing"),
 }
 _WORD_IN_PATH = re.compile(rf"(?:^|[^a-z])({'|'.join(sum(WORDS.values(), ()))})(?=[^a-z]|annot|$)")
+ABOUT = "about.json"  # in folders that we wrote
 ROBOFLOW = "_annotations.coco.json"
 _MOST_TAILS = 8  # that we try for the names of label maps
 
@@ -88,7 +89,7 @@ _COCO_PAIRS = [(i, file) for file in [*_COCO_FILES, "instances_{}.json"] for i i
 _COCO_PAIRS.append(("{}", f"{{}}/{ROBOFLOW}"))
 _YOLO_PAIRS = [("images/{}", "labels/{}"), ("{}/images", "{}/labels")]
 _YOLO_PAIRS += [("images/{}2017", "labels/{}2017"), ("images", "labels")]
-_VOC_FOLDERS = (("JPEGImages", "Annotations"), ("images", "annotations"))
+VOC_FOLDERS = (("JPEGImages", "Annotations"), ("images", "annotations"))
 
 
 def find_instances(root: str, splits: Sequence[str], data_format: Optional[str]) -> Layout:
@@ -103,7 +104,7 @@ def find_instances(root: str, splits: Sequence[str], data_format: Optional[str])
         UserError: If there is no known layout, or more than one.
     """
     found = [_match("coco", COCO.name, root, _COCO_PAIRS)]
-    for images, labels in _VOC_FOLDERS:
+    for images, labels in VOC_FOLDERS:
         if _holds(root, labels, ".xml"):
             listed = [(images, "ImageSets/Main/{}.txt")]
             voc = ("voc", "Pascal VOC", root)
@@ -173,8 +174,10 @@ def _holds(root: str, folder: str, suffix: str) -> bool:
 def _beside(root: str) -> Optional[Layout]:
     """Find images and label maps in two folders, for each split or for all."""
     by_word = defaultdict(list)
-    for directory, _, names in os.walk(root, followlinks=True):
+    for directory, folders, names in os.walk(root, followlinks=True):
         part = os.path.relpath(directory, root)
+        if ABOUT in names:
+            folders.clear()
         stems = sorted(os.path.splitext(name)[0] for name in filter(_is_picture, names))
         if stems and part != os.curdir:
             word = _WORD_IN_PATH.search(part.lower())

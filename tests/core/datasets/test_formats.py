@@ -340,6 +340,7 @@ WRONG = {
     ),
     "names in yaml": (write_yolo, "data.yaml", "names: {1: a, 2: b}", "names that are a list of"),
     "one name twice": (write_yolo, "data.yaml", "names: [a, a]", "a list of different words"),
+    "truth in yaml": (write_yolo, "data.yaml", "names: [yes, no]", "a list of different words"),
     "keypoints": (
         write_yolo,
         "data.yaml",
@@ -453,6 +454,8 @@ def test_colours_are_counted_without_a_table(root):
     assert "3 classes (background, #050607, #c8000a), 0 is 'background'" in line
     assert (written_map(cfg) == np.array([0, 2, 1])[LABELS]).all()
     named = segmenter()
+    named.work_dir = str(root / "runs")  # what we write is no other way to read the data
+    apply_data_root(named, str(root), TRAIN)
     assert "3 classes (a, b, c)" in applied(named, root, **ABC)
     found = list(cfg.train_dataloader.dataset.metainfo.classes)
     applied(segmenter(), root, classes=found)  # those of a checkpoint
