@@ -2,11 +2,13 @@
 
 import argparse
 import math
-from typing import Optional
+import sys
+from typing import Any, Optional
 
 import torch
 
 from ..errors import add_traceback_option
+from .checkpoints import is_checkpoint
 from .settings import SettingsAction
 
 
@@ -134,7 +136,7 @@ def test_parser() -> argparse.ArgumentParser:
 def predict_parser() -> argparse.ArgumentParser:
     """The arguments of tools/predict.py."""
     parser = _parser(
-        "Predict on images and videos with a detector (mmdet) or a segmenter (mmseg).",
+        "Predict on images and videos with a detector (mmdet), a segmenter (mmseg) or a classifier (mmpretrain).",
         config="config file; after training with --data-root, the one in the work dir",
         checkpoint="checkpoint file",
         epilog="The exit code is 0 if everything was predicted, 3 if unreadable files were skipped, and 1 or 2 if "
@@ -182,7 +184,8 @@ def predict_parser() -> argparse.ArgumentParser:
 def export_onnx_parser() -> argparse.ArgumentParser:
     """The arguments of tools/export_onnx.py."""
     parser = _parser(
-        "Export a detector (mmdet) or a segmenter (mmseg) to ONNX.", checkpoint="checkpoint file"
+        "Export a detector (mmdet), a segmenter (mmseg) or a classifier (mmpretrain) to ONNX.",
+        checkpoint="checkpoint file",
     )
     parser.add_argument("out", metavar="OUT.onnx", help="the file to write")
     parser.add_argument(
@@ -216,6 +219,32 @@ def _share(text: str) -> float:
     return float(text)
 
 
+class _CheckpointFirst(Exception):
+    """The first positional argument is a checkpoint."""
+
+
+class _Config(argparse.Action):
+    def __call__(self, parser: Any, namespace: Any, value: Any, option_string: Any = None) -> None:
+        namespace.config = value
+        if is_checkpoint(value) and namespace.checkpoint != value:
+            raise _CheckpointFirst(value)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Takes a checkpoint that holds its config as both: ``CHECKPOINT ...`` stands for ``CHECKPOINT CHECKPOINT ...``."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """See the base class."""
+        args = list(sys.argv[1:] if args is None else args)
+        try:
+            return super().parse_known_args(args, namespace)
+        except _CheckpointFirst as found:
+            path = str(found)
+            namespace = argparse.Namespace(checkpoint=path)
+            args.insert(args.index(path), path)
+            return super().parse_known_args(args, namespace)
+
+
 def _parser(
     description: str,
     config: str = "config file",
@@ -223,12 +252,15 @@ def _parser(
     epilog: Optional[str] = None,
 ) -> argparse.ArgumentParser:
     """Make a parser with the arguments that all tools share; ``config`` and ``checkpoint`` are help texts."""
-    parser = argparse.ArgumentParser(
+    parser = (_Parser if checkpoint else argparse.ArgumentParser)(
         description=f"{description} The config says which.", epilog=epilog
     )
-    parser.add_argument("config", help=config)
     if checkpoint:
+        config = f"{config}; not needed before a checkpoint that tools/train.py wrote (.pth)"
+        parser.add_argument("config", action=_Config, help=config)
         parser.add_argument("checkpoint", help=checkpoint)
+    else:
+        parser.add_argument("config", help=config)
     add_traceback_option(parser)
     parser.set_defaults(work_dir=None, launcher="none", local_rank=0)
     return parser

@@ -1,6 +1,5 @@
 """Read checkpoints, find the last one of a run, and check that one fits a model."""
 
-import ast
 import re
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -8,16 +7,19 @@ from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
+from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
 from mmengine.runner.checkpoint import CheckpointLoader, load_state_dict
 from torch import Size, Tensor, nn
 
 from ..errors import UserError, brief, shown, user_mistakes
+from ..models.blueprint import BLUEPRINT, read_blueprint
 from ..models.weights import with_published
 from ..safe_checkpoint import UnsafeCheckpointError, load_checkpoint_safely
 from .hooks.checkpoint_hook import INTERRUPTED
+from .rebuilt_config import rebuild_config
+from .settings import check_config_file
 
-_LONGEST_CONFIG = 1_000_000  # characters that we parse; the configs in configs/ have under 10,000
 _HUB = ("log_scalars", "runtime_info", "resumed_keys")
 # What mmengine needs to resume: entries of a checkpoint, and their keys.
 _RUN_STATE = dict(meta=("epoch", "iter"), optimizer=("state", "param_groups"), message_hub=_HUB)
@@ -91,34 +93,32 @@ class Checkpoint:
             renamed._metadata = weights._metadata
         return renamed
 
-    def settings(self, variable: str, *names: str) -> dict[str, Any]:
-        """Read part of the config text in the checkpoint. We parse the text and never run it.
-
-        Args:
-            variable: The variable of the config, such as ``"model"``.
-            names: Names inside it, such as ``"backbone"``.
-
-        Returns:
-            Strings and numbers by name; None for any other setting. Empty without such a text.
-        """
-        text = self.meta.get("cfg")
-        if not isinstance(text, str) or len(text) > _LONGEST_CONFIG:
-            return {}
+    @property
+    def blueprint(self) -> dict[str, Any]:
+        """What the checkpoint says of its model and training; not checked, and empty if it is not readable."""
         try:
-            statements = ast.parse(text).body
-        except (SyntaxError, ValueError, MemoryError, RecursionError):
+            return read_blueprint(self.meta.get(BLUEPRINT))
+        except UserError:
             return {}
-        for statement in statements:
-            targets = statement.targets if isinstance(statement, ast.Assign) else []
-            if any(isinstance(target, ast.Name) and target.id == variable for target in targets):
-                entries = _entries(statement.value)
-                for name in names:
-                    entries = _entries(entries.get(name))
-                return {
-                    name: value.value if isinstance(value, ast.Constant) else None
-                    for name, value in entries.items()
-                }
-        return {}
+
+    def planned(self, name: str) -> Optional[int]:
+        """The training's ``batch_size``, ``max_epochs`` or ``max_iters``, if the checkpoint has it."""
+        schedule = self.blueprint.get("schedule")
+        value = {**(schedule if isinstance(schedule, dict) else {}), **self.blueprint}.get(name)
+        return value if isinstance(value, int) else None
+
+    def config(self) -> Config:
+        """Return a config of its model alone, for predicting, exporting, and testing with ``--data-root``.
+
+        Raises:
+            UserError: If it holds no blueprint, or one that we refuse.
+        """
+        if BLUEPRINT not in self.meta:
+            raise UserError(f"{self.path} does not say how to build its model; give its config too")
+        try:
+            return rebuild_config(read_blueprint(self.meta[BLUEPRINT]), self.weights())
+        except UserError as error:
+            raise UserError(f"{self.path} cannot be used without its config: {error}") from error
 
     def check_fits(self, model: nn.Module) -> None:
         """Load the weights into ``model`` and check that every key and shape matches, and every weight is finite.
@@ -227,13 +227,34 @@ class Checkpoint:
         name = re.sub(r"_?\d{8}_\d{6}$", "", brief(self.meta.get("experiment_name", "")))
         if name:
             yield f"with config {name}"
-        backbone = self.settings("model", "backbone")
-        if backbone:
+        backbone = self.blueprint.get("model", {}).get("backbone")
+        if isinstance(backbone, dict):
             arch = backbone.get("arch", backbone.get("depth", ""))
-            arch = "of its own arch" if arch is None else brief(arch)
+            arch = "of its own arch" if isinstance(arch, dict) else brief(arch)
             yield f"backbone {brief(backbone.get('type'))} {arch}".rstrip()
         if self.classes:
             yield f"{len(self.classes)} classes ({shown(self.classes)})"
+
+
+def read_config(path: str) -> Config:
+    """Read a config file, or make the config of a checkpoint's model.
+
+    Args:
+        path: A config file, or a checkpoint (``.pth``) that holds a blueprint.
+
+    Raises:
+        UserError: If it cannot be read.
+    """
+    if is_checkpoint(path):
+        return Checkpoint.load(path).config()
+    check_config_file(path)
+    with user_mistakes(f"cannot read the config {path}"):
+        return Config.fromfile(path)
+
+
+def is_checkpoint(path: str) -> bool:
+    """Whether the name of a file is that of a checkpoint."""
+    return path.endswith(".pth")
 
 
 def find_last(work_dir: str) -> tuple[Optional[Checkpoint], list[str]]:
@@ -321,16 +342,3 @@ def _is_floating(value: Any) -> bool:
 def _shape_of(value: Any) -> Any:
     """Return the shape of a tensor, or the type of any other value."""
     return tuple(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
-
-
-def _entries(node: Optional[ast.expr]) -> dict[str, ast.expr]:
-    """Return the entries of ``dict(name=value)`` or ``{'name': value}``."""
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict":
-        return {keyword.arg: keyword.value for keyword in node.keywords if keyword.arg}
-    if isinstance(node, ast.Dict):
-        return {
-            key.value: value
-            for key, value in zip(node.keys, node.values)
-            if isinstance(key, ast.Constant) and isinstance(key.value, str)
-        }
-    return {}

@@ -139,16 +139,16 @@ def _compare_progress(cfg: Config, checkpoint: Checkpoint, new_schedule: bool) -
             )
         if done == wanted:
             yield f"{progress}, all that train_cfg.{limit} asks for: nothing is left to train"
-        planned = checkpoint.settings("train_cfg").get(limit)
-        if isinstance(planned, int) and planned != wanted and not new_schedule:
+        planned = checkpoint.planned(limit)
+        if planned is not None and planned != wanted and not new_schedule:
             yield (
                 f"The run was planned for train_cfg.{limit}={planned} and now ends at {wanted}, with the learning "
                 f"rates planned for {planned}; {option} {planned} resumes as planned, {option} {wanted} changes the "
                 "schedule too"
             )
-    before = checkpoint.settings("train_dataloader").get("batch_size")
+    before = checkpoint.planned("batch_size")
     now = cfg.train_dataloader.get("batch_size")
-    if isinstance(before, int) and before != now:
+    if before is not None and before != now:
         yield (
             f"The run had a batch size of {before} and resumes with {now}: it will differ from an uninterrupted run, "
             "and the learning rate stays as configured"

@@ -26,10 +26,9 @@ from ..processes import on_first_process
 from ..registry import TASK_UTILS
 from ..safe_checkpoint import force_weights_only
 from .allocator import keep_freed_memory
-from .checkpoints import Checkpoint
+from .checkpoints import Checkpoint, read_config
 from .distributed import adapt_to_machine, init_processes
 from .settings import (
-    check_config_file,
     check_options,
     check_types,
     check_values,
@@ -64,9 +63,8 @@ def open_config(
     force_weights_only()
     if not torch.cuda.is_available():
         keep_freed_memory()
-    check_config_file(args.config)
-    with user_mistakes(f"cannot read the config {args.config}"), explain_missing_mmpretrain():
-        cfg = Config.fromfile(args.config)
+    with explain_missing_mmpretrain():
+        cfg = read_config(args.config)
     args.cfg_options = options = spread_dicts(cfg, args.cfg_options or {})
     unchecked = check_options(
         cfg, options, getattr(args, "amp", False) or getattr(args, "amp_dtype", None)

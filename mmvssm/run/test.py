@@ -17,10 +17,11 @@ from mmengine.dist import is_main_process
 from ..datasets.walk import leaf_datasets
 from ..errors import UserError, shown
 from ..private_names import forget_train_loop
-from .checkpoints import Checkpoint
+from .checkpoints import Checkpoint, is_checkpoint
 from .exported import check_arguments, is_exported, load_exported, use_exported
 from .failures import run_failures
 from .hooks.checkpoint_hook import INTERRUPTED
+from .rebuilt_config import predicts_masks
 from .resuming import check_same_classes
 from .setup import (
     LIBRARIES,
@@ -55,6 +56,10 @@ def test(args: argparse.Namespace) -> dict[str, Any]:
         UserError: If the config, the data or the checkpoint cannot be used, before anything is written.
     """
     check_arguments(args)
+    if is_checkpoint(args.config) and not args.data_root:
+        raise UserError(
+            f"{args.config} names no data to test on; add --data-root DIR, or put its config first"
+        )
     exported = is_exported(args.checkpoint)
     cfg = open_config(args, _NEEDS, LIBRARIES)
     checkpoint = (
@@ -155,7 +160,7 @@ def _warning_of_equal_names(dataset: Any) -> Optional[str]:
 
 def _use_tta(cfg: Config) -> None:
     """Test with the config's test-time augmentation."""
-    if cfg.default_scope == "mmdet" and _predicts_masks(cfg.model):
+    if cfg.default_scope == "mmdet" and predicts_masks(cfg.model):
         raise UserError(
             "--tta: mmdet cannot merge the masks of several views, only boxes, and this model "
             "predicts masks; test it without --tta"
@@ -201,13 +206,6 @@ def _follow_test_scale(pipeline: Sequence[Any], tested: Any, ratios: Sequence[fl
     for resize, ratio in zip(resizes, ratios):
         resize.scale = tuple(int(side * ratio) for side in tested)
     print_once(f"--tta: views are resized to {list(ratios)} times the test pipeline's {tested}")
-
-
-def _predicts_masks(node: Any) -> bool:
-    """Whether a model's config has a mask head."""
-    if isinstance(node, dict):
-        return bool(node.get("mask_head")) or any(map(_predicts_masks, node.values()))
-    return isinstance(node, (list, tuple)) and any(map(_predicts_masks, node))
 
 
 def _write_predictions(cfg: Config, out: str) -> None:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Callable, Optional, Union
 
@@ -13,6 +13,7 @@ from mmengine.hooks import CheckpointHook
 from mmengine.runner import Runner
 
 from ...files import write_whole
+from ...models.blueprint import BLUEPRINT, SCOPES, write_blueprint
 from ...processes import any_process
 from ...registry import HOOKS
 from .non_finite_guard import NonFiniteError, advice, network_of, non_finite_states
@@ -69,7 +70,8 @@ class AtomicCheckpointHook(CheckpointHook):
     (``save_best``) before it writes the new one. This hook writes to a temporary file on a local disk and renames it,
     and removes old checkpoints only when the new one is complete. It does not save a state with NaN or infinity, which
     would replace a good checkpoint and cannot be resumed from. The run ends, since such a state never recovers.
-    ``save_best="auto"`` follows the metric of all classes even if mmdet evaluates each class as well.
+    ``save_best="auto"`` follows the metric of all classes even if mmdet evaluates each class as well. The checkpoints
+    hold a blueprint, from which :func:`mmvssm.load` builds the model without its config.
 
     Raises:
         NonFiniteError: If the state is not finite. Buffers that were not finite before training are ignored.
@@ -108,6 +110,13 @@ class AtomicCheckpointHook(CheckpointHook):
     def _save_checkpoint(self, runner: Runner) -> None:
         self._check_finite(runner, runner.iter + (not self.by_epoch))
         super()._save_checkpoint(runner)
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Add the blueprint of the model, unless the config holds more than text can."""
+        model, scope = runner.cfg.get("model"), runner.cfg.get("default_scope")
+        if isinstance(model, dict) and scope in SCOPES:
+            with suppress(TypeError):
+                checkpoint["meta"][BLUEPRINT] = write_blueprint(runner.cfg)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Ignore a checkpoint's paths to old checkpoints if they are outside this run's folder.
