@@ -41,7 +41,7 @@ if not _MISSING:
     import_module(".models.weights", __name__).register_scheme()
     get_model = import_module(".models.get_model", __name__).get_model
     list_models = import_module(".models.weights_table", __name__).list_models
-    __all__ += ["get_model", "list_models"]
+    __all__ += ["get_model", "list_models", "load"]
 elif find_spec("mmengine"):
     # Warn, since a config may import this package for its models.
     warnings.warn(
@@ -51,6 +51,8 @@ elif find_spec("mmengine"):
 
 
 def __getattr__(name: str) -> object:
+    if name == "load" and not _MISSING:  # late, since mmvssm.run changes how checkpoints load
+        return import_module(".run.prediction.loaded", __name__).load
     if name not in _ROOMS:
         raise AttributeError(f"module 'mmvssm' has no attribute {name!r}")
     if name != "ops" and _MISSING:

@@ -30,7 +30,7 @@ from .prediction.sources import (
     fps_of,
     open_video,
 )
-from .setup import open_config, print_once
+from .setup import LIBRARIES, open_config, print_once
 
 _SCORE_THR = 0.3
 
@@ -53,9 +53,9 @@ def predict(args: argparse.Namespace) -> None:
     """
     _check_arguments(args)
     sources, warnings = find_sources(args.inputs)
-    cfg = open_config(args)
+    cfg = open_config(args, libraries=LIBRARIES)
     if args.score_thr is not None and cfg.default_scope != "mmdet":
-        raise UserError("--score-thr is for detectors; this config's model is a segmenter")
+        raise UserError("--score-thr is for detectors, which this config's model is not")
     predictor = Predictor(cfg, Checkpoint.load(args.checkpoint), args.device)
     if args.show_tokens:
         pruned_backbone(predictor.model)

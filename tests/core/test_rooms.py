@@ -71,7 +71,7 @@ environment = dict(os.environ)
 import mmvssm, mmvssm.models, mmvssm.datasets, sys
 assert seen() == before
 assert dict(os.environ) == environment
-assert "mmvssm.run" not in sys.modules
+assert "load" in mmvssm.__all__ and "mmvssm.run" not in sys.modules
 from mmengine.registry import HOOKS
 assert HOOKS.get("mmvssm.AtomicCheckpointHook") is not None  # imported now, since it was asked for by name
 assert "mmvssm.run" in sys.modules

@@ -23,7 +23,7 @@ pytest.importorskip("mmseg")
 from mmdet.apis import inference_detector, init_detector
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData, PixelData
 from mmseg.apis import inference_model, init_model
 from mmseg.structures import SegDataSample
@@ -39,43 +39,10 @@ from mmvssm.run.prediction import predictor as predictor_module
 from mmvssm.run.prediction.outputs import VideoFile, build_visualizer, draw, place_name
 from mmvssm.run.prediction.predictor import Predictor, name_classes
 from mmvssm.run.prediction.sources import describe_image, find_sources
-from support import tiny_configs
-from support.tool_runs import call, leave_configs_as_they_are, sentence_of_refusal
+from support.tool_runs import call, sentence_of_refusal
 
 REPO = Path(__file__).resolve().parents[2]
-MODELS_OF = {
-    "detector": tiny_configs.DETECTOR,
-    "segmenter": tiny_configs.SEGMENTER,
-    "pruned": tiny_configs.PRUNED_SEGMENTER,
-}
 RED, BLUE = (255, 0, 0), (0, 0, 255)
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory, shapes):
-    """A folder with a random checkpoint of each model, whose predictions vary over an image."""
-    folder = tmp_path_factory.mktemp("weights")
-    for name, text in MODELS_OF.items():
-        (folder / "inheriting.py").write_text(text.replace("ROOT", str(shapes)))
-        cfg = Config.fromfile(folder / "inheriting.py")
-        if name == "detector":
-            cfg.model.test_cfg.rcnn.max_per_img = 12  # drawing a hundred takes a second
-        # As a whole, for what it inherits takes a second or two to find.
-        with pytest.MonkeyPatch.context() as patch:
-            leave_configs_as_they_are(patch)
-            cfg.dump(folder / f"{name}.py")
-        init_default_scope(cfg.default_scope)
-        torch.manual_seed(0)
-        model = MODELS.build(cfg.model)
-        if name == "detector":
-            torch.nn.init.normal_(model.roi_head.bbox_head.fc_cls.weight, std=0.5)
-        else:
-            torch.nn.init.normal_(model.decode_head.conv_seg.weight)
-        meta = {
-            "dataset_meta": {"classes": list(cfg.metainfo.classes), "palette": cfg.metainfo.palette}
-        }
-        torch.save({"state_dict": model.state_dict(), "meta": meta}, folder / f"{name}.pth")
-    return folder
 
 
 @pytest.fixture
@@ -440,7 +407,10 @@ def visualizer_of(name, weights, classes):
     init_default_scope(cfg.default_scope)
     palette = [RED, BLUE][: len(classes)]
     return build_visualizer(
-        cfg, SimpleNamespace(is_detector=name == "detector", classes=classes, palette=palette)
+        cfg,
+        SimpleNamespace(
+            is_detector=name == "detector", is_classifier=False, classes=classes, palette=palette
+        ),
     )
 
 

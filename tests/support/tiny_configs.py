@@ -42,3 +42,5 @@ PRUNED_SEGMENTER = f"""
 _base_ = ["{CONFIGS}/plainmamba_pruned_upernet_shapes.py"]
 {_DATA}
 """
+
+MODELS_OF = {"detector": DETECTOR, "segmenter": SEGMENTER, "pruned": PRUNED_SEGMENTER}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Optional
@@ -28,15 +28,16 @@ from .predictor import Item, Predictor
 RESULTS = "predictions.json"
 INDEX = "images.json"
 _CODEC = "mp4v"
+_RANKS = 5  # of an image's classes that we list
 _SAVE_SECONDS = 60  # a killed run loses the records of at most so long
 
 
 class Outputs(AbstractContextManager):
     """A folder of predictions; its JSON files are complete at any time.
 
-    It contains ``pictures``, for detectors ``predictions.json`` (COCO's results format), for segmenters ``labels``
-    (PNG), and ``tokens`` if there are any. ``images.json`` is a COCO data set file without annotations: the images by
-    id, and the categories.
+    It contains ``pictures``, for detectors and classifiers ``predictions.json`` (detectors: COCO's results format), for
+    segmenters ``labels`` (PNG), and ``tokens`` if there are any. ``images.json`` is a COCO data set file without
+    annotations: the images by id, and the categories.
 
     Args:
         folder: The folder; it is made if it does not exist.
@@ -88,7 +89,7 @@ class Outputs(AbstractContextManager):
         self._end_video()
 
     def _save(self) -> None:
-        if self._predictor.is_detector:
+        if self._predictor.is_detector or self._predictor.is_classifier:
             write_whole(self.folder / RESULTS, "[\n" + ",\n".join(self._results) + "\n]\n")
         write_whole(self.folder / INDEX, json.dumps(self._index, indent=1))
         self._saved = time.monotonic()
@@ -112,14 +113,16 @@ class Outputs(AbstractContextManager):
         if frame is not None:
             record["frame"] = frame
             name = f"{name}/{frame:06d}"
-        detections = []
+        found: Iterable[dict[str, Any]] = ()
         if self._predictor.is_detector:
             sample = self._confident(sample)
-            extra = {key: record[key] for key in ("file_name", "frame") if key in record}
-            for detection in self._detections(sample.pred_instances):
-                detections.append(json.dumps({"image_id": number, **detection, **extra}))
+            found = self._detections(sample.pred_instances)
+        elif self._predictor.is_classifier:
+            found = [self._ranking(sample)]
         else:
             record["label_map"] = self._write_labels(f"labels/{name}.png", sample)
+        extra = {key: record[key] for key in ("file_name", "frame") if key in record}
+        results = [json.dumps({"image_id": number, **result, **extra}) for result in found]
         drawn = draw(self._visualizer, pixels, sample)
         if frame is None:
             record["picture"] = f"pictures/{name}.jpg"
@@ -132,7 +135,7 @@ class Outputs(AbstractContextManager):
             tokens.savefig(self._place(record["tokens"]))
         # Last, so that the JSON files only list what was written.
         self._index["images"].append(record)
-        self._results += detections
+        self._results += results
         self.num_written = number
         if time.monotonic() - self._saved >= _SAVE_SECONDS:
             self._save()
@@ -170,6 +173,17 @@ class Outputs(AbstractContextManager):
         instances = sample.pred_instances
         sample.pred_instances = instances[instances.scores >= self._score_thr]
         return sample
+
+    def _ranking(self, sample: BaseDataElement) -> dict[str, Any]:
+        """Return the most likely class of an image, and the five most likely ones with their scores."""
+        if "pred_score" not in sample:
+            raise UserError("this config's model predicts no classes (pred_score)")
+        scores, labels = sample.pred_score.sort(descending=True)
+        ranking = [
+            {"category_id": label, "category_name": self._predictor.classes[label], "score": score}
+            for label, score in zip(labels[:_RANKS].tolist(), scores[:_RANKS].tolist())
+        ]
+        return {**ranking[0], "ranking": ranking}
 
     def _detections(self, instances: InstanceData) -> Iterator[dict[str, Any]]:
         """Yield detections in COCO's results format, with the class's name."""
@@ -245,12 +259,13 @@ class VideoFile:
 def build_visualizer(cfg: Config, predictor: Predictor) -> Visualizer:
     """Build the config's visualizer, for drawing only."""
     kind = "DetLocalVisualizer" if predictor.is_detector else "SegLocalVisualizer"
+    kind = "UniversalVisualizer" if predictor.is_classifier else kind
     settings = {"type": kind, **(cfg.get("visualizer") or {})}
     # Without backends it writes no logs; a new name keeps mmengine from returning an older instance.
     for name in ("vis_backends", "save_dir"):
         settings.pop(name, None)
     settings["name"] = f"predictions-{time.monotonic_ns()}"
-    if not predictor.is_detector:
+    if not predictor.is_detector and not predictor.is_classifier:
         settings.setdefault("alpha", 0.5)  # mmseg's default hides most of the image
     with user_mistakes("cannot build the config's visualizer"):
         visualizer = VISUALIZERS.build(settings)
@@ -275,6 +290,8 @@ def place_name(mask: np.ndarray) -> np.ndarray:
 
 def draw(visualizer: Visualizer, pixels: np.ndarray, sample: BaseDataElement) -> np.ndarray:
     """Draw a prediction on its image; both are RGB, uint8 ``(H, W, 3)``."""
+    if "pred_score" in sample:
+        return visualizer.visualize_cls(pixels, sample, draw_gt=False)
     every_score = {"pred_score_thr": -1.0} if "pred_instances" in sample else {}
     visualizer.add_datasample("", pixels, sample, draw_gt=False, **every_score)
     return visualizer.get_image()

@@ -1,4 +1,4 @@
-"""Prepare images for a detector or segmenter, run it, and name its classes."""
+"""Prepare images for a detector, segmenter or classifier, run it, and name its classes."""
 
 from __future__ import annotations
 
@@ -71,11 +71,11 @@ class Item(NamedTuple):
 
 
 class Predictor:
-    """A detector or segmenter in evaluation mode.
+    """A detector, segmenter or classifier in evaluation mode.
 
-    mmdet's and mmseg's inferencers load checkpoints that do not fit with only a warning, catch no errors per
-    file and read no videos. So we use the parts below them: ``InferencerLoader``, the config's test
-    pipeline, ``test_step`` and the visualizers.
+    The libraries' inferencers load checkpoints that do not fit with only a warning, catch no errors per
+    file and read no videos. So we use the parts below them: the config's test pipeline, ``test_step`` and the
+    visualizers.
 
     Args:
         cfg: The config, whose test pipeline is used.
@@ -86,7 +86,8 @@ class Predictor:
         model: The model.
         classes: Names of the labels 0, 1 ...
         palette: Their colours, RGB, 0 to 255.
-        is_detector: True for detectors (mmdet), False for segmenters (mmseg).
+        is_detector: True for detectors (mmdet).
+        is_classifier: True for classifiers (mmpretrain).
         loading: How images are decoded.
 
     Raises:
@@ -102,6 +103,7 @@ class Predictor:
             self.model = revert_sync_batchnorm(model).to(device).eval()
         self.classes, self.palette = name_classes(cfg, checkpoint)
         self.is_detector = cfg.default_scope == "mmdet"
+        self.is_classifier = cfg.default_scope == "mmpretrain"
         pipeline = inference_pipeline(cfg)
         self.loading = Loading.of(dict(pipeline=pipeline))
         if not pipeline or str(pipeline[0].type).rsplit(".", 1)[-1] != _READER:
@@ -109,8 +111,7 @@ class Predictor:
                 f"the config's test pipeline does not begin with {_READER}; put it first, so that we "
                 "know how to read an image file"
             )
-        # The libraries' loader for both files and frames of videos.
-        pipeline[0].type = f"{cfg.default_scope}.InferencerLoader"
+        self._dtype = np.float32 if pipeline[0].get("to_float32") else np.uint8
         with user_mistakes("cannot build the config's test pipeline"):
             self._load, self._prepare = Compose(pipeline[:1]), Compose(pipeline[1:])
 
@@ -123,13 +124,18 @@ class Predictor:
         Raises:
             UnreadableError: If the image cannot be decoded or resized.
         """
-        key = "img_path" if isinstance(image, str) else "img"
-        # Any error is about this image: the loader has no other input.
-        try:
-            results = self._load({key: image, "img_id": 0})
-        except Exception as error:
-            reader = self.loading.backend
-            raise UnreadableError(f"cannot be decoded by mmcv's {reader} reader") from error
+        results = {"img_id": 0, "img_path": image}
+        if isinstance(image, str):
+            # Any error is about this image: the loader has no other input.
+            try:
+                results = self._load(results)
+            except Exception as error:
+                reader = self.loading.backend
+                raise UnreadableError(f"cannot be decoded by mmcv's {reader} reader") from error
+        else:
+            size = image.shape[:2]
+            pixels = image.astype(self._dtype)
+            results.update(img_path=None, img=pixels, img_shape=size, ori_shape=size)
         pixels = _rgb(results["img"])
         try:
             return Prepared(pixels, self._prepare(results))
@@ -147,7 +153,8 @@ class Predictor:
             batch: Images of one ``input_shape``.
 
         Returns:
-            One ``DetDataSample`` (mmdet) or ``SegDataSample`` (mmseg) per image, on the CPU.
+            One ``DetDataSample`` (mmdet), ``SegDataSample`` (mmseg) or ``DataSample`` (mmpretrain) per image, on the
+            CPU.
 
         Raises:
             UserError: If memory runs out.
