@@ -25,3 +25,7 @@ model = dict(
     ),
     neck=dict(in_channels=[64, 128, 348, 448]),
 )
+
+val_evaluator = dict(classwise=True)
+test_evaluator = val_evaluator
+default_hooks = dict(checkpoint=dict(save_best="coco/bbox_mAP"))

@@ -34,3 +34,7 @@ model = dict(
     ),
 )
 train_dataloader = dict(dataset=dict(filter_cfg=dict(filter_empty_gt=False)))
+
+val_evaluator = dict(classwise=True)
+test_evaluator = val_evaluator
+default_hooks = dict(checkpoint=dict(save_best="coco/bbox_mAP"))

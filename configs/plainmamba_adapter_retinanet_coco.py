@@ -29,3 +29,7 @@ model = dict(
     ),
 )
 optim_wrapper = dict(clip_grad=dict(max_norm=35, norm_type=2))
+
+val_evaluator = dict(classwise=True)
+test_evaluator = val_evaluator
+default_hooks = dict(checkpoint=dict(save_best="coco/bbox_mAP"))

@@ -35,3 +35,7 @@ model = dict(
         dict(type="FPN", in_channels=[embed_dims] * 4, out_channels=256, num_outs=5),
     ],
 )
+
+val_evaluator = dict(classwise=True)
+test_evaluator = val_evaluator
+default_hooks = dict(checkpoint=dict(save_best="coco/bbox_mAP"))

@@ -20,3 +20,5 @@ param_scheduler = [
     dict(type="LinearLR", start_factor=1e-6, by_epoch=False, begin=0, end=1500),
     dict(type="PolyLR", power=1.0, eta_min=0.0, by_epoch=False, begin=1500, end=160000),
 ]
+
+default_hooks = dict(checkpoint=dict(save_best="mIoU"))
