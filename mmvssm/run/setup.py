@@ -1,6 +1,7 @@
 """Set up a run: its config, data, model and runner, for every tool that takes a config."""
 
 import argparse
+import logging
 import os
 import re
 import traceback
@@ -10,11 +11,12 @@ from copy import deepcopy
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.dist import is_main_process
+from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, RUNNERS, init_default_scope
 from mmengine.runner import Runner
 from torch import nn
@@ -39,6 +41,9 @@ from .settings import (
 )
 
 _DENSE = ("mmdet", "mmseg")
+# How mmengine begins what it logs before a run: a line for each setting of each weight, and texts of many lines.
+_OF_EACH_WEIGHT = "paramwise_options -- "
+_LONG = ("\n---", "Config:\n", "Hooks will be executed")
 LIBRARIES = (*_DENSE, "mmpretrain")
 # mmengine's words for a missing config, and Python's for a missing module.
 _NO_MMPRETRAIN = re.compile(r"\bmmpretrain is not installed|No module named '?mmpretrain\b")
@@ -205,6 +210,19 @@ def build_model(cfg: Config) -> nn.Module:
         return MODELS.build(model)
 
 
+class _Runner(Runner):
+    """A runner whose console shows the run; environment, config and hooks are in its log file."""
+
+    def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
+        """See the base class."""
+        logger = super().build_logger(*args, **kwargs)
+        logger.addFilter(lambda record: not record.getMessage().startswith(_OF_EACH_WEIGHT))
+        for handler in logger.handlers:
+            if type(handler) is logging.StreamHandler:
+                handler.addFilter(lambda record: not record.getMessage().startswith(_LONG))
+        return logger
+
+
 def build_runner(cfg: Config) -> Runner:
     """Build the config's runner, which creates the work dir.
 
@@ -212,7 +230,7 @@ def build_runner(cfg: Config) -> Runner:
         UserError: If the runner cannot be built.
     """
     with user_mistakes("cannot set up the run"), suggest_similar_name():
-        return RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+        return RUNNERS.build(cfg) if "runner_type" in cfg else _Runner.from_cfg(cfg)
 
 
 def print_once(text: Optional[str]) -> None:
