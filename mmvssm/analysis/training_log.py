@@ -19,7 +19,8 @@ from ..errors import UserError
 
 _SCALARS = "vis_data/scalars.json"
 _NOT_METRICS = {"data_time", "time", "memory", "step", "epoch", "iter"}
-_BY_SIZE = ("_s", "_m", "_l")  # COCO's metrics of small, medium, large objects: not by default
+# COCO's metrics of small, medium and large objects, and of single classes: not by default.
+_IN_PARTS = ("_s", "_m", "_l", "_precision")
 _COLUMNS = 3
 _PANEL = (4.2, 2.8)  # inches
 _DPI = 120
@@ -177,7 +178,7 @@ def default_keys(runs: Sequence[Run]) -> list[str]:
     losses.sort(key=lambda key: key != "loss")
     others = [key for key in ("lr", "keep_ratio") if key in training]
     metrics = dict.fromkeys(key for run in runs for key in run.metrics)
-    return losses + others + [key for key in metrics if not key.endswith(_BY_SIZE)]
+    return losses + others + [key for key in metrics if not key.endswith(_IN_PARTS)]
 
 
 def draw_runs(runs: Sequence[Run], keys: Sequence[str]) -> Figure:
