@@ -35,7 +35,7 @@ def build_onnx(
     """Export a model for images of any size.
 
     Args:
-        graph: A :class:`~.segmenter.SegmenterGraph` or :class:`~.detector.DetectorGraph`, in evaluation mode.
+        graph: A graph of :mod:`~.segmenter`, :mod:`~.detector` or :mod:`~.classifier`, in evaluation mode.
         metadata: Metadata of the file.
         opset: Version of the standard operators.
         report: Called before each slow step, with its description.

@@ -1,4 +1,4 @@
-"""Evaluate an exported file with mmdet's and mmseg's own tools."""
+"""Evaluate an exported file with the libraries' own tools."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def metadata_of(model: onnx.ModelProto) -> dict[str, Any]:
 
 @MODELS.register_module()
 class OnnxModel(BaseModel):
-    """An exported detector or segmenter whose predictions mmdet and mmseg can evaluate.
+    """An exported detector, segmenter or classifier whose predictions the libraries can evaluate.
 
     It maps predictions back to the image's size before the test pipeline, as the libraries do: it divides boxes by the
     scale factor, pastes masks again at that size from their probabilities, and interpolates logits.
@@ -90,7 +90,7 @@ class OnnxModel(BaseModel):
 
         Args:
             inputs: Images from the test pipeline, BGR ``(3, H, W)``.
-            data_samples: Data samples of mmdet or mmseg, to which we add the predictions.
+            data_samples: Data samples of the libraries, to which we add the predictions.
             mode: Must be ``"predict"``.
 
         Returns:
@@ -103,8 +103,12 @@ class OnnxModel(BaseModel):
             found = dict(
                 zip(self._names, map(torch.from_numpy, self._session.run(None, {"images": rgb})))
             )
-            add = self._add_map if "logits" in found else self._add_instances
-            add(sample, found, tuple(image.shape[1:]))
+            if "logits" in found:
+                self._add_map(sample, found, tuple(image.shape[1:]))
+            elif "boxes" in found:
+                self._add_instances(sample, found, tuple(image.shape[1:]))
+            else:
+                sample.set_pred_score(found["scores"][0]).set_pred_label(found["labels"])
         return data_samples
 
     def _add_map(self, sample: Any, found: dict[str, Tensor], size: tuple[int, int]) -> None:

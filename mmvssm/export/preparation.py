@@ -54,18 +54,18 @@ class ImagePreparation(nn.Module):
     """Normalise and pad images as a model's ``data_preprocessor`` does.
 
     Args:
-        preprocessor: The data preprocessor of mmdet or mmseg.
+        preprocessor: The data preprocessor of mmdet, mmseg or mmpretrain.
         settings: Its config.
     """
 
     def __init__(self, preprocessor: nn.Module, settings: dict) -> None:
         super().__init__()
         # Files are read as BGR; models without a conversion were trained on that order.
-        self.to_bgr = not settings.get("bgr_to_rgb", False)
+        self.to_bgr = not settings.get("bgr_to_rgb", settings.get("to_rgb", False))
         normalizes = settings.get("mean") is not None
         self.register_buffer("mean", preprocessor.mean if normalizes else None)
         self.register_buffer("std", preprocessor.std if normalizes else None)
-        if "pad_size_divisor" in settings:  # mmdet's
+        if "pad_size_divisor" in settings:  # mmdet's and mmpretrain's
             self.divisor, fixed = settings["pad_size_divisor"], None
             self.pad_value = settings.get("pad_value", 0)
         else:  # mmseg's

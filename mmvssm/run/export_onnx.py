@@ -13,7 +13,8 @@ from ..errors import UserError, user_mistakes
 from ..files import write_whole
 from ..version import __version__
 from .checkpoints import Checkpoint
-from .setup import build_model, open_config, print_once
+from .exported import TASKS
+from .setup import LIBRARIES, build_model, open_config, print_once
 
 _NEEDED = ("onnx", "onnxscript")
 
@@ -29,7 +30,7 @@ def export_onnx(args: argparse.Namespace) -> None:
     """
     out = Path(args.out)
     _check_first(out)
-    cfg = open_config(args)
+    cfg = open_config(args, libraries=LIBRARIES)
     checkpoint = Checkpoint.load(args.checkpoint)
     model = build_model(cfg)
     checkpoint.check_fits(model)
@@ -83,6 +84,10 @@ def _graph_of(model: Any, cfg: Config) -> Any:
         from ..export.segmenter import SegmenterGraph
 
         return SegmenterGraph(model, cfg.model)
+    if cfg.default_scope == "mmpretrain":
+        from ..export.classifier import ClassifierGraph
+
+        return ClassifierGraph(model, {"data_preprocessor": {}, **cfg, **cfg.model})
     from ..export.detector import DetectorGraph
 
     return DetectorGraph(model, cfg.model)
@@ -93,7 +98,7 @@ def _metadata(cfg: Config, checkpoint: Checkpoint) -> dict[str, str]:
     metainfo = dict(cfg.test_dataloader.dataset.get("metainfo") or {})
     metainfo.update(checkpoint.dataset_meta)
     found = {
-        "task": {"mmseg": "semantic segmentation", "mmdet": "detection"}[cfg.default_scope],
+        "task": TASKS[cfg.default_scope],
         "license": "Apache-2.0 (the code; weights have their author's)",
         "mmvssm_version": __version__,
     }
@@ -101,8 +106,12 @@ def _metadata(cfg: Config, checkpoint: Checkpoint) -> dict[str, str]:
         if isinstance(metainfo.get(name), (list, tuple)):
             found[name] = json.dumps(metainfo[name])
     for step in inference_pipeline(cfg):
-        scale = step.get("scale")
-        if step["type"].split(".")[-1] == "Resize" and isinstance(scale, (list, tuple)):
+        scale, kind = step.get("scale"), step["type"].split(".")[-1]
+        if kind == "ResizeEdge":
+            found["resize"] = json.dumps({"edge": step.get("edge", "short"), "length": scale})
+        elif kind == "CenterCrop":
+            found["crop"] = json.dumps(step.crop_size)
+        elif kind == "Resize" and isinstance(scale, (list, tuple)):
             keep_ratio = bool(step.get("keep_ratio", False))
             found["resize"] = json.dumps({"scale": list(scale), "keep_ratio": keep_ratio})
     return found

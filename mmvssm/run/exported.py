@@ -12,8 +12,13 @@ from ..errors import UserError, user_mistakes
 from .checkpoints import Checkpoint
 
 _NEEDED = ("onnx", "onnxruntime")
-_TASKS = {"mmdet": "detection", "mmseg": "semantic segmentation"}
-_OUTPUTS = {"mmdet": {"boxes", "scores", "labels"}, "mmseg": {"logits", "labels"}}
+TASKS = {"mmdet": "detection", "mmseg": "semantic segmentation", "mmpretrain": "classification"}
+# A file is for the first task whose outputs it has.
+_OUTPUTS = {
+    "mmdet": {"boxes", "scores", "labels"},
+    "mmseg": {"logits", "labels"},
+    "mmpretrain": {"scores", "labels"},
+}
 
 
 def is_exported(path: str) -> bool:
@@ -74,17 +79,13 @@ def load_exported(path: str, cfg: Config) -> Checkpoint:
         model = onnx.load(path)
         metadata = metadata_of(model)
     scope = cfg.default_scope
-    if scope not in _TASKS:
-        raise UserError(
-            f"{path} cannot be tested with a config of {scope}: only detectors and segmenters are exported"
-        )
     outputs = {output.name for output in model.graph.output}
-    tasks = [name for name in _TASKS if _OUTPUTS[name] <= outputs]
-    if "mmvssm_version" not in metadata or not tasks:
+    task = next((name for name, needed in _OUTPUTS.items() if needed <= outputs), None)
+    if "mmvssm_version" not in metadata or not task:
         raise UserError(f"{path} was not written by tools/export_onnx.py")
-    if scope not in tasks:
+    if scope != task:
         raise UserError(
-            f"{path} is a model for {_TASKS[tasks[0]]}, and this config is for {_TASKS[scope]}"
+            f"{path} is a model for {TASKS[task]}, and this config is for {TASKS[scope]}"
         )
     return Checkpoint(path, dict(meta=dict(dataset_meta=metadata)))
 
@@ -108,7 +109,7 @@ def use_exported(cfg: Config, path: str, native: bool) -> None:
         settings["align_corners"] = head.get("align_corners", False)
         if head.get("threshold") is not None:
             settings["threshold"] = head.threshold
-    elif "mask_thr_binary" in cfg.model.test_cfg.rcnn:
+    elif cfg.default_scope == "mmdet" and "mask_thr_binary" in cfg.model.test_cfg.rcnn:
         settings["mask_threshold"] = cfg.model.test_cfg.rcnn.mask_thr_binary
     with user_mistakes(f"onnxruntime cannot load {path}"):
         OnnxModel(**settings)

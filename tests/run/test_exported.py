@@ -71,10 +71,18 @@ def write_model(path, outputs, metadata):
     onnx.save(model, path)
 
 
-def test_a_config_for_classification(tmp_path):
-    write_model(tmp_path / "m.onnx", ["logits", "labels"], {})
-    with pytest.raises(UserError, match="config of mmpretrain: only detectors and segmenters are"):
-        load_exported(str(tmp_path / "m.onnx"), Config(dict(default_scope="mmpretrain")))
+@pytest.mark.parametrize(
+    ("scope", "outputs"),
+    [("mmpretrain", ["boxes", "scores", "labels"]), ("mmdet", ["scores", "labels"])],
+)
+def test_a_config_for_another_task(tmp_path, scope, outputs):
+    write_model(tmp_path / "m.onnx", outputs, OURS)
+    tasks = {True: "classification", False: "detection"}
+    of_config, of_file = tasks[scope == "mmpretrain"], tasks[scope == "mmdet"]
+    with pytest.raises(
+        UserError, match=f"a model for {of_file}, and this config is for {of_config}"
+    ):
+        load_exported(str(tmp_path / "m.onnx"), Config(dict(default_scope=scope)))
 
 
 def test_detections_beside_the_annotations_of_an_image(tmp_path):

@@ -4,14 +4,22 @@ import json
 import shutil
 from pathlib import Path
 
+import mmcv
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
+from mmengine.runner import load_checkpoint
 
+import mmvssm
 from mmvssm.datasets.root import apply_data_root
+from mmvssm.models.blueprint import BLUEPRINT, write_blueprint
 from mmvssm.models.published import convert_groupmamba
 from mmvssm.registry import MODELS
+from mmvssm.run.arguments import export_onnx_parser
+from mmvssm.run.export_onnx import export_onnx
+from mmvssm.run.setup import build_model
 from support.pretraining import CLASSIFIER, DISTILLED, require_mmpretrain, write_class_folders
 from support.published_groupmamba import published_weights
 from support.tool_runs import call, sentence_of_refusal, undo_what_tools_set
@@ -118,8 +126,80 @@ def test_data_that_is_not_there_is_one_sentence(project, capsys):
     assert "data/imagenet" in sentence and "train/<class>/" in sentence
 
 
-@pytest.mark.parametrize("tool", ["browse_dataset.py", "predict.py"])
-def test_tools_for_dense_prediction_say_so(project, capsys, tool):
-    arguments = ["x.pth", "data/val/cat", "--out-dir", "out"] if tool == "predict.py" else []
-    sentence = sentence_of_refusal(capsys, tool, "plain.py", *arguments)
+def test_a_tool_for_dense_prediction_says_so(project, capsys):
+    sentence = sentence_of_refusal(capsys, "browse_dataset.py", "plain.py")
     assert "is not a config for mmdet or mmseg" in sentence
+
+
+def test_a_checkpoint_alone_predicts_and_is_tested(project):
+    call("train.py", "plain.py", "--data-root", "data", "--work-dir", "run")
+    best = "run/epoch_2.pth"
+    call("predict.py", best, "data/val/cat", "--out-dir", "out", "--device", "cpu")
+    found = json.loads(Path("out/predictions.json").read_text())
+    described = json.loads(Path("out/images.json").read_text())["images"]
+    assert [image["picture"] for image in described] == ["pictures/0.jpg", "pictures/1.jpg"]
+    cfg = Config.fromfile("run/plain.py")
+    classifier = build_model(cfg).eval()
+    load_checkpoint(classifier, best)
+    model = mmvssm.load(best, device="cpu")
+    for prediction, path in zip(found, sorted(Path("data/val/cat").iterdir())):
+        pixels = mmcv.imread(str(path))  # of the size that the pipeline gives them
+        image = torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+        with torch.no_grad():
+            (expected,) = classifier.test_step(dict(inputs=[image]))
+        result = model(path)
+        np.testing.assert_allclose(result.scores, expected.pred_score, atol=1e-6)
+        assert prediction["category_id"] == result.label == expected.pred_label.item()
+        assert prediction["category_name"] == model.classes[result.label]
+        assert prediction["file_name"] == str(path)
+        assert prediction["score"] == pytest.approx(result.score, abs=1e-6)
+        ranks = [entry["category_id"] for entry in prediction["ranking"]]
+        assert ranks == result.scores.argsort()[::-1].tolist()
+        result.save("one.png")
+        assert (mmcv.imread("one.png") != pixels).any()
+    call("test.py", best, "--data-root", "data", "--work-dir", "alone")
+    call("test.py", "run/plain.py", best, "--data-root", "data", "--work-dir", "described")
+    assert results("alone")["accuracy/top1"] == results("described")["accuracy/top1"]
+
+
+def test_a_distilled_classifier_needs_neither_config_nor_teacher(project):
+    cfg = Config.fromfile("distilled.py")
+    model = build_model(cfg)
+    meta = {
+        BLUEPRINT: write_blueprint(cfg),
+        "dataset_meta": {"classes": [str(i) for i in range(10)]},
+    }
+    torch.save({"state_dict": model.state_dict(), "meta": meta}, "distilled.pth")
+    assert mmvssm.load("distilled.pth", device="cpu")("data/val/cat/0.png").scores.shape == (10,)
+
+
+@pytest.mark.slow
+def test_an_exported_classifier_answers_as_in_pytorch(project):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    from mmpretrain.structures import DataSample
+
+    from mmvssm.export.onnx_model import OnnxModel
+
+    cfg = Config.fromfile("plain.py")
+    torch.manual_seed(0)
+    init_default_scope("mmpretrain")
+    model = build_model(cfg).eval()
+    torch.nn.init.normal_(model.head.fc.weight)
+    meta = {BLUEPRINT: write_blueprint(cfg)}
+    torch.save({"state_dict": model.state_dict(), "meta": meta}, "x.pth")
+    export_onnx(export_onnx_parser().parse_args(["x.pth", "x.onnx"]))
+    session = onnxruntime.InferenceSession("x.onnx")
+    images = torch.randint(256, (3, 3, 40, 56), dtype=torch.uint8)
+    scores, labels = session.run(None, {"images": images.float().numpy()})
+    with torch.no_grad():
+        samples = model.test_step(dict(inputs=images.flip(1)))
+    expected = torch.stack([sample.pred_score for sample in samples]).numpy()
+    np.testing.assert_allclose(scores, expected, atol=1e-5)
+    assert labels.tolist() == expected.argmax(1).tolist()
+    said = session.get_modelmeta().custom_metadata_map
+    assert said["task"] == "classification" and json.loads(said["crop"]) == 32
+    exported = OnnxModel("x.onnx")
+    (sample,) = exported.test_step(dict(inputs=images.flip(1)[:1], data_samples=[DataSample()]))
+    np.testing.assert_allclose(sample.pred_score, expected[0], atol=1e-5)
+    assert sample.pred_label.tolist() == [expected[0].argmax()]
