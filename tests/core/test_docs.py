@@ -15,8 +15,11 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS, DefaultScope
+from PIL import Image
 
 import mmvssm.registry
+from mmvssm.models.blueprint import BLUEPRINT, register_library, write_blueprint
 
 REPO = Path(__file__).parents[2]
 README, DOCS = REPO / "README.md", REPO / "docs"
@@ -48,7 +51,11 @@ def inline_code(page):
 def named(found):
     """Parameters for pytest: each with its page and number."""
     return [
-        pytest.param(block, id=f"{page.stem}-{number}")
+        pytest.param(
+            block,
+            id=f"{page.stem}-{number}",
+            marks=[pytest.mark.slow] if "build_onnx" in block else [],
+        )
         for number, (page, block) in enumerate(found)
     ]
 
@@ -78,11 +85,16 @@ def test_readme_is_short_and_pages_are_found():
 def test_program_prints_what_it_says(snippet, capsys, monkeypatch, tmp_path):
     registry = mmvssm.registry.MODELS
     monkeypatch.setattr(registry, "_module_dict", dict(registry.module_dict))
-    if "onnxruntime" in snippet:
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (64, 48), "red").save("photo.jpg")
+    if "best.pth" in snippet:
+        write_checkpoint("best.pth")
+    if "build_onnx" in snippet:
+        pytest.importorskip("onnxscript")
+    if "model.onnx" in snippet:
         if not (REPO / "mmvssm/ops/_kernels.so").exists():
             pytest.skip("the CPU kernels were not compiled")
-        write_onnx_model(tmp_path / "model.onnx")
-        monkeypatch.chdir(tmp_path)
+        write_onnx_model("model.onnx")
     promised = re.findall(r"^# (\(.*)$", snippet, re.M)
     names = {"__name__": "snippet"}
     exec(snippet, names)
@@ -92,13 +104,50 @@ def test_program_prints_what_it_says(snippet, capsys, monkeypatch, tmp_path):
 
 
 def write_onnx_model(path):
+    """A segmenter whose logits are the colours."""
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
-    helper = onnx.helper
-    x, y = (helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy")
-    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "graph", [x], [y])
+    helper, kinds = onnx.helper, onnx.TensorProto
+    images, logits = (
+        helper.make_tensor_value_info(name, kinds.FLOAT, [None] * 4)
+        for name in ("images", "logits")
+    )
+    labels = helper.make_tensor_value_info("labels", kinds.INT64, [None] * 3)
+    nodes = [
+        helper.make_node("Identity", ["images"], ["logits"]),
+        helper.make_node("ArgMax", ["images"], ["labels"], axis=1, keepdims=0),
+    ]
+    graph = helper.make_graph(nodes, "graph", [images], [logits, labels])
     opset = [helper.make_opsetid("", 18)]
     onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=10), path)
+
+
+def write_checkpoint(path):
+    """A small segmenter with random weights, as a training would save it."""
+    pytest.importorskip("mmseg")
+    arch = dict(stem_hidden_dim=8, embed_dims=[16] * 4, depths=[1] * 4, mlp_ratios=[2] * 4)
+    model = dict(
+        type="EncoderDecoder",
+        data_preprocessor=dict(type="SegDataPreProcessor"),
+        backbone=dict(type="mmvssm.GroupMamba", arch=arch, out_indices=(3,)),
+        decode_head=dict(
+            type="FCNHead", in_channels=16, in_index=0, channels=8, num_convs=1, num_classes=2
+        ),
+        test_cfg=dict(mode="whole"),
+    )
+    pipeline = [dict(type="LoadImageFromFile"), dict(type="PackSegInputs")]
+    cfg = Config(
+        dict(
+            default_scope="mmseg",
+            model=model,
+            test_dataloader=dict(dataset=dict(pipeline=pipeline)),
+        )
+    )
+    register_library("mmseg")
+    with DefaultScope.overwrite_default_scope("mmseg"):
+        weights = MODELS.build(cfg.model).state_dict()
+    meta = {BLUEPRINT: write_blueprint(cfg), "dataset_meta": {"classes": ["ground", "thing"]}}
+    torch.save({"state_dict": weights, "meta": meta}, path)
 
 
 @pytest.mark.parametrize("snippet", named([c for c in CONFIGS if c not in DISTILLED]))
