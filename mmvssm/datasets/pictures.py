@@ -9,17 +9,17 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, BinaryIO, Callable, NamedTuple, Optional
+from typing import Any, BinaryIO, Callable, NamedTuple, Optional, Union
 
 import cv2
 import mmcv
 import numpy as np
 from mmengine.config import ConfigDict
 from mmengine.utils import is_list_of
-from PIL import Image
+from PIL import Image, ImageOps
 from rich.progress import track
 
-from ..errors import UserError
+from ..errors import UserError, brief, user_mistakes
 from ..processes import end_with_parent
 from .memory import Memory
 
@@ -159,6 +159,36 @@ def _remembered(facts: Optional[list]) -> Optional[Picture]:
     texts = [picture.format, picture.mode, picture.problem]
     sound = is_list_of(numbers, int) and is_list_of(texts, str)
     return picture if sound and is_list_of(picture.labels, int) else None
+
+
+def path_or_pixels(picture: Any) -> Union[str, np.ndarray]:
+    """Return the path of a file, or the pixels of a PIL image or an array as mmcv would read them.
+
+    Args:
+        picture: A file, a PIL image, or an array uint8, BGR ``(H, W, 3)`` or grey ``(H, W)``.
+
+    Returns:
+        A path, or pixels BGR, uint8 ``(H, W, 3)``.
+
+    Raises:
+        UserError: If it is none of them, or the file does not exist.
+    """
+    if isinstance(picture, (str, os.PathLike)):
+        if not os.path.isfile(picture):
+            raise UserError(f"there is no file {os.fspath(picture)}")
+        return os.fspath(picture)
+    if isinstance(picture, Image.Image):
+        with user_mistakes("the picture cannot be decoded"):
+            return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))[..., ::-1].copy()
+    if isinstance(picture, np.ndarray) and picture.dtype == np.uint8 and picture.size:
+        if picture.ndim == 2:
+            return np.repeat(picture[..., None], 3, axis=2)
+        if picture.ndim == 3 and picture.shape[2] == 3:
+            return picture
+    what = f"{picture.dtype} {picture.shape}" if isinstance(picture, np.ndarray) else type(picture)
+    raise UserError(
+        f"a picture is a file, a PIL image, or an array uint8 (H, W, 3) in the order BGR; got {brief(what)}"
+    )
 
 
 # ---------------------------------------------------------------------------------- one picture

@@ -164,10 +164,21 @@ def _decode(value: Any, depth: int, count: Iterator[int]) -> Any:
 # --------------------------------------------------------------------------------------- checking
 
 
+def check_scope(blueprint: Mapping[str, Any]) -> str:
+    """Return a blueprint's library, one of :data:`SCOPES`, with all its types registered.
+
+    Raises:
+        UserError: If it names another, or the library does not load.
+    """
+    scope = blueprint.get("default_scope")
+    if scope not in SCOPES:
+        raise UserError(f"its default_scope is {brief(scope)}, not {' or '.join(SCOPES)}")
+    register_library(scope)
+    return scope
+
+
 def check_blueprint(blueprint: Mapping[str, Any], weights: Mapping[str, Any]) -> None:
     """Check that building from a blueprint runs no foreign code, opens no file and takes little memory.
-
-    The libraries that register its types have to be imported before.
 
     Args:
         blueprint: From :func:`read_blueprint`.
@@ -177,9 +188,7 @@ def check_blueprint(blueprint: Mapping[str, Any], weights: Mapping[str, Any]) ->
         UserError: If it holds anything else than registered types, plain words and numbers of reasonable size; or if
             a weight of the model that it describes is not in the file, with its shape.
     """
-    scope = blueprint.get("default_scope")
-    if scope not in SCOPES:
-        raise UserError(f"its default_scope is {brief(scope)}, not {' or '.join(SCOPES)}")
+    scope = check_scope(blueprint)
     for registry in (MODELS, TASK_UTILS, TRANSFORMS):
         for name in (scope, "mmvssm"):
             if name in registry.children:

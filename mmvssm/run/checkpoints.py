@@ -3,6 +3,7 @@
 import re
 from collections import OrderedDict
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Optional
 
@@ -12,12 +13,12 @@ from mmengine.logging import HistoryBuffer
 from mmengine.runner.checkpoint import CheckpointLoader, load_state_dict
 from torch import Size, Tensor, nn
 
+from ..datasets.testing import testing_config
 from ..errors import UserError, brief, shown, user_mistakes
-from ..models.blueprint import BLUEPRINT, read_blueprint
+from ..models.blueprint import BLUEPRINT, check_blueprint, check_scope, read_blueprint
 from ..models.weights import with_published
 from ..safe_checkpoint import UnsafeCheckpointError, load_checkpoint_safely
 from .hooks.checkpoint_hook import INTERRUPTED
-from .rebuilt_config import rebuild_config
 from .settings import check_config_file
 
 _HUB = ("log_scalars", "runtime_info", "resumed_keys")
@@ -116,7 +117,12 @@ class Checkpoint:
         if BLUEPRINT not in self.meta:
             raise UserError(f"{self.path} does not say how to build its model; give its config too")
         try:
-            return rebuild_config(read_blueprint(self.meta[BLUEPRINT]), self.weights())
+            blueprint = read_blueprint(self.meta[BLUEPRINT])
+            scope = check_scope(blueprint)
+            if scope == "mmpretrain":
+                import_module("mmvssm.pretraining")  # whose classes a distilled classifier is of
+            check_blueprint(blueprint, self.weights())
+            return testing_config(scope, blueprint["model"], blueprint["pipeline"])
         except UserError as error:
             raise UserError(f"{self.path} cannot be used without its config: {error}") from error
 
@@ -236,11 +242,12 @@ class Checkpoint:
             yield f"{len(self.classes)} classes ({shown(self.classes)})"
 
 
-def read_config(path: str) -> Config:
+def read_config(path: str, **options: Any) -> Config:
     """Read a config file, or make the config of a checkpoint's model.
 
     Args:
         path: A config file, or a checkpoint (``.pth``) that holds a blueprint.
+        options: Further arguments of ``Config.fromfile``.
 
     Raises:
         UserError: If it cannot be read.
@@ -249,7 +256,7 @@ def read_config(path: str) -> Config:
         return Checkpoint.load(path).config()
     check_config_file(path)
     with user_mistakes(f"cannot read the config {path}"):
-        return Config.fromfile(path)
+        return Config.fromfile(path, **options)
 
 
 def is_checkpoint(path: str) -> bool:

@@ -14,6 +14,7 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.dist import is_main_process
 
+from ..datasets.testing import predicts_masks
 from ..datasets.walk import leaf_datasets
 from ..errors import UserError, shown
 from ..private_names import forget_train_loop
@@ -21,7 +22,6 @@ from .checkpoints import Checkpoint, is_checkpoint
 from .exported import check_arguments, is_exported, load_exported, use_exported
 from .failures import run_failures
 from .hooks.checkpoint_hook import INTERRUPTED
-from .rebuilt_config import predicts_masks
 from .resuming import check_same_classes
 from .setup import (
     LIBRARIES,

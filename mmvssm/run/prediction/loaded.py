@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from mmengine.registry import DefaultScope
 from mmengine.structures import BaseDataElement
-from PIL import Image, ImageOps
+from PIL import Image
 
-from ...errors import UserError, brief, user_mistakes
+from ...datasets.pictures import path_or_pixels
+from ...errors import UserError, user_mistakes
 from ...models.blueprint import SCOPES, register_library
 from ..checkpoints import Checkpoint, read_config
 from .outputs import build_visualizer, draw
@@ -85,7 +86,7 @@ class LoadedModel:
         name = pictures if isinstance(pictures, (str, os.PathLike)) else "the picture"
         with DefaultScope.overwrite_default_scope(self._cfg.default_scope):
             try:
-                prepared = self._predictor.prepare(_path_or_pixels(pictures))
+                prepared = self._predictor.prepare(path_or_pixels(pictures))
             except UnreadableError as error:
                 raise UserError(f"{name} {error}") from error
             (sample,) = self._predictor([prepared])
@@ -154,23 +155,3 @@ class Result:
             mmcv.imwrite(
                 mmcv.rgb2bgr(draw(self._model._visualizer, self.image, sample)), os.fspath(path)
             )
-
-
-def _path_or_pixels(picture: Any) -> Union[str, np.ndarray]:
-    """Return a path, or pixels BGR, uint8 ``(H, W, 3)``."""
-    if isinstance(picture, (str, os.PathLike)):
-        if not os.path.isfile(picture):
-            raise UserError(f"there is no file {os.fspath(picture)}")
-        return os.fspath(picture)
-    if isinstance(picture, Image.Image):
-        with user_mistakes("the picture cannot be decoded"):
-            return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))[..., ::-1].copy()
-    if isinstance(picture, np.ndarray) and picture.dtype == np.uint8 and picture.size:
-        if picture.ndim == 2:
-            return np.repeat(picture[..., None], 3, axis=2)
-        if picture.ndim == 3 and picture.shape[2] == 3:
-            return picture
-    what = f"{picture.dtype} {picture.shape}" if isinstance(picture, np.ndarray) else type(picture)
-    raise UserError(
-        f"a picture is a file, a PIL image, or an array uint8 (H, W, 3) in the order BGR; got {brief(what)}"
-    )

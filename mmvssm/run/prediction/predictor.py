@@ -133,8 +133,7 @@ class Predictor:
                 reader = self.loading.backend
                 raise UnreadableError(f"cannot be decoded by mmcv's {reader} reader") from error
         else:
-            size = image.shape[:2]
-            pixels = image.astype(self._dtype)
+            size, pixels = image.shape[:2], image.astype(self._dtype)
             results.update(img_path=None, img=pixels, img_shape=size, ori_shape=size)
         pixels = _rgb(results["img"])
         try:

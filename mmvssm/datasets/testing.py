@@ -1,14 +1,10 @@
-"""Make the config of a checkpoint's model from its blueprint."""
+"""Make a config that tests and predicts, for a model that comes without one."""
 
-from collections.abc import Mapping
-from importlib import import_module
 from typing import Any
 
 from mmengine.config import Config
 
-from ..models.blueprint import SCOPES, check_blueprint, register_library
-
-# Of each library: the evaluator, and what draws. apply_data_root sets the class of the data set.
+# Of each library: the metric, and what draws. apply_data_root sets the data set.
 _TESTING = {
     "mmdet": (dict(type="CocoMetric"), "DetVisualizationHook", "DetLocalVisualizer"),
     "mmseg": (
@@ -20,34 +16,23 @@ _TESTING = {
 }
 
 
-def rebuild_config(blueprint: Mapping[str, Any], weights: Mapping[str, Any]) -> Config:
+def testing_config(scope: str, model: dict[str, Any], pipeline: list[dict[str, Any]]) -> Config:
     """Make a config for predicting, exporting, and testing with ``--data-root``.
 
     Args:
-        blueprint: From :func:`~mmvssm.models.blueprint.read_blueprint`.
-        weights: The weights that come with it.
-
-    Raises:
-        UserError: If the blueprint is refused, or its library is not installed.
+        scope: ``default_scope``: mmdet, mmseg or mmpretrain.
+        model: The model.
+        pipeline: The test pipeline.
     """
-    scope = blueprint.get("default_scope")
-    if scope in SCOPES:  # else the check says so
-        register_library(scope)
-    if scope == "mmpretrain":
-        import_module("mmvssm.pretraining")  # whose classes a distilled classifier is of
-    check_blueprint(blueprint, weights)
     metric, hook, visualizer = _TESTING[scope]
+    dataset: dict[str, Any] = dict(pipeline=pipeline)
     if scope == "mmdet":
-        metric = dict(
-            metric, metric=["bbox", "segm"] if predicts_masks(blueprint["model"]) else ["bbox"]
-        )
-    dataset = dict(pipeline=blueprint["pipeline"])
-    if scope == "mmdet":
+        metric = dict(metric, metric=["bbox"] + ["segm"] * predicts_masks(model))
         dataset["test_mode"] = True
     return Config(
         dict(
             default_scope=scope,
-            model=blueprint["model"],
+            model=model,
             test_dataloader=dict(
                 batch_size=1,
                 num_workers=2,
