@@ -1,7 +1,7 @@
 """Build the web page with models in it, and serve it to browsers on this machine.
 
 python tools/web.py                      # the demo models that were trained in work_dirs
-python tools/web.py CONFIG CHECKPOINT    # one of your own
+python tools/web.py CHECKPOINT           # one of your own; CONFIG CHECKPOINT if it does not hold its config
 """
 
 import sys

@@ -17,6 +17,7 @@ from mmvssm.errors import UserError, add_traceback_option, user_mistakes
 from mmvssm.files import write_whole
 from mmvssm.registry import TASK_UTILS
 from mmvssm.run.arguments import add_cfg_options, export_onnx_parser
+from mmvssm.run.checkpoints import is_checkpoint, read_config
 from mmvssm.run.export_onnx import export_onnx
 from mmvssm.run.setup import print_once
 
@@ -52,7 +53,11 @@ def web_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Build the web page with models in it, and serve it to browsers on this machine."
     )
-    parser.add_argument("config", nargs="?", help="config file; default: those of the demo models")
+    parser.add_argument(
+        "config",
+        nargs="?",
+        help="config file, or a checkpoint that tools/train.py wrote (.pth); default: those of the demo models",
+    )
     parser.add_argument("checkpoint", nargs="?", help="checkpoint file")
     parser.add_argument(
         "--work-dirs",
@@ -105,10 +110,10 @@ def web(args: argparse.Namespace, page: Path) -> None:
 
 
 def _models_to_show(args: argparse.Namespace) -> list[Trained]:
-    if (args.config is None) != (args.checkpoint is None):
+    if args.config and (args.checkpoint or is_checkpoint(args.config)):
+        return [Trained(Path(args.config), Path(args.checkpoint or args.config))]
+    if args.config:
         raise UserError("give both a config and a checkpoint, or neither for the demo models")
-    if args.config is not None:
-        return [Trained(Path(args.config), Path(args.checkpoint))]
     folders = sorted(Path(args.work_dirs).glob("*_shapes"))
     found = [Trained(folder / f"{folder.name}.py", _checkpoint_of(folder)) for folder in folders]
     found = [model for model in found if model.checkpoint and model.config.is_file()]
@@ -150,9 +155,11 @@ def build_site(
         for folder in ("models", "examples"):
             (site / folder).mkdir(parents=True, exist_ok=True)
     for model in models:
-        with user_mistakes(f"cannot read the config {model.config}"):
-            cfg = Config.fromfile(model.config, import_custom_modules=False)
+        cfg = read_config(str(model.config), import_custom_modules=False)
+        with user_mistakes("cannot apply --cfg-options"):
             cfg.merge_from_dict(cfg_options or {})
+        if cfg.get("default_scope") == "mmpretrain":
+            raise UserError(f"{model.config}: the page shows detectors and segmenters only")
         _export(model, cfg, site, cfg_options)
         listed.append(
             {
@@ -228,7 +235,8 @@ def _copy_examples(cfg: Config, site: Path) -> list[str]:
     dataset = next(leaf_datasets(cfg.test_dataloader.dataset))
     prefix = dataset.get("data_prefix") or {}
     source = Path(dataset.get("data_root") or "", prefix.get("img") or prefix.get("img_path") or "")
-    pictures = _pictures_in(source) if source.is_dir() else []
+    # A checkpoint's own config names no data, and not the working directory.
+    pictures = _pictures_in(source) if source.is_dir() and source != Path() else []
     if not pictures:
         print_once(f"No example pictures: {source} has none that browsers can show")
     names = []

@@ -155,7 +155,7 @@ def test_no_demo_model(build):
 @pytest.mark.parametrize(
     ("config", "checkpoint", "words"),
     [
-        ("missing.py", "there.pth", "cannot read the config missing.py"),
+        ("missing.py", "there.pth", "there is no config file missing.py"),
         ("there.py", "missing.pth", "cannot read the checkpoint missing.pth: .*No such file"),
         ("broken.py", "there.pth", "cannot read the config broken.py"),
     ],
