@@ -55,6 +55,7 @@ _WORD = re.compile(r"[\w +-]{0,64}")  # no dot, slash or bracket: neither a file
 _PICKLE = re.compile(r".*(pkl|pickle)")  # which mmengine's loader takes for a suffix
 _TYPE = re.compile(r"(?:(\w+)\.)?([\w/]+)")
 _OF_MMCV_OPS = ("nms", "soft_nms", "RoIAlign", "RoIPool")  # which are not registered
+_PLACES_OF_MMCV_OPS = (".nms", ".roi_layer")
 _LONGEST, _DEEPEST, _MOST_VALUES = 1_000_000, 40, 50_000
 _LARGEST = 1 << 17  # of a size or count
 _INFINITY = 1e8  # the libraries' own, a float; no float can be a size or count
@@ -211,7 +212,8 @@ def _check_part(
         for key, value in node.items():
             where = f"{path}.{brief(key)}"
             if key == "type":
-                if not _is_registered(value, scope, registries):
+                of_mmcv = value in _OF_MMCV_OPS and path.endswith(_PLACES_OF_MMCV_OPS)
+                if not of_mmcv and not _is_registered(value, scope, registries):
                     raise UserError(f"{path}.type is {brief(value)}, which is not registered")
             elif isinstance(key, str) and key != "_scope_":
                 if not _KEY.fullmatch(key) or "__" in key or _names_files(key):
@@ -248,9 +250,7 @@ def _is_registered(name: Any, scope: str, registries: tuple[Registry, ...]) -> b
     tables = [r.children[child] for r in registries if child in r.children]
     if found[1] in (None, "mmengine", "mmcv"):
         tables += registries
-    return any(found[2] in table.module_dict for table in tables) or (
-        name in _OF_MMCV_OPS and MODELS in registries
-    )
+    return any(found[2] in table.module_dict for table in tables)
 
 
 def _check_weights(model: dict[str, Any], scope: str, weights: Mapping[str, Any]) -> None:

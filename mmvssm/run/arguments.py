@@ -240,9 +240,9 @@ class _Parser(argparse.ArgumentParser):
             return super().parse_known_args(args, namespace)
         except _CheckpointFirst as found:
             path = str(found)
-            namespace = argparse.Namespace(checkpoint=path)
-            args.insert(args.index(path), path)
-            return super().parse_known_args(args, namespace)
+            if args.count(path) == 1:
+                args.insert(args.index(path), path)
+            return super().parse_known_args(args, argparse.Namespace(checkpoint=path))
 
 
 def _parser(

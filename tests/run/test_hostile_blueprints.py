@@ -41,6 +41,7 @@ CHANGES = {
     ),
     "module to import": ("model.neck.type", "antigravity.geohash", "is not registered"),
     "scope to import": ("model.neck._scope_", "antigravity", "of the scope antigravity"),
+    "name of a module": ("model.neck.type", "nms", "nms, which is not registered"),
     "code that mmcv evaluates": ("model.test_cfg.rcnn.nms.type", CODE, "is not registered"),
     "code that a transform evaluates": (
         "pipeline.0",

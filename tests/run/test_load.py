@@ -99,6 +99,7 @@ def test_old_checkpoints_need_a_config(weights, in_folder):
             "best.pth",
             ["in"],
         ),
+        (arguments.predict_parser, "best.pth best.pth in --out-dir o", "best.pth", ["in"]),
         (arguments.predict_parser, "x.py best.pth --out-dir o in", "x.py", ["in"]),
         (arguments.test_parser, "best.pth --data-root d", "best.pth", None),
         (arguments.test_parser, "x.py best.pth", "x.py", None),

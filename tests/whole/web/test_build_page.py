@@ -158,6 +158,7 @@ def test_no_demo_model(build):
         ("missing.py", "there.pth", "there is no config file missing.py"),
         ("there.py", "missing.pth", "cannot read the checkpoint missing.pth: .*No such file"),
         ("broken.py", "there.pth", "cannot read the config broken.py"),
+        ("there.pth", None, "there.pth is not a readable PyTorch checkpoint"),
     ],
 )
 def test_files_that_will_not_do(build, config, checkpoint, words):
@@ -165,7 +166,7 @@ def test_files_that_will_not_do(build, config, checkpoint, words):
     Path("broken.py").write_text("model = (")
     Path("there.pth").write_bytes(b"")
     with pytest.raises(UserError, match=words):
-        build(config, checkpoint)
+        build(*filter(None, (config, checkpoint)))
     assert not Path("build/web/site/models.json").exists()
 
 
