@@ -1,35 +1,92 @@
-"""Write files atomically."""
+"""Read regular files only, and write files atomically."""
 
 from __future__ import annotations
 
+import errno
+import json
 import os
+import stat
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Union
+from typing import Any, BinaryIO, Union
+
+_PARTIAL = ".mmvssm-partial"  # in the names of files that are being written
+_LONGEST_PART = 20  # characters, of up to 4 bytes each; names have at most 255 bytes
+_LONGEST_TEXT = 2**26  # bytes
 
 
-def write_whole(path: Union[str, Path], content: Union[str, bytes, memoryview]) -> None:
-    """Write a temporary file, flush it to disk, and rename it to ``path``.
+@contextmanager
+def open_regular(path: Union[str, Path]) -> Iterator[BinaryIO]:
+    """Open a file to read its bytes, without waiting for the other end of a FIFO.
+
+    Raises:
+        OSError: If it cannot be opened, or is a folder, FIFO, socket or device.
+    """
+    at_once = getattr(os, "O_NONBLOCK", 0)
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | at_once)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        yield file
+
+
+def read_text(path: Union[str, Path], limit: int = _LONGEST_TEXT) -> str:
+    """Read a regular file of at most ``limit`` bytes; bytes that are no UTF-8 become U+FFFD.
+
+    Raises:
+        OSError: If it cannot be read, is no regular file, or is longer.
+    """
+    with open_regular(path) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise OSError(errno.EFBIG, f"it has more than {limit} bytes", str(path))
+    return data.decode(errors="replace")
+
+
+def read_json(path: Union[str, Path], kind: type) -> Any:
+    """Read a regular file of JSON.
+
+    Args:
+        path: The file.
+        kind: Type of the content, such as ``dict``.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is no JSON, or another type.
+    """
+    try:
+        content = json.loads(read_text(path))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(content, kind):
+        raise ValueError(f"it holds a {type(content).__name__}, not a {kind.__name__}")
+    return content
+
+
+@contextmanager
+def replacing(path: Union[str, Path]) -> Iterator[str]:
+    """Yield the name of an empty file beside ``path``, which takes the place of ``path`` at the end of the context.
 
     If the process is killed or the disk is full, the old file stays. A symbolic link is replaced, not followed.
 
     Args:
-        path: File to write or replace; a missing folder is created.
-        content: Bytes, or text to write as UTF-8.
+        path: File to write or replace; a missing folder is created. The temporary file has its suffix as well.
 
     Raises:
         OSError: If the file cannot be written; the error has the file's name.
     """
     path = Path(path)
-    data = content.encode() if isinstance(content, str) else content
     partial = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.")
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        descriptor, partial = tempfile.mkstemp(
+            suffix=_PARTIAL + path.suffix[:_LONGEST_PART],
+            prefix=f".{path.stem[:_LONGEST_PART]}.",
+            dir=path.parent,
+        )
+        os.close(descriptor)
+        yield partial
         # mkstemp makes files that only their owner can read.
         umask = os.umask(0)
         os.umask(umask)
@@ -41,3 +98,26 @@ def write_whole(path: Union[str, Path], content: Union[str, bytes, memoryview]) 
         if isinstance(error, OSError):  # write errors do not name the file
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+def write_whole(path: Union[str, Path], content: Union[str, bytes, memoryview]) -> None:
+    """Write a temporary file, flush it to disk, and rename it to ``path``; see :func:`replacing`.
+
+    Args:
+        path: File to write or replace; a missing folder is created.
+        content: Bytes, or text to write as UTF-8.
+
+    Raises:
+        OSError: If the file cannot be written; the error has the file's name.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    with replacing(path) as partial, open(partial, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def remove_partial(folder: Union[str, Path]) -> None:
+    """Remove temporary files of a process that was killed while it wrote to ``folder``."""
+    for partial in Path(folder).glob(f".*{_PARTIAL}*"):
+        partial.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Optional
 
-from ..files import write_whole
+from ..files import read_json, write_whole
 
 _NAME = ".data_check.json"
 _WORTHWHILE = 400  # images; reading fewer again takes no longer than saving them
@@ -30,10 +30,10 @@ class Memory:
         self._folders: dict[str, dict[str, list]] = {}
         self._effort = 0
         try:
-            content = json.loads(path.read_text(encoding="utf-8")) if path else {}
+            content = read_json(path, dict) if path else {}
             if content.get("version") == _VERSION:
                 self._folders = {k: dict(v) for k, v in content["folders"].items() if ":" in k}
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
             self._folders = {}
 
     @classmethod

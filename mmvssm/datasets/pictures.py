@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 from rich.progress import track
 
 from ..errors import UserError, brief, user_mistakes
+from ..files import open_regular
 from ..processes import end_with_parent
 from .memory import Memory
 
@@ -196,7 +197,7 @@ def path_or_pixels(picture: Any) -> Union[str, np.ndarray]:
 
 def _read_image(path: str, backend: str) -> Picture:
     try:
-        with open(path, "rb") as file, warnings.catch_warnings():
+        with open_regular(path) as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns about odd EXIF
             if not os.fstat(file.fileno()).st_size:
                 return Picture(problem="is empty")
@@ -273,7 +274,7 @@ def _silent_opencv() -> Iterator[None]:
 
 def _read_label_map(path: str) -> Picture:
     try:
-        with Image.open(path) as image:
+        with open_regular(path) as file, Image.open(file) as image:
             image.load()
             labels = []
             if image.mode == "1":

@@ -15,12 +15,14 @@ from torch import Size, Tensor, nn
 
 from ..datasets.testing import testing_config
 from ..errors import UserError, brief, shown, user_mistakes
+from ..files import read_text
 from ..models.blueprint import BLUEPRINT, check_blueprint, check_scope, read_blueprint
 from ..models.weights import with_published
 from ..safe_checkpoint import UnsafeCheckpointError, load_checkpoint_safely
 from .hooks.checkpoint_hook import INTERRUPTED
 from .settings import check_config_file
 
+_LONGEST_NAME = 4096  # bytes of a path
 _HUB = ("log_scalars", "runtime_info", "resumed_keys")
 # What mmengine needs to resume: entries of a checkpoint, and their keys.
 _RUN_STATE = dict(meta=("epoch", "iter"), optimizer=("state", "param_groups"), message_hub=_HUB)
@@ -298,14 +300,14 @@ def find_last(work_dir: str) -> tuple[Optional[Checkpoint], list[str]]:
 
 def named_checkpoint(work_dir: Path) -> Optional[Path]:
     """Return the checkpoint that a run's ``last_checkpoint`` names, if it exists."""
-    marker = work_dir / "last_checkpoint"
-    if not marker.is_file():
+    try:
+        named = Path(read_text(work_dir / "last_checkpoint", _LONGEST_NAME).strip() or ".")
+        # If the work dir was moved or copied, take the file of that name in it.
+        here = work_dir / named.name
+        named = here if here.is_file() else named
+        return named if named.is_file() else None
+    except OSError:  # there is none, or it names nothing that could be a file
         return None
-    named = Path(marker.read_text(errors="replace").strip() or ".")
-    # If the work dir was moved or copied, take the file of that name in it.
-    here = work_dir / named.name
-    named = here if here.is_file() else named
-    return named if named.is_file() else None
 
 
 def shapes_of(model: nn.Module) -> dict[str, Size]:

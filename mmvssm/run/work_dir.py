@@ -33,6 +33,10 @@ def check_unused(work_dir: str, resumed: Optional[str]) -> None:
         UserError: If the work dir has checkpoints of a run from which it does not resume.
     """
     folder = Path(work_dir)
+    if (folder / "last_checkpoint").is_dir():
+        raise UserError(
+            f"{folder / 'last_checkpoint'} is a folder, and a run writes a file there; remove it"
+        )
     named = named_checkpoint(folder)
     if resumed:
         path = Path(resumed).expanduser().resolve()

@@ -35,8 +35,13 @@ def test_resumes_from_the_newest_that_loads(tmp_path):
     assert find_last(str(tmp_path))[1] == [str(tmp_path / "iter_9.pth")]
     (tmp_path / "last_checkpoint").write_text("")  # killed between opening and writing it
     assert newest(tmp_path).endswith("iter_10.pth")
-    (tmp_path / "last_checkpoint").write_bytes(b"\xff\xfe\x00")  # damaged
+    for damage in (b"\xff\xfe\x00", b"x" * 300, b"iter_2.pth" + b"x" * 9000):
+        (tmp_path / "last_checkpoint").write_bytes(damage)
+        assert newest(tmp_path).endswith("iter_10.pth")
+    (tmp_path / "last_checkpoint").unlink()
+    os.mkfifo(tmp_path / "last_checkpoint")
     assert newest(tmp_path).endswith("iter_10.pth")
+    (tmp_path / "last_checkpoint").unlink()
     (tmp_path / "last_checkpoint").write_text("/elsewhere/iter_2.pth")  # the work dir was moved
     assert newest(tmp_path).endswith("iter_2.pth")
 

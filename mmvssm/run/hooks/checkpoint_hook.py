@@ -12,7 +12,7 @@ from mmengine.fileio.backends import LocalBackend
 from mmengine.hooks import CheckpointHook
 from mmengine.runner import Runner
 
-from ...files import write_whole
+from ...files import remove_partial, write_whole
 from ...models.blueprint import BLUEPRINT, SCOPES, write_blueprint
 from ...processes import any_process
 from ...registry import HOOKS
@@ -84,7 +84,7 @@ class AtomicCheckpointHook(CheckpointHook):
             self.backend_args = {"backend": _BACKEND}
         super().before_train(runner)
         if is_main_process() and "://" not in out_dir:
-            _remove_partial_files(Path(self.out_dir))
+            remove_partial(self.out_dir)
         parameters = {name for name, _ in network_of(runner).named_parameters()}
         self._meant_to_be = set(non_finite_states(runner)) - parameters
 
@@ -141,7 +141,8 @@ class AtomicCheckpointHook(CheckpointHook):
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: Optional[dict]) -> None:
         marker = Path(runner.work_dir, "last_checkpoint")
-        if is_main_process() and marker.is_symlink():  # mmengine would write into its target
+        # mmengine would write into a link's target, and wait for a reader of a FIFO.
+        if is_main_process() and (marker.is_symlink() or not marker.is_file()):
             marker.unlink(missing_ok=True)
         with self._deferred_removal():
             super()._save_checkpoint_with_step(runner, step, meta)
@@ -177,9 +178,3 @@ class AtomicCheckpointHook(CheckpointHook):
                 f"the state after {iterations} iterations holds NaN or infinity in {what}; we did not "
                 f"save it (last checkpoint: {self.last_ckpt or 'none'}); {advice(runner)}"
             )
-
-
-def _remove_partial_files(folder: Path) -> None:
-    """Remove temporary files of a run that was killed during a write."""
-    for partial in folder.glob(".*.pth.*"):
-        partial.unlink(missing_ok=True)

@@ -24,7 +24,7 @@ from mmvssm.datasets import memory as memory_module
 from mmvssm.datasets.annotations import _pixels_of, check_annotations, read_coco
 from mmvssm.datasets.check import check_data
 from mmvssm.datasets.memory import Memory
-from mmvssm.datasets.pictures import read_images
+from mmvssm.datasets.pictures import read_images, read_label_maps
 from mmvssm.datasets.root import apply_data_root
 from mmvssm.errors import UserError
 
@@ -1351,6 +1351,23 @@ def test_a_damaged_memory_is_forgotten(tmp_path, text, remembered):
     assert (found.width, found.height, found.mode, found.problem) == (SIDE, SIDE, "RGB", "")
     assert memory.save()
     assert Memory(path).recall("image-cv2", str(tmp_path / "0.png")) is not None
+
+
+def test_fifos_are_no_files(tmp_path, remembered):
+    """At once, instead of waiting for their other ends."""
+    data = instances(tmp_path, lambda data: None)
+    cfg = detector()
+    cfg.work_dir = str(tmp_path / "work_dirs" / "a")
+    (tmp_path / "work_dirs").mkdir()
+    os.mkfifo(tmp_path / "work_dirs" / ".data_check.json")
+    assert checked(cfg, data.root) == []
+    fifo = tmp_path / "fifo.png"
+    os.mkfifo(fifo)
+    for found in (
+        read_images([str(fifo)], "cv2", Memory()),
+        read_label_maps([str(fifo)], Memory()),
+    ):
+        assert "it is no regular file" in found[0].problem
 
 
 def test_a_folder_without_write_permission_gives_a_warning(tmp_path, remembered):

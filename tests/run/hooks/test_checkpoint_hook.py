@@ -113,18 +113,20 @@ def test_killed_at_any_write(tmp_path, monkeypatch, case, by_epoch):
 
 
 def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
-    torn, other = tmp_path / ".epoch_0.pth.torn", tmp_path / ".hidden"
+    torn, other = tmp_path / ".epoch_0.x.mmvssm-partial.pth", tmp_path / ".x.pth.txt"
     torn.touch(), other.touch()
     toy_runner(tmp_path, amount=1).train()
     assert not torn.exists() and other.exists() and (tmp_path / "epoch_1.pth").exists()
 
 
-def test_a_link_in_place_of_last_checkpoint_is_replaced(tmp_path):
+@pytest.mark.parametrize("fifo", [False, True])
+def test_a_link_or_fifo_in_place_of_last_checkpoint_is_replaced(tmp_path, fifo):
     precious = tmp_path / "precious.txt"
     precious.write_text("mine")
     work_dir = tmp_path / "run"
     work_dir.mkdir()
-    (work_dir / "last_checkpoint").symlink_to(precious)
+    marker = work_dir / "last_checkpoint"
+    os.mkfifo(marker) if fifo else marker.symlink_to(precious)
     toy_runner(work_dir, amount=1).train()
     assert precious.read_text() == "mine"
     assert (work_dir / "last_checkpoint").read_text().endswith("epoch_1.pth")
@@ -134,7 +136,7 @@ def test_so_is_it_in_a_folder_of_its_own(tmp_path):
     """``out_dir``, to which mmengine adds the last part of the work dir."""
     folder = tmp_path / "weights" / "run"
     folder.mkdir(parents=True)
-    (folder / ".epoch_0.pth.torn").touch()
+    (folder / ".epoch_0.x.mmvssm-partial.pth").touch()
     settings = {"default_hooks.checkpoint.out_dir": str(tmp_path / "weights")}
     toy_runner(tmp_path / "run", amount=1, **settings).train()
     assert [path.name for path in folder.iterdir()] == ["epoch_1.pth"]
