@@ -17,10 +17,14 @@ from typing import Optional
 import torch
 
 from ..errors import RunFailure, Stopped, is_interruption
+from .checkpoints import named_checkpoint
 
 _SHARED_MEMORY = re.compile(r"shared memory|Bus error|\bshm\b|/dev/shm", re.IGNORECASE)
 _DEAD_WORKER = re.compile(r"DataLoader worker .*(killed by signal: (?P<signal>\w+)|exited unex)")
 _PORT_IN_USE = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
+_UNDECODABLE = re.compile(
+    r"^(?:AssertionError: )?failed to load image: (.+)$", re.MULTILINE
+)  # mmcv's words
 _ONE_VALUE = "Expected more than 1 value per channel when training"  # BatchNorm's words
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _LOADERS = "train_dataloader, val_dataloader and test_dataloader"
@@ -59,6 +63,10 @@ def explain_failure(error: BaseException) -> Optional[str]:
     text = str(error)
     if isinstance(error, OSError) and error.errno in _FULL:
         return _about_disk(error)
+    if isinstance(error, OSError) and error.errno == errno.EFBIG:
+        return f"{error.filename or 'a file'} is larger than this shell or disk allows; raise `ulimit -f`"
+    if isinstance(error, AssertionError) and (undecodable := _UNDECODABLE.search(text)):
+        return f"{undecodable[1]} cannot be decoded; restore it, or remove it from the data set"
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return (
             "out of memory on the GPU; use a smaller train_dataloader.batch_size, smaller images, --amp, or "
@@ -137,8 +145,7 @@ def _about_shared_memory() -> str:
 def _how_to_resume(work_dir: Optional[str]) -> str:
     if work_dir is None:
         return ""
-    marker = Path(work_dir) / "last_checkpoint"
-    saved = Path(marker.read_text(errors="replace").strip()) if marker.is_file() else None
-    if saved is None or not saved.is_file():
+    saved = named_checkpoint(Path(work_dir))
+    if saved is None:
         return "; no checkpoint was saved yet"
     return f"; --resume with the same --work-dir continues from {saved}"

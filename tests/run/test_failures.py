@@ -72,6 +72,14 @@ MET = {
         OSError(errno.EDQUOT, "Disk quota exceeded", "work/epoch_3.pth"),
         ["the disk is full: work/epoch_3.pth could not be written", "earlier files are intact"],
     ),
+    "ulimit -f": (OSError(errno.EFBIG, "File too large", "a.pth"), ["a.pth is larger", "`ulimit -f`"]),
+    "undecodable image": (
+        AssertionError(
+            "Caught AssertionError in DataLoader worker process 0.\nOriginal Traceback:\n  x.py\n"
+            "AssertionError: failed to load image: data/a b.png\n"
+        ),
+        ["data/a b.png cannot be decoded; restore it, or remove it from the data set"],
+    ),
     "full disk, no name": (OSError(errno.ENOSPC, "No space left on device"), ["full"]),
 }  # fmt: skip
 
