@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from mmengine.utils import is_list_of
 
-from ..errors import UserError
+from ..errors import UserError, brief
+from ..files import open_regular
 
 _SCALARS = "vis_data/scalars.json"
 _NOT_METRICS = {"data_time", "time", "memory", "step", "epoch", "iter"}
@@ -24,6 +25,7 @@ _IN_PARTS = ("_s", "_m", "_l", "_precision")
 _COLUMNS = 3
 _PANEL = (4.2, 2.8)  # inches
 _DPI = 120
+_MOST_PANELS = 150
 _FEW = 40  # up to this many points get a marker each
 
 
@@ -151,10 +153,11 @@ def _add_part(run: Run, records: list[dict[str, Any]]) -> None:
 def _records(run: Run, file: Path) -> Iterator[dict[str, Any]]:
     """Yield the records of a log, and count its damaged lines in ``run.unreadable``."""
     try:
-        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+        with open_regular(file) as opened:
+            lines = opened.readlines()
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from error
-    for line in filter(str.strip, lines):
+    for line in filter(bytes.strip, lines):
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
@@ -191,6 +194,11 @@ def draw_runs(runs: Sequence[Run], keys: Sequence[str]) -> Figure:
     for key in keys:
         if key not in logged:
             raise UserError(f"no run logged {key!r}; there are {', '.join(logged)}")
+    if len(keys) > _MOST_PANELS:
+        raise UserError(
+            f"there are {len(keys)} curves, of which one picture holds {_MOST_PANELS}; choose some with --keys, of "
+            f"{', '.join(map(brief, keys[:_FEW]))}, ..."
+        )
     columns = min(_COLUMNS, len(keys))
     rows = math.ceil(len(keys) / columns)
     figure = Figure((columns * _PANEL[0], rows * _PANEL[1] + 0.3), dpi=_DPI, layout="constrained")

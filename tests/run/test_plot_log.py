@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import time
 
 import cv2
@@ -111,6 +112,15 @@ def test_reading_takes_time_linear_in_the_number_of_lines(tmp_path):
     assert len(curve.values) == 501 and curve.values[-1] == 1.0
 
 
+def test_more_curves_than_a_picture_holds(tmp_path, capsys):
+    """With time linear in their number; the panels themselves would take minutes."""
+    many = {f"loss_{i}": 1.0 for i in range(2000)}
+    log(tmp_path / "run" / "20250101_000000", *(training(step, 2.0, **many) for step in (1, 2)))
+    said = sentence_of_refusal(capsys, "plot_log.py", "run", "--out", "a.png")
+    assert "there are 2002 curves, of which one picture holds 150; choose some with --keys" in said
+    call("plot_log.py", "run", "--keys", "loss_1999", "--out", "a.png")
+
+
 def test_damaged_lines_are_counted(tmp_path, capsys):
     broken = [
         '{"loss": 1.0, "st',
@@ -177,9 +187,12 @@ def test_refuses(arguments, words, tmp_path, capsys):
     assert words in sentence_of_refusal(capsys, "plot_log.py", *arguments)
 
 
-def test_an_unreadable_log_is_one_sentence(tmp_path):
-    (tmp_path / "run" / "20250101_000000" / "vis_data" / "scalars.json").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"cannot read run/.*: Is a directory"):
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_an_unreadable_log_is_one_sentence(tmp_path, make):
+    folder = tmp_path / "run" / "20250101_000000" / "vis_data"
+    folder.mkdir(parents=True)
+    make(folder / "scalars.json")
+    with pytest.raises(UserError, match=r"cannot read run/.*: (Is a directory|it is no regular)"):
         read_run("run")
 
 
