@@ -14,6 +14,7 @@ from typing import Any, Callable
 from mmengine.dist import is_distributed, is_main_process
 
 TRACEBACK_VARIABLE = "MMVSSM_TRACEBACK"
+_SIGPIPE = 128 + 13  # the exit code of programs that a closed pipe ends
 HINT = f"(--traceback, or {TRACEBACK_VARIABLE}=1, shows where in the code this surfaced)"
 
 # Some releases of mmengine prefix what a constructor raised with "class `X` in module.path: ".
@@ -130,14 +131,25 @@ def run_tool(main: Callable[[], None]) -> None:
         if is_interruption(error) and not isinstance(error, Stopped):
             print("error: interrupted", file=sys.stderr)
             sys.exit(128 + signal.SIGINT)
+        if _output_is_lost() and isinstance(error, OSError):  # as in `predict.py ... | head`
+            sys.exit(_SIGPIPE)
         if not isinstance(error, UserError):
             raise
         if os.environ.get(TRACEBACK_VARIABLE) == "1":
             raise
         if isinstance(error, RunFailure) or _is_first_process():
-            text = "".join(c if c.isprintable() else " " for c in str(error))
-            print(f"error: {text}\n{HINT}", file=sys.stderr)
+            print(f"error: {printable(str(error))}\n{HINT}", file=sys.stderr)
         sys.exit(error.exit_code)
+
+
+def _output_is_lost() -> bool:
+    """Whether stdout is closed or full; Python's own flush at its end succeeds then."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _is_first_process() -> bool:
@@ -145,6 +157,11 @@ def _is_first_process() -> bool:
     if is_distributed():
         return is_main_process()
     return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK", "0") == "0"
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Replace characters that control a terminal, or that no encoding has, by spaces, except those in ``keep``."""
+    return "".join(c if c.isprintable() or c in keep else " " for c in text)
 
 
 _NAMES_SHOWN = 3
@@ -158,5 +175,5 @@ def shown(names: Sequence[Any]) -> str:
 
 def brief(words: Any) -> str:
     """Shorten text from a file for a message and replace its control characters."""
-    text = "".join(c if c.isprintable() else " " for c in str(words)[: _LONGEST_NAME + 1])
+    text = printable(str(words)[: _LONGEST_NAME + 1])
     return text if len(text) <= _LONGEST_NAME else f"{text[:_LONGEST_NAME]}..."

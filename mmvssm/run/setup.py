@@ -23,7 +23,7 @@ from torch import nn
 
 from ..datasets.check import check_data
 from ..datasets.root import SPLIT_OF_LOADER, apply_data_root
-from ..errors import UserError, one_line, user_mistakes
+from ..errors import UserError, one_line, printable, user_mistakes
 from ..processes import on_first_process
 from ..registry import TASK_UTILS
 from ..safe_checkpoint import force_weights_only
@@ -234,9 +234,9 @@ def build_runner(cfg: Config) -> Runner:
 
 
 def print_once(text: Optional[str]) -> None:
-    """Print ``text``, if any, on rank 0."""
+    """Print ``text``, if any, on rank 0, without its control characters."""
     if text and is_main_process():
-        print(text, flush=True)
+        print(printable(text, keep="\n"), flush=True)
 
 
 def use_worker_init(cfg: Config) -> None:

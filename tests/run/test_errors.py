@@ -1,5 +1,6 @@
 """One-line errors for users' mistakes."""
 
+import os
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ from mmengine.config import Config
 
 from mmvssm.errors import HINT, UserError, one_line, run_tool, user_mistakes
 from mmvssm.run.distributed import adapt_to_machine, init_processes
+from mmvssm.run.setup import print_once
 
 
 def test_one_sentence():
@@ -40,6 +42,32 @@ def test_tool_ends_with_the_sentence(capsys, monkeypatch):
 def test_bugs_keep_their_traceback():
     with pytest.raises(ZeroDivisionError):
         run_tool(lambda: 1 / 0)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_an_output_that_is_closed_or_full_ends_the_tool_silently(full, monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open("/dev/full" if full else writer, "w") as lost:
+        monkeypatch.setattr(sys, "stdout", lost)
+        with pytest.raises(SystemExit) as caught:
+            run_tool(lambda: print_once("some text"))
+    assert caught.value.code == 141 and capsys.readouterr().err == ""
+
+
+def test_names_do_not_control_the_terminal(capsys, monkeypatch):
+    monkeypatch.delenv("MMVSSM_TRACEBACK", raising=False)
+    name = "cat\x1b[2J\udcff\x9b1m"
+    print_once(f"{name}\n{name}")
+    with pytest.raises(SystemExit):
+        run_tool(lambda: fail_with(name))
+    out, err = capsys.readouterr()
+    assert out == "cat [2J  1m\ncat [2J  1m\n"
+    assert err.startswith("error: cat [2J  1m")
+
+
+def fail_with(name):
+    raise UserError(name)
 
 
 def test_launchers_that_cannot_start_without_a_gpu(monkeypatch):
