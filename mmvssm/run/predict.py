@@ -15,15 +15,16 @@ from rich import get_console
 from rich.progress import Progress
 
 from ..analysis.pruning_view import pruned_backbone
-from ..errors import UserError, shown
+from ..errors import UserError, is_interruption, one_line, shown
 from ..version import __version__
 from .checkpoints import Checkpoint
-from .failures import run_failures
+from .failures import explain_failure, run_failures
 from .prediction.outputs import Outputs
 from .prediction.predictor import Item, Predictor
 from .prediction.sources import (
     Source,
     UnreadableError,
+    check_name,
     count_frames,
     describe_image,
     find_sources,
@@ -36,7 +37,7 @@ _SCORE_THR = 0.3
 
 
 class FilesSkipped(UserError):
-    """Raised at the end if some files could not be read; all others were predicted."""
+    """Raised at the end if some files could not be read or predicted; all others were."""
 
     exit_code = 3
 
@@ -49,7 +50,7 @@ def predict(args: argparse.Namespace) -> None:
 
     Raises:
         UserError: If an argument, the config or the checkpoint cannot be used; nothing is written then.
-        FilesSkipped: At the end, if some files could not be read.
+        FilesSkipped: At the end, if some files could not be read or predicted.
     """
     _check_arguments(args)
     sources, warnings = find_sources(args.inputs)
@@ -75,7 +76,7 @@ def predict(args: argparse.Namespace) -> None:
     if run.skipped:
         rest = "the others were predicted" if outputs.num_written else "so nothing was predicted"
         raise FilesSkipped(
-            f"{len(run.skipped)} of {len(sources)} files could not be read ({shown(run.skipped)}); {rest}"
+            f"{len(run.skipped)} of {len(sources)} files could not be predicted ({shown(run.skipped)}); {rest}"
         )
 
 
@@ -112,13 +113,14 @@ class _Run:
         predictor: The model and its test pipeline.
 
     Attributes:
-        skipped: Files that could not be read.
+        skipped: Files that could not be read or predicted.
         notes: Number of images by note.
     """
 
     def __init__(self, predictor: Predictor) -> None:
         self.skipped: list[str] = []
         self.notes: Counter[str] = Counter()
+        self._errors: list[Exception] = []
         self._predictor = predictor
 
     def predict(
@@ -129,12 +131,16 @@ class _Run:
         with Progress(transient=True, disable=not get_console().is_terminal) as progress:
             task = progress.add_task("Predicting", total=sum(map(count_frames, sources)))
             for batch in in_batches(self._items(sources), batch_size):
-                before = time.perf_counter()
-                samples = self._predictor([item.image for item in batch])
+                before, samples = time.perf_counter(), []
+                with self._input_at_fault(batch):
+                    samples = self._predictor([item.image for item in batch])
                 model_seconds += time.perf_counter() - before
                 for item, sample in zip(batch, samples):
-                    outputs.add(item, sample, self._tokens(item) if show_tokens else None)
+                    with self._input_at_fault([item]):
+                        outputs.add(item, sample, self._tokens(item) if show_tokens else None)
                 progress.update(task, completed=outputs.num_written + len(self.skipped))
+        if self._errors and not outputs.num_written:  # it is not the input
+            raise self._errors[0]
         for what, count in self.notes.items():
             print_once(f"note: {_images(count)} {what}")
         count, seconds = outputs.num_written, time.perf_counter() - started
@@ -150,10 +156,33 @@ class _Run:
             try:
                 yield from self._frames(source) if source.is_video else self._image(source)
             except UnreadableError as error:
-                self.skipped.append(source.path)
-                print_once(f"warning: {source.path} {error}; we skip it")
+                self._skip(source, str(error))
+
+    def _skip(self, source: Source, why: str) -> None:
+        if source.path not in self.skipped:  # by an earlier frame
+            self.skipped.append(source.path)
+            print_once(f"warning: {source.path} {why}; we skip it")
+
+    @contextmanager
+    def _input_at_fault(self, items: Sequence[Item]) -> Iterator[None]:
+        """Skip items on any error that is not about the machine or the user's settings."""
+        try:
+            yield
+        except Exception as error:
+            if (
+                isinstance(error, (UserError, OSError))
+                or explain_failure(error)
+                or is_interruption(error)
+            ):
+                raise
+            self._errors.append(error)
+            for item in items:
+                self._skip(
+                    item.source, f"cannot be predicted ({type(error).__name__}: {one_line(error)})"
+                )
 
     def _image(self, source: Source) -> Iterator[Item]:
+        check_name(source.path)
         notes = describe_image(source.path, self._predictor.loading)
         image = self._predictor.prepare(source.path)
         self.notes.update(f"with {note}" for note in notes)

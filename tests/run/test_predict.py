@@ -32,6 +32,7 @@ from pycocotools.coco import COCO
 
 from mmvssm.datasets.pictures import Loading
 from mmvssm.errors import UserError
+from mmvssm.run import predict as predict_module
 from mmvssm.run.checkpoints import Checkpoint
 from mmvssm.run.predict import in_batches
 from mmvssm.run.prediction import outputs as outputs_module
@@ -314,7 +315,10 @@ def test_broken_files_are_left_out_and_said(predict, scenes, capsys):
     assert "in/empty.jpg is empty; we skip it" in said.out
     assert "in: we skip 1 files that are no images or videos (.txt)" in said.out
     (sentence, _) = said.err.splitlines()
-    assert "5 of 7 files could not be read (in/cut.jpg, in/cut.png, in/empty.jpg, ...)" in sentence
+    assert (
+        "5 of 7 files could not be predicted (in/cut.jpg, in/cut.png, in/empty.jpg, ...)"
+        in sentence
+    )
     assert "2 images in" in said.out and "images per second" in said.out
 
 
@@ -332,6 +336,62 @@ def test_image_of_which_nothing_is_left_when_resized(predict, scenes, capsys):
     assert (
         "in/line.png has 900x1 pixels, which the config's test pipeline" in capsys.readouterr().out
     )
+
+
+@pytest.mark.parametrize("model", ["detector", "segmenter"])
+def test_images_of_one_pixel(predict, scenes, model):
+    """They are predicted, or skipped, and end nothing."""
+    for height, width in ((1, 1), (1, 3), (2, 1)):
+        mmcv.imwrite(np.zeros((height, width, 3), np.uint8), f"in/c{height}{width}.png")
+    described = predict(model, scenes)
+    assert [(r["height"], r["width"]) for r in described["images"][2:]] == [(1, 1), (1, 3), (2, 1)]
+
+
+def test_what_one_image_does_to_a_model_is_about_that_image(predict, scenes, monkeypatch, capsys):
+    add = outputs_module.Outputs.add
+
+    def fail(self, item, *others):
+        if item.source.path.endswith(wrong):
+            raise IndexError("too small")
+        add(self, item, *others)
+
+    monkeypatch.setattr(outputs_module.Outputs, "add", fail)
+    wrong = "a.png"
+    described = predict("segmenter", scenes, code=3)
+    assert [r["file_name"] for r in described["images"]] == ["in/b.png"]
+    said = capsys.readouterr()
+    assert "warning: in/a.png cannot be predicted (IndexError: too small); we skip it" in said.out
+    assert "1 of 2 files could not be predicted (in/a.png); the others were predicted" in said.err
+    wrong = "png"
+    with pytest.raises(IndexError):  # nor is it about any
+        predict("segmenter", scenes, out="other")
+
+
+def test_two_runs_into_one_folder(predict, scenes, monkeypatch, capsys):
+    """Both found it empty."""
+    monkeypatch.setattr(predict_module, "_check_arguments", lambda _: None)
+    described = predict("segmenter", f"{scenes}/a.png")
+    assert predict("segmenter", f"{scenes}/b.png", code=1) == described
+    assert "another run writes to --out-dir out; name another folder" in capsys.readouterr().err
+    assert os.listdir("out/pictures") == ["a.jpg"]
+
+
+def test_names_that_are_no_utf_8(predict, clip, scenes, capsys):
+    """OpenCV's video reader ends the process on them."""
+    for name in (b"in/\xff.png", b"in/\xff.avi"):
+        os.link(os.fsencode(clip if name.endswith(b"i") else f"{scenes}/a.png"), name)
+    described = predict("segmenter", scenes, code=3)
+    assert [r["file_name"] for r in described["images"]] == ["in/a.png", "in/b.png"]
+    said = capsys.readouterr().out
+    assert "in/ .avi has a name that is no UTF-8; we skip it" in said
+    assert "in/ .png has a name that is no UTF-8; we skip it" in said
+
+
+def test_names_as_long_as_a_file_system_takes(predict, scenes):
+    name = "n" * 251
+    for suffix in (".png", ".bmp"):
+        mmcv.imwrite(mmcv.imread(f"{scenes}/a.png"), f"in/{name}{suffix}")
+    assert len(predict("segmenter", scenes)["images"]) == 4
 
 
 # ------------------------------------------------------------------------------- videos
@@ -649,7 +709,7 @@ def test_detections_of_an_image_that_was_not_drawn_are_not_listed(predict, scene
 
     monkeypatch.setattr(mmcv, "imwrite", full)
     assert predict("detector", scenes, "--score-thr", "0.1", code=1)["images"] == []
-    assert results() == []
+    assert results() == [] and os.listdir("out/pictures") == []
 
 
 def test_out_of_memory_is_one_sentence(predict, scenes, monkeypatch, capsys):

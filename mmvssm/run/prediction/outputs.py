@@ -21,7 +21,7 @@ from mmengine.visualization import Visualizer
 from PIL import Image
 
 from ...errors import UserError, user_mistakes
-from ...files import write_whole
+from ...files import replacing, write_whole
 from ...private_names import place_class_names
 from .predictor import Item, Predictor
 
@@ -81,6 +81,12 @@ class Outputs(AbstractContextManager):
     def __enter__(self) -> Outputs:
         with user_mistakes(f"cannot write to the folder {self.folder}", (OSError,)):
             self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                (self.folder / INDEX).touch(exist_ok=False)
+            except FileExistsError:
+                raise UserError(
+                    f"another run writes to --out-dir {self.folder}; name another folder"
+                ) from None
             self._save()
         return self
 
@@ -126,13 +132,15 @@ class Outputs(AbstractContextManager):
         drawn = draw(self._visualizer, pixels, sample)
         if frame is None:
             record["picture"] = f"pictures/{name}.jpg"
-            mmcv.imwrite(mmcv.rgb2bgr(drawn), self._place(record["picture"]))
+            with replacing(self.folder / record["picture"]) as picture:
+                mmcv.imwrite(mmcv.rgb2bgr(drawn), picture)
         else:
             record["picture"] = f"pictures/{source.name}.mp4"
-            self._video_at(self._place(record["picture"]), item.fps, drawn).add(drawn)
+            self._video_at(self.folder / record["picture"], item.fps, drawn).add(drawn)
         if tokens is not None:
             record["tokens"] = f"tokens/{name}.png"
-            tokens.savefig(self._place(record["tokens"]))
+            with replacing(self.folder / record["tokens"]) as picture:
+                tokens.savefig(picture)
         # Last, so that the JSON files only list what was written.
         self._index["images"].append(record)
         self._results += results
@@ -140,16 +148,12 @@ class Outputs(AbstractContextManager):
         if time.monotonic() - self._saved >= _SAVE_SECONDS:
             self._save()
 
-    def _place(self, name: str) -> str:
-        path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return str(path)
-
-    def _video_at(self, path: str, fps: float, drawn: np.ndarray) -> VideoFile:
+    def _video_at(self, path: Path, fps: float, drawn: np.ndarray) -> VideoFile:
         """Return the video at a path; open it, and end the one before, if it is not the current one."""
-        if self._video is None or self._video.path != path:
+        if self._video is None or self._video.path != str(path):
             self._end_video()
-            self._video = VideoFile(path, fps, drawn.shape)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._video = VideoFile(str(path), fps, drawn.shape)
         return self._video
 
     def _end_video(self) -> None:
@@ -162,7 +166,8 @@ class Outputs(AbstractContextManager):
             raise UserError("this config's model predicts no label maps (pred_sem_seg)")
         labels = sample.pred_sem_seg.data.squeeze(0).numpy()
         dtype = np.uint8 if len(self._predictor.classes) <= 256 else np.uint16
-        Image.fromarray(labels.astype(dtype)).save(self._place(name))
+        with replacing(self.folder / name) as picture:
+            Image.fromarray(labels.astype(dtype)).save(picture)
         return name
 
     def _confident(self, sample: BaseDataElement) -> BaseDataElement:
@@ -293,5 +298,9 @@ def draw(visualizer: Visualizer, pixels: np.ndarray, sample: BaseDataElement) ->
     if "pred_score" in sample:
         return visualizer.visualize_cls(pixels, sample, draw_gt=False)
     every_score = {"pred_score_thr": -1.0} if "pred_instances" in sample else {}
+    if "pred_sem_seg" in sample:
+        sample = (
+            sample.numpy()
+        )  # NumPy, which mmseg's drawing indexes, takes a tensor of one pixel for a number
     visualizer.add_datasample("", pixels, sample, draw_gt=False, **every_score)
     return visualizer.get_image()

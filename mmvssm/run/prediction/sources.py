@@ -19,6 +19,7 @@ from ...errors import UserError, shown, user_mistakes
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg")
 _KNOWN = IMAGE_SUFFIXES + VIDEO_SUFFIXES
 _DEFAULT_FPS = 25.0
+_LONGEST_NAME = 200  # bytes of an output's, of 255 that file systems take
 
 
 class UnreadableError(Exception):
@@ -115,7 +116,8 @@ def _named(files: Sequence[tuple[str, str]]) -> list[Source]:
     """Make sources of paths and preferred names, which have suffixes and need not be unique."""
     # A pattern with .. , or a file called "...mp4", must not lead out of the output folder.
     inside = [Path(*(part for part in Path(name).parts if part != os.pardir)) for _, name in files]
-    names = [name.with_suffix("").name for name in inside]
+    names = [name.with_suffix("").name.encode(errors="ignore") for name in inside]
+    names = [name[:_LONGEST_NAME].decode(errors="ignore") for name in names]
     stems = [
         path.parent / (name if name.strip(".") else "unnamed") for path, name in zip(inside, names)
     ]
@@ -134,6 +136,18 @@ def _named(files: Sequence[tuple[str, str]]) -> list[Source]:
 
 
 # ----------------------------------------------------------------------------------------- pixels
+
+
+def check_name(path: str) -> None:
+    """Check that a file's name is UTF-8: OpenCV's videos end the process else, and JSON could not name it.
+
+    Raises:
+        UnreadableError: If it is not.
+    """
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise UnreadableError("has a name that is no UTF-8") from None
 
 
 def describe_image(path: str, loading: Loading) -> list[str]:
@@ -171,6 +185,7 @@ def open_video(path: str) -> mmcv.VideoReader:
     Raises:
         UnreadableError: If OpenCV cannot open it.
     """
+    check_name(path)
     os.environ.setdefault(
         "OPENCV_FFMPEG_LOGLEVEL", "-8"
     )  # FFmpeg must not print about broken files
