@@ -19,12 +19,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Union
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
 from mmengine.runner.checkpoint import CheckpointLoader
 
+from .files import read_text, write_whole
 from .private_names import checkpoint_loaders
 
 # Pickles name NumPy's internals by the old or the new module path.
@@ -167,10 +169,32 @@ def _guarded(loader: Callable) -> Callable:
 
     @functools.wraps(loader)  # mmengine logs its name
     def load(filename: str, *args: Any, **kwargs: Any) -> Any:
-        with _weights_only():
+        with _weights_only(), _own_download(filename):
             return without_config_text(loader(filename, *args, **kwargs))
 
     return load
+
+
+@contextmanager
+def _own_download(address: str) -> Iterator[None]:
+    """Record beside a download where it came from: ``torch.hub`` takes a file of that name for any address.
+
+    Raises:
+        UnsafeCheckpointError: If the file of that name came from elsewhere.
+    """
+    if not address.startswith(("http://", "https://")):
+        yield
+        return
+    file = Path(torch.hub.get_dir(), "checkpoints", Path(urlsplit(address).path).name)
+    record, is_new = file.with_name(f"{file.name}.url"), not file.exists()
+    if not is_new and record.is_file() and (source := read_text(record)) != address:
+        raise UnsafeCheckpointError(
+            f"{address} has the file name of {file}, which came from {source}; move that file away, or download this "
+            "one by hand under another name"
+        )
+    yield
+    if is_new and file.exists():
+        write_whole(record, address)
 
 
 def without_config_text(checkpoint: Any) -> Any:

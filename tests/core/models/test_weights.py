@@ -103,6 +103,20 @@ def test_the_table():
         assert model.task == task.get(name.rpartition("_")[2], "classification")
 
 
+def test_two_addresses_with_one_file_name(server, cache):
+    """PyTorch's cache knows file names alone, and would give the first one's weights for both."""
+    for folder, value in (("a", 1), ("b", 2)):
+        (server.folder / folder).mkdir()
+        torch.save({"x": torch.tensor(value)}, server.folder / folder / "w.pth")
+    first, other = (f"{server.address}/{folder}/w.pth" for folder in "ab")
+    for _ in range(2):
+        assert CheckpointLoader.load_checkpoint(first)["x"] == 1
+    with pytest.raises(ValueError, match=f"^{other} has the file name of .* came from {first}; "):
+        CheckpointLoader.load_checkpoint(other)
+    (cache.parent / "checkpoints" / "w.pth").unlink()
+    assert CheckpointLoader.load_checkpoint(other)["x"] == 2
+
+
 def test_it_is_downloaded_once_and_converted(publish, server, cache):
     publish("vmamba_tiny", "vmamba.pth")
     for _ in range(2):
