@@ -14,6 +14,7 @@ between versions.
 
 import json
 import os
+import re
 import shutil
 import struct
 import zlib
@@ -25,9 +26,13 @@ import numpy as np
 from filelock import FileLock
 from numpy.random import RandomState
 
+from ..files import read_json
 from ..registry import TASK_UTILS
 
 CLASSES = ("disk", "square", "triangle", "star", "ring")
+_OURS = re.compile(
+    r"shapes\.json|annotations/instances_(train|val)2017\.json|(semantic_)?(train|val)2017/\d{6}\.png"
+)
 FORMAT_VERSION = 2  # raise it when the same settings give other bytes than before
 
 # Lengths are counted in eighths of a pixel; a pixel is sampled at 4 x 4 points, 2 units apart.
@@ -345,18 +350,24 @@ class ShapesGenerator:
         return draw_scene(rng, self.image_size)
 
     def _is_up_to_date(self) -> bool:
+        return self._found_settings() == self.settings
+
+    def _found_settings(self) -> dict:
         try:
-            return json.loads((self.root / "shapes.json").read_text()) == self.settings
-        except (FileNotFoundError, NotADirectoryError, ValueError):
-            return False
+            return read_json(self.root / "shapes.json", dict)
+        except (OSError, ValueError):
+            return {}
 
     def _refuse_foreign_files(self) -> None:
         if not os.path.lexists(self.root):
             return
-        ours = {"annotations", "shapes.json"}
-        ours.update(f"{kind}{split}2017" for kind in ("", "semantic_") for split in self.SPLITS)
-        found = set(os.listdir(self.root)) if self.root.is_dir() else set()
-        if self.root.is_symlink() or "shapes.json" not in found or not found <= ours:
+        found = [path for path in self.root.rglob("*") if path.is_symlink() or not path.is_dir()]
+        ours = all(_OURS.fullmatch(path.relative_to(self.root).as_posix()) for path in found)
+        if (
+            self.root.is_symlink()
+            or not ours
+            or self._found_settings().keys() != self.settings.keys()
+        ):
             raise FileExistsError(
                 f"{self.root} exists but is not a data set of ShapesGenerator: move it away, or "
                 "set another root for the generated data set; nothing was changed."

@@ -182,7 +182,9 @@ class TestEnsure:
         assert len(list((root / "train2017").iterdir())) == 2
         assert {p.name for p in tmp_path.iterdir()} <= {"shapes", ".shapes.lock"}
 
-    @pytest.mark.parametrize("contents", [["photo.jpg"], [], ["shapes.json", "notes.txt"]])
+    @pytest.mark.parametrize(
+        "contents", [["photo.jpg"], [], ["shapes.json"], ["shapes.json", "notes.txt"]]
+    )
     def test_foreign_folder_is_left_alone(self, tmp_path, contents):
         root = tmp_path / "mine"
         root.mkdir()
@@ -191,6 +193,14 @@ class TestEnsure:
         with pytest.raises(FileExistsError, match="nothing was changed"):
             ShapesGenerator(root, **SMALL).ensure()
         assert sorted(p.name for p in root.iterdir()) == sorted(contents)
+
+    def test_files_among_the_generated_ones_are_left_alone(self, tmp_path):
+        root = ShapesGenerator(tmp_path / "shapes", **SMALL).ensure()
+        photo = root / "train2017" / "photo.jpg"
+        photo.touch()
+        with pytest.raises(FileExistsError, match="nothing was changed"):
+            ShapesGenerator(root, **{**SMALL, "num_train": 2}).ensure()
+        assert photo.exists() and len(list(photo.parent.iterdir())) == SMALL["num_train"] + 1
 
     def test_file_in_the_way_is_left_alone(self, tmp_path):
         root = tmp_path / "mine"
