@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
+from urllib.parse import quote, unquote
 
 from mmengine.config import Config
 from page_server import PageServer
@@ -14,10 +15,10 @@ from page_server import PageServer
 import mmvssm
 from mmvssm.datasets.walk import leaf_datasets
 from mmvssm.errors import UserError, add_traceback_option, user_mistakes
-from mmvssm.files import write_whole
+from mmvssm.files import read_json, write_whole
 from mmvssm.registry import TASK_UTILS
 from mmvssm.run.arguments import add_cfg_options, export_onnx_parser
-from mmvssm.run.checkpoints import is_checkpoint, read_config
+from mmvssm.run.checkpoints import is_checkpoint, named_checkpoint, read_config
 from mmvssm.run.export_onnx import export_onnx
 from mmvssm.run.setup import print_once
 
@@ -128,12 +129,7 @@ def _models_to_show(args: argparse.Namespace) -> list[Trained]:
 def _checkpoint_of(folder: Path) -> Optional[Path]:
     """Return the newest best checkpoint of a work dir, else its last checkpoint, else None."""
     best = max(folder.glob("best_*.pth"), key=lambda path: path.stat().st_mtime, default=None)
-    if best or not (folder / "last_checkpoint").is_file():
-        return best
-    last = (
-        folder / Path((folder / "last_checkpoint").read_text().strip()).name
-    )  # the folder may have moved
-    return last if last.is_file() else None
+    return best or named_checkpoint(folder)
 
 
 def build_site(
@@ -150,7 +146,7 @@ def build_site(
     Raises:
         UserError: If a model cannot be exported or a file cannot be written.
     """
-    listed = []
+    listed, before = [], _listed_before(site)
     with user_mistakes(f"cannot write to {site}", (OSError,)):
         for folder in ("models", "examples"):
             (site / folder).mkdir(parents=True, exist_ok=True)
@@ -164,13 +160,13 @@ def build_site(
         listed.append(
             {
                 "title": _title(cfg),
-                "file": f"models/{model.name}.onnx",
+                "file": quote(f"models/{model.name}.onnx"),
                 "examples": _copy_examples(cfg, site),
             }
         )
-    wanted = {name for entry in listed for name in (entry["file"], *entry["examples"])}
+    unwanted = before - _files_of(listed)
     for path in (*site.glob("models/*"), *site.glob("examples/*")):
-        if path.relative_to(site).as_posix() not in wanted:
+        if path.relative_to(site).as_posix() in unwanted:
             path.unlink()
     titles = Counter(entry["title"] for entry in listed)
     for entry, model in zip(listed, models):
@@ -180,6 +176,18 @@ def build_site(
         if path.suffix in _PAGE:
             _write(site / path.name, path.read_bytes())
     _write(site / "models.json", json.dumps(listed, indent=1))
+
+
+def _files_of(listed: Any) -> set[str]:
+    return {unquote(name) for entry in listed for name in (entry["file"], *entry["examples"])}
+
+
+def _listed_before(site: Path) -> set[str]:
+    """Return the files that an earlier build wrote; others in the folders are not ours."""
+    try:
+        return _files_of(read_json(site / "models.json", list))
+    except (OSError, ValueError, TypeError, KeyError):
+        return set()
 
 
 def _export(model: Trained, cfg: Config, site: Path, cfg_options: Optional[dict[str, Any]]) -> None:
@@ -242,9 +250,9 @@ def _copy_examples(cfg: Config, site: Path) -> list[str]:
     names = []
     for path in pictures:
         content = path.read_bytes()
-        # With a digest, models of one data set share a picture, and pictures of the same name do not clash.
-        digest = hashlib.sha256(content).hexdigest()[:8]
-        names.append(f"examples/{path.stem}-{digest}{path.suffix.lower()}")
+        # So models of one data set share a picture, and an address takes the name as it is.
+        digest = hashlib.sha256(content).hexdigest()[:16]
+        names.append(f"examples/{digest}{path.suffix.lower()}")
         _write(site / names[-1], content)
     return names
 

@@ -1,6 +1,8 @@
 """Serve one folder to browsers on this machine only."""
 
 import errno
+import os
+import sys
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -56,12 +58,11 @@ class PageServer:
     def __init__(self, folder: Path, port: int) -> None:
         handler = partial(_Handler, directory=str(folder))
         try:
-            self._server = ThreadingHTTPServer((HOST, port), handler)
+            self._server = _Server((HOST, port), handler)
         except (OSError, OverflowError) as error:
             in_use = getattr(error, "errno", None) == errno.EADDRINUSE
             why = "is in use" if in_use else f"cannot be used ({error})"
             raise UserError(f"port {port} {why}; choose another with PORT=... or --port") from error
-        self._server.daemon_threads = True
 
     @property
     def address(self) -> str:
@@ -86,9 +87,18 @@ class PageServer:
         self._server.server_close()
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *request: Any) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):  # browsers close connections as they like
+            super().handle_error(*request)
+
+
 class _Handler(SimpleHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     extensions_map = _TYPES
+    timeout = 60  # seconds that a connection may say nothing
 
     def send_head(self) -> Any:
         # A foreign site could point its own host name at this machine (DNS rebinding) and read our files.
@@ -96,10 +106,13 @@ class _Handler(SimpleHTTPRequestHandler):
         if name not in (HOST, "localhost"):
             self.send_error(403, "Only for this machine")
             return None
+        path, folder = self.translate_path(self.path), os.path.realpath(self.directory)
+        path = os.path.join(path, "index.html") if os.path.isdir(path) else path
+        # No folders, FIFOs, or links to what lies elsewhere.
+        if not os.path.isfile(path) or not Path(os.path.realpath(path)).is_relative_to(folder):
+            self.send_error(404)
+            return None
         return super().send_head()
-
-    def list_directory(self, path: str) -> None:
-        self.send_error(404)
 
     def end_headers(self) -> None:
         for name, value in _HEADERS.items():

@@ -7,9 +7,11 @@ import re
 import shutil
 import socket
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import build_page as module
+import page_server
 import pytest
 import torch
 from build_page import package_sources, web, web_parser
@@ -141,6 +143,34 @@ def test_a_model_of_ones_own(build, capsys):
     ]
 
 
+def test_what_others_put_into_the_folders_stays(build):
+    config = write_run("work_dirs/groupmamba_upernet_shapes")
+    write_run("work_dirs/other_shapes")
+    for listed in ("[3]", '[{"file": 3, "examples": []}]', "{"):
+        site, *_ = build()
+        own = [site / "models/own.onnx", site / "examples/own.png"]
+        for path in own:
+            path.touch()
+        (site / "models.json").write_text(listed)
+    shutil.rmtree("work_dirs/other_shapes")
+    build()  # of which no list is left
+    write_pictures("data/val2017", ["0001.png"])
+    build(config, config.parent / "best_mIoU_iter_600.pth")
+    build()
+    assert all(path.exists() for path in own)
+
+
+def test_addresses_of_any_names(build):
+    """With # or ?, which end the path of an address."""
+    config = write_run("work_dirs/a#b?_shapes")
+    write_pictures("data/val2017", ["a#1.png", "50%?.png"])
+    site, (model,), _ = build(config, config.parent / "best_mIoU_iter_600.pth")
+    with serving(site) as server:
+        answers = [ask(server, f"/{name}") for name in (model["file"], *model["examples"])]
+    assert [answer.status for answer, _ in answers] == [200] * 3
+    assert sorted(body for _, body in answers[1:]) == [b"50%?.png", b"a#1.png"]
+
+
 def test_no_demo_model(build):
     write_run("work_dirs/groupmamba_upernet_shapes", checkpoints=[])
     with pytest.raises(
@@ -192,6 +222,18 @@ def test_a_taken_port_ends_it_before_the_work(build):
 # ----------------------------------------------------------------------------------------- serving
 
 
+@contextmanager
+def serving(folder):
+    with PageServer(folder, 0) as server:
+        thread = threading.Thread(target=server.serve)
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.stop()
+            thread.join()
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("served")
@@ -199,12 +241,11 @@ def server(tmp_path_factory):
     for name in ("a.wasm", "a.mjs", "models/a.onnx", "../secret"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(name)
-    with PageServer(folder, 0) as server:
-        thread = threading.Thread(target=server.serve)
-        thread.start()
+    (folder / "link").symlink_to("../secret")
+    (folder / "linked").symlink_to("..")
+    os.mkfifo(folder / "fifo")
+    with serving(folder) as server:
         yield server
-        server.stop()
-        thread.join()
 
 
 def ask(server, path, host="127.0.0.1:PORT", method="GET", **headers):
@@ -265,7 +306,18 @@ def test_a_changed_file_is_asked_for_again(server):
 
 
 @pytest.mark.parametrize(
-    "path", ["/../secret", "/%2e%2e/secret", "/models/", "/models/../../secret"]
+    "path",
+    [
+        "/../secret",
+        "/%2e%2e/secret",
+        "/models/",
+        "/models/../../secret",
+        "/link",
+        "/linked/secret",
+        "/fifo",
+        "/%00",
+        "/page.js/",
+    ],
 )
 def test_nothing_else_is_served(server, path):
     answer, body = ask(server, path)
@@ -291,6 +343,22 @@ def test_only_reading(server):
 def test_only_on_this_machine(server):
     assert server.address.startswith("http://127.0.0.1:")
     assert server._server.server_address[0] == "127.0.0.1"
+
+
+def test_a_connection_that_says_nothing_is_closed(server, monkeypatch):
+    monkeypatch.setattr(page_server._Handler, "timeout", 0.1)
+    address = server._server.server_address
+    with socket.create_connection(address, timeout=10) as connection:
+        assert connection.recv(1) == b""
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError, ZeroDivisionError])
+def test_a_browser_that_closes_a_connection_is_no_error(server, capsys, error):
+    try:
+        raise error
+    except Exception:
+        server._server.handle_error(None, ("127.0.0.1", 1))
+    assert bool(capsys.readouterr().err) is (error is ZeroDivisionError)
 
 
 def test_ctrl_c_is_the_usual_end(tmp_path, monkeypatch):
