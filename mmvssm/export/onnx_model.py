@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any, Optional
 
 import onnx
@@ -14,6 +15,7 @@ from mmengine.model import BaseModel
 from mmengine.structures import InstanceData, PixelData
 from torch import Tensor
 
+from ..errors import shown, user_mistakes
 from ..ops import onnxruntime_library
 from ..registry import MODELS
 from .detection_ops import paste_masks
@@ -21,6 +23,9 @@ from .functions import PASTE_MASKS
 from .scan_function import DOMAIN
 
 _MASK_PROBABILITIES = "mask_probabilities"
+_MOST_NODES = (
+    1_000_000  # onnxruntime puts functions' nodes in place of each call; ours make a few thousand
+)
 
 
 def open_session(
@@ -35,7 +40,11 @@ def open_session(
 
     Raises:
         RuntimeError: If ``native`` is set and the operator was not built.
+        ValueError: If its functions stand for more nodes than memory holds.
     """
+    functions = {(f.domain, f.name, f.overload): f for f in model.functions}
+    if _count_nodes(model.graph.node, functions, {}) > _MOST_NODES:
+        raise ValueError(f"its functions stand for more than {_MOST_NODES} nodes")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
     if native:
@@ -43,6 +52,25 @@ def open_session(
     return onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
+
+
+def _count_nodes(
+    nodes: Iterable[onnx.NodeProto],
+    functions: dict[tuple, onnx.FunctionProto],
+    counted: dict[tuple, float],
+) -> float:
+    """Count nodes, with those of the functions that they call, or infinity if one calls itself."""
+    total = 0.0
+    for node in nodes:
+        key = (node.domain, node.op_type, node.overload)
+        if key in functions and key not in counted:
+            counted[key] = math.inf
+            counted[key] = _count_nodes(functions[key].node, functions, counted)
+        total += counted.get(key, 1)
+        for attribute in node.attribute:
+            for graph in (attribute.g, *attribute.graphs):
+                total += _count_nodes(graph.node, functions, counted)
+    return total
 
 
 def metadata_of(model: onnx.ModelProto) -> dict[str, Any]:
@@ -61,26 +89,35 @@ class OnnxModel(BaseModel):
     Args:
         path: The file.
         native: Whether mmvssm's compiled operator runs the scans instead of their portable functions.
+        num_classes: Labels must be below it; None if it is unknown.
         mask_threshold: Least probability of an object's pixels.
         threshold: For segmenters with one logit: pixels above this probability are foreground.
         align_corners: Setting of the interpolation of logits.
+
+    Raises:
+        UserError: When it predicts, if the file fails, or what it gives are no predictions.
     """
 
     def __init__(
         self,
         path: str,
         native: bool = False,
+        num_classes: Optional[int] = None,
         mask_threshold: float = 0.5,
         threshold: float = 0.3,
         align_corners: bool = False,
     ) -> None:
         super().__init__()
+        self.path = path
+        self.num_classes = math.inf if num_classes is None else num_classes
         self.mask_threshold = mask_threshold
         self.threshold = threshold
         self.align_corners = align_corners
         model = onnx.load(path)
         _give_out_mask_probabilities(model)
         self._session = open_session(model, native)
+        if (inputs := [x.name for x in self._session.get_inputs()]) != ["images"]:
+            raise ValueError(f"its inputs are {shown(inputs)}, not images alone")
         self._names = [output.name for output in self._session.get_outputs()]
 
     def forward(
@@ -99,17 +136,42 @@ class OnnxModel(BaseModel):
         if mode != "predict":
             raise ValueError(f"OnnxModel: mode={mode!r}; an exported model can only predict.")
         for image, sample in zip(inputs, data_samples):
-            rgb = image.flip(0)[None].float().numpy()
-            found = dict(
-                zip(self._names, map(torch.from_numpy, self._session.run(None, {"images": rgb})))
-            )
-            if "logits" in found:
-                self._add_map(sample, found, tuple(image.shape[1:]))
-            elif "boxes" in found:
-                self._add_instances(sample, found, tuple(image.shape[1:]))
-            else:
-                sample.set_pred_score(found["scores"][0]).set_pred_label(found["labels"])
+            rgb, size = image.flip(0)[None].float().numpy(), tuple(image.shape[1:])
+            with user_mistakes(f"{self.path} cannot predict on an image of {size[1]}x{size[0]}"):
+                outputs = self._session.run(None, {"images": rgb})
+                found = dict(zip(self._names, map(torch.from_numpy, outputs)))
+                for name, x in found.items():
+                    if x.is_floating_point() and not x.isfinite().all():
+                        raise ValueError(f"its {name} are not finite")
+                if "logits" in found:
+                    self._add_map(sample, found, size)
+                elif "boxes" in found:
+                    self._add_instances(sample, found, size)
+                else:
+                    sample.set_pred_score(found["scores"][0]).set_pred_label(found["labels"])
+                self._check(sample)
         return data_samples
+
+    def _check(self, sample: Any) -> None:
+        """Check that predictions fit the image and the classes, which evaluators trust."""
+        size = tuple(sample.get("ori_shape", ())[:2])
+        if "pred_sem_seg" in sample:
+            found, shapes = {"labels": sample.pred_sem_seg.data}, {"labels": (1, *size)}
+        elif "pred_label" in sample:
+            found = {"scores": sample.pred_score, "labels": sample.pred_label}
+            known = self.num_classes < math.inf
+            shapes = {"scores": (self.num_classes if known else len(sample.pred_score),)}
+            shapes["labels"] = (1,)
+        else:
+            found, count = dict(sample.pred_instances.items()), len(sample.pred_instances)
+            shapes = dict(bboxes=(count, 4), scores=(count,), labels=(count,), masks=(count, *size))
+        for name, x in found.items():
+            if tuple(x.shape) != shapes[name]:
+                raise ValueError(f"its {name} have the shape {tuple(x.shape)}, not {shapes[name]}")
+        labels = found["labels"]
+        low, high = (int(labels.min()), int(labels.max())) if labels.numel() else (0, -1)
+        if labels.is_floating_point() or low < 0 or high >= self.num_classes:
+            raise ValueError(f"its labels are no whole numbers below {self.num_classes}")
 
     def _add_map(self, sample: Any, found: dict[str, Tensor], size: tuple[int, int]) -> None:
         logits, labels = found["logits"], found["labels"]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
 
+from ..datasets.root import num_classes_of
 from ..errors import UserError, user_mistakes
 from .checkpoints import Checkpoint
 
@@ -103,7 +104,7 @@ def use_exported(cfg: Config, path: str, native: bool) -> None:
     """
     from ..export.onnx_model import OnnxModel
 
-    settings = dict(path=path, native=native)
+    settings = dict(path=path, native=native, num_classes=num_classes_of(cfg.model))
     if cfg.default_scope == "mmseg":
         head = cfg.model.decode_head
         settings["align_corners"] = head.get("align_corners", False)
