@@ -1,6 +1,7 @@
 """Sets of runs as processes: order, failures, skipping of finished runs, and interruption."""
 
 import os
+import re
 import shutil
 import signal
 import sys
@@ -147,6 +148,23 @@ def test_what_came_from_another_run_is_refused(tmp_path, task):
     with pytest.raises(UserError, match="from it has a run that came from another run of start"):
         run_tasks(tasks)
     assert log(tmp_path) == ["start", "from it"]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "{}", '{"seconds": "x"}', "\xff", "FIFO"])
+@pytest.mark.parametrize("name", ["result.json", "origin.json", "seconds.txt"])
+def test_a_damaged_file_is_one_sentence(tmp_path, task, name, text):
+    folder = tmp_path / "one"
+    folder.mkdir()
+    path = folder / name
+    os.mkfifo(path) if text == "FIFO" else path.write_text(text)
+    tasks = [task("one")]
+    if name == "seconds.txt" and text in ("", "3"):  # of an earlier part
+        run_tasks(tasks)
+        return
+    remedy = f"{path} is damaged; restore it, or move the folder {folder} away: "
+    with pytest.raises(UserError, match=re.escape(remedy)):
+        run_tasks(tasks)
+    assert not (tmp_path / "log.txt").exists()
 
 
 def test_last_metric(tmp_path):

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from campaign import Task, last_metric, run_tasks
+from campaign import Task, damaged, last_metric, run_tasks
 from matplotlib.figure import Figure
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
@@ -31,7 +31,8 @@ from torch import Tensor, nn
 
 from mmvssm.analysis.flops import count
 from mmvssm.analysis.training_log import Curve, read_run
-from mmvssm.errors import UserError, add_traceback_option, run_tool
+from mmvssm.errors import UserError, add_traceback_option, run_tool, user_mistakes
+from mmvssm.files import read_json
 from mmvssm.registry import MODELS
 
 REPO = Path(__file__).resolve().parents[2]
@@ -239,7 +240,8 @@ class Campaign:
     def results(self, arm: str, key: str = "top1") -> list[float]:
         """Return a metric of an arm's finished runs, by seed."""
         tasks = [self.tasks[arm, seed] for seed in self.seeds_of(arm)]
-        return [task.result[key] for task in tasks if task.result is not None]
+        with user_mistakes(f"a result of {arm} lacks {key}", (KeyError,)):
+            return [task.result[key] for task in tasks if task.result is not None]
 
     def curves(self, arm: str) -> list[Curve]:
         """Return curves of the loss on labels of an arm's runs, by seed."""
@@ -329,7 +331,8 @@ def _of_training(folder: Path) -> dict[str, Any]:
 
 
 def _of_test(folder: Path) -> dict[str, Any]:
-    return dict(top1=json.loads((folder / "test_results.json").read_text())["metrics"][METRIC])
+    with damaged(folder / "test_results.json"):
+        return dict(top1=float(read_json(folder / "test_results.json", dict)["metrics"][METRIC]))
 
 
 def settle(args: argparse.Namespace) -> None:
@@ -344,7 +347,8 @@ def settle(args: argparse.Namespace) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(common) + "\n")
         return
-    before = json.loads(path.read_text())
+    with damaged(path):
+        before = read_json(path, dict)
     for key, value in common.items():
         if before.get(key) != value:
             raise UserError(

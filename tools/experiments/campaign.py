@@ -9,14 +9,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, NoReturn, Optional
 
 from mmvssm.analysis.training_log import read_run
-from mmvssm.errors import UserError
-from mmvssm.files import write_whole
+from mmvssm.errors import UserError, user_mistakes
+from mmvssm.files import read_json, read_text, write_whole
 from mmvssm.run.setup import print_once
 
 _RESULT, _OUTPUT, _PARTS, _ORIGIN = "result.json", "output.txt", "seconds.txt", "origin.json"
@@ -51,7 +51,20 @@ class Task:
     def result(self) -> Optional[dict[str, Any]]:
         """The result of ``finish`` and the ``seconds`` that the processes took; None before."""
         path = self.folder / _RESULT
-        return json.loads(path.read_text()) if path.exists() else None
+        with damaged(path):
+            result = read_json(path, dict) if path.exists() else None
+            if result is not None:
+                _ = {key: float(value) for key, value in result.items()}["seconds"]
+        return result
+
+
+def damaged(path: Path) -> AbstractContextManager[None]:
+    """Report errors in a file of a campaign in one line.
+
+    Raises:
+        UserError: In place of any exception.
+    """
+    return user_mistakes(f"{path} is damaged; restore it, or move the folder {path.parent} away")
 
 
 def run_tasks(tasks: Sequence[Task], jobs: int = 1) -> None:
@@ -185,14 +198,18 @@ def _origin(task: Task, tasks: Mapping[str, Task]) -> dict[str, dict[str, Any]]:
 
 def _refuse_another(task: Task, tasks: Mapping[str, Task]) -> None:
     path = task.folder / _ORIGIN
+    _seconds(task)  # now rather than at its end
     if not path.exists():
         return
-    before, now = json.loads(path.read_text()), _origin(task, tasks)
-    others = [name for name, result in now["after"].items() if before["after"].get(name) != result]
+    with damaged(path):
+        before = read_json(path, dict)
+        settings, after = before["settings"], dict(before["after"])
+    now = _origin(task, tasks)
+    others = [name for name, result in now["after"].items() if after.get(name) != result]
     if others:
         what = f"that came from another run of {others[0]}"
-    elif before["settings"] != now["settings"]:
-        key, was, expected = _first_difference(before["settings"], now["settings"])
+    elif settings != now["settings"]:
+        key, was, expected = _first_difference(settings, now["settings"])
         what = f"with {key} {was}, not {expected}"
     else:
         return
@@ -213,9 +230,15 @@ def _first_difference(was: Any, now: Any, key: str = "") -> tuple[str, Any, Any]
     return _first_difference(*pair, f"{key}.{name}".lstrip("."))
 
 
+def _seconds(task: Task) -> float:
+    path = task.folder / _PARTS
+    with damaged(path):
+        return sum(map(float, read_text(path).split())) if path.exists() else 0.0
+
+
 def _write_result(task: Task) -> None:
     result = task.finish(task.folder)
-    result["seconds"] = sum(map(float, (task.folder / _PARTS).read_text().split()))
+    result["seconds"] = _seconds(task)
     write_whole(task.folder / _RESULT, json.dumps(result) + "\n")
 
 
