@@ -11,6 +11,7 @@ import numpy as np
 from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
 from mmengine.runner.checkpoint import CheckpointLoader, load_state_dict
+from mmengine.utils import is_list_of
 from torch import Size, Tensor, nn
 
 from ..datasets.testing import testing_config
@@ -193,6 +194,11 @@ class Checkpoint:
         for name, keys in _RUN_STATE.items():
             if not _is_dict(self.content[name]) or not all(k in self.content[name] for k in keys):
                 yield name
+        state, groups = (self.content["optimizer"][name] for name in _RUN_STATE["optimizer"])
+        if not _is_dict(state) or not all(map(_is_dict, state.values())):
+            yield "optimizer['state']"
+        if not is_list_of(groups, dict) or not all("lr" in group for group in groups):
+            yield "optimizer['param_groups']"
         meta, hub = self.content["meta"], self.content["message_hub"]
         for name in ("epoch", "iter"):
             if type(meta[name]) is not int or meta[name] < 0:

@@ -14,7 +14,7 @@ from .hooks.reproducible import make_reproducible
 from .options import apply_options
 from .plain import train_plain
 from .pretrained import check_pretrained
-from .resuming import choose_start
+from .resuming import choose_start, explain_resuming
 from .schedule import change_length, hint_at_options, shorten_warm_ups
 from .settings import find_type, suggest_similar_name
 from .setup import (
@@ -100,6 +100,8 @@ def train(args: argparse.Namespace) -> None:
             _ = runner.train_loop
             runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
         _explain_scheduler_errors(runner)
+        if cfg.get("resume"):
+            explain_resuming(runner, cfg.load_from)
         if option == "epochs":
             print_once(shorten_warm_ups(runner, old_epochs, given))
         with run_failures(runner.work_dir):

@@ -8,6 +8,9 @@ from torch import nn
 
 from mmvssm.errors import UserError
 from mmvssm.run.checkpoints import Checkpoint, find_last
+from mmvssm.run.resuming import explain_resuming
+from mmvssm.safe_checkpoint import load_checkpoint_safely
+from support.toy_training import toy_runner
 
 
 def training_state(**weights):
@@ -93,6 +96,51 @@ def test_checkpoint_must_fit_exactly():
     assert "1 unknown to the model (0.bia)" in sentence
     assert "0.weight is (3, 5) there and (3, 2) here" in sentence
     assert set(Checkpoint("a.pth", {"module.a": 1}).weights()) == {"a"}
+
+
+def last_of(groups):
+    groups[0]["params"].pop()
+
+
+ODD_OPTIMIZERS = {
+    "no groups": lambda o: o.update(param_groups=[]),
+    "groups that are none": lambda o: o.update(param_groups=3),
+    "fewer parameters": lambda o: last_of(o["param_groups"]),
+    "no rate": lambda o: o["param_groups"][0].pop("lr"),
+    "a word for a rate": lambda o: o["param_groups"][0].update(momentum="x"),
+    "state of another shape": lambda o: o["state"][0].update(momentum_buffer=torch.ones(7)),
+    "state that is none": lambda o: o["state"].update({0: 3}),
+    "a word for a tensor": lambda o: o["state"][0].update(momentum_buffer="x"),
+}
+
+
+@pytest.fixture(scope="module")
+def toy_checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy") / "run"
+    toy_runner(folder, amount=1).train()
+    return folder / "epoch_1.pth"
+
+
+@pytest.mark.parametrize("case", [*ODD_OPTIMIZERS, None])
+def test_optimizer_states_that_do_not_fit(tmp_path, toy_checkpoint, case):
+    content, path = load_checkpoint_safely(toy_checkpoint), str(tmp_path / "odd.pth")
+    if case:
+        ODD_OPTIMIZERS[case](content["optimizer"])
+    torch.save(content, path)
+
+    def resume():
+        Checkpoint.load(path).check_resumable()
+        runner = toy_runner(tmp_path / "run", amount=2, resume=True, load_from=path)
+        explain_resuming(runner, path)
+        runner.train()
+
+    if case is None:
+        resume()
+        return
+    with pytest.raises(
+        UserError, match=r"odd\.pth cannot be resumed from(:| because) its optimizer"
+    ):
+        resume()
 
 
 class TestWeightsThatAreNotFinite:
