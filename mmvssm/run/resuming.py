@@ -7,7 +7,6 @@ from typing import Any, Optional
 from mmengine.config import Config, ConfigDict
 from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS
-from mmengine.runner import Runner
 from torch import nn
 
 from ..datasets.walk import leaf_datasets
@@ -17,9 +16,6 @@ from .checkpoints import Checkpoint, as_names, find_last
 from .settings import find_type
 from .setup import print_once
 from .work_dir import check_unused
-
-# Raised by optimizers that load or use what is no state of theirs.
-_MISFITS = (ValueError, TypeError, LookupError, AttributeError, AssertionError, RuntimeError)
 
 
 def choose_start(cfg: Config, model: nn.Module, resume: Optional[str], new_schedule: bool) -> None:
@@ -61,33 +57,6 @@ def choose_start(cfg: Config, model: nn.Module, resume: Optional[str], new_sched
     if randomness.get("seed") is None:
         randomness.seed = checkpoint.meta.get("seed")
     print_once(f"Resuming from {path}")
-
-
-def explain_resuming(runner: Runner, path: str) -> None:
-    """Report an optimizer state that does not fit in one line, where it is loaded and at its first step.
-
-    Args:
-        runner: The runner, before it trains.
-        path: The checkpoint that it resumes from.
-    """
-    load = runner.load_or_resume
-    words = f"{path} cannot be resumed from: its optimizer state does not fit"
-
-    def load_or_explain() -> None:
-        with user_mistakes(words, _MISFITS):
-            load()
-        optimizer = getattr(runner.optim_wrapper, "optimizer", None)  # one of several has none
-        step = getattr(optimizer, "step", None)
-
-        def first_step(*args: Any, **kwargs: Any) -> Any:
-            optimizer.step = step
-            with user_mistakes(words, _MISFITS):
-                return step(*args, **kwargs)
-
-        if step:
-            optimizer.step = first_step
-
-    runner.load_or_resume = load_or_explain
 
 
 def _find_last(work_dir: str) -> Optional[Checkpoint]:

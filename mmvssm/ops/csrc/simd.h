@@ -28,11 +28,11 @@ using VectorOf = typename Simd<T>::Vector;
 template <class T>
 constexpr int kLanes = VECTOR_BYTES / sizeof(T);
 
-// An array of vectors, zero at first unless that is not wanted. Running out of memory here ends the process.
+// An array of vectors, zero at first unless that is not wanted.
 template <class V>
 class Buffer {
  public:
-  explicit Buffer(int64_t count, bool zero = true) noexcept
+  explicit Buffer(int64_t count, bool zero = true)
       : data_((V*)::operator new(count * sizeof(V), std::align_val_t{alignof(V)})) {
     if (zero) __builtin_memset(data_, 0, count * sizeof(V));
   }

@@ -16,6 +16,7 @@ _INTERFACE_VERSION = 3
 _PROBLEMS = {
     1: (IndexError, "an index in {index} is not a token: it must lie in [0, L)."),
     2: (ValueError, "{index} must visit every token exactly once in each walk."),
+    3: (MemoryError, "out of memory."),
 }
 
 

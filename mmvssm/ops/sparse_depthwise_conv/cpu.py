@@ -13,6 +13,7 @@ from .. import backend
 from ..backend import accumulation_dtype
 
 _INTERFACE_VERSION = 1
+_OUT_OF_MEMORY = 2
 
 
 def available() -> bool:
@@ -85,7 +86,10 @@ class _Conv(backend.KernelArguments):
 
     def run(self, function: str) -> None:
         library, _ = _load()
-        if getattr(library, f"sparse_depthwise_conv_{function}")(ctypes.byref(self)):
+        status = getattr(library, f"sparse_depthwise_conv_{function}")(ctypes.byref(self))
+        if status == _OUT_OF_MEMORY:
+            raise MemoryError("sparse_depthwise_conv: out of memory.")
+        if status:
             raise IndexError(
                 "sparse_depthwise_conv: an index in neighbors is not a token: it must lie in [0, K), or be -1 for none."
             )

@@ -1,9 +1,13 @@
 """Operators that are called directly, without the checks of the public functions, refuse what would end the process."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from mmvssm.ops import neighbor_table
+from mmvssm.ops.selective_scan import cpu as scan_cpu
+from mmvssm.ops.sparse_depthwise_conv import cpu as conv_cpu
 
 SCAN = torch.ops.mmvssm.selective_scan
 SCAN_BACKWARD = torch.ops.mmvssm.selective_scan_backward
@@ -89,6 +93,35 @@ def test_convolution(changes):
 def test_gradients_of_the_convolution():
     with pytest.raises(ValueError, match="sparse_depthwise_conv: expected x"):
         CONV_BACKWARD(torch.zeros(1, 3, 3), *conv(), True, True, False)
+
+
+@pytest.mark.parametrize("pool", [False, True], ids=["one thread", "threads"])
+@pytest.mark.parametrize("operator", ["scan", "conv"])
+def test_out_of_memory_is_an_error(operator, pool, monkeypatch):
+    """Of arguments that a kernel packs anew, or keeps a state for."""
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2 if pool else 1)
+    if operator == "scan":
+        if not scan_cpu.available():
+            pytest.skip("the kernel is not compiled")
+        states = dict(A=torch.zeros(2, 3, 2**19))
+        states.update(B=torch.zeros(1, 4, 2, 1).expand(1, 4, 2, 2**19))
+        call, arguments = SCAN, scan(**states, C=states["B"].clone())
+        arguments[3] = arguments[3].contiguous()
+    else:
+        if not conv_cpu.available():
+            pytest.skip("the kernel is not compiled")
+        many = 2**22
+        call, arguments = CONV, conv(x=torch.zeros(1, 4, many), weight=torch.zeros(many, 1, 3, 3))
+    SCAN(*scan()), CONV(*conv())  # starts the threads
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**27, before[1]))
+    try:
+        with pytest.raises((MemoryError, RuntimeError), match=r"out of memory\.$"):
+            call(*arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def test_fitting_arguments_pass():

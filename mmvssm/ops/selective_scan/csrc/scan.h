@@ -43,7 +43,7 @@ struct Scan {
   Pool pool;
 };
 
-enum Status : int { kOk, kOutOfRange, kNotAPermutation };
+enum Status : int { kOk, kOutOfRange, kNotAPermutation, kOutOfMemory };
 constexpr int kInSource = 16;  // added to the status if the index at fault is `source`
 
 extern "C" {

@@ -57,8 +57,11 @@ KernelFunctions kernel_for(const Scan& scan) {
 template <class Function>
 void parallel_for(int64_t count, const Scan& scan, const Function& function) {
   if (!scan.pool.run) return parallel_for(count, scan.threads, function);
-  const auto call = [](void* argument, int64_t i) { (*(const Function*)argument)(i); };
-  scan.pool.run(scan.pool.pool, count, call, (void*)&function);
+  std::atomic<bool> failed{false};
+  const auto task = [&](int64_t i) { note_failure(failed, function, i); };
+  const auto call = [](void* argument, int64_t i) { (*(const decltype(task)*)argument)(i); };
+  scan.pool.run(scan.pool.pool, count, call, (void*)&task);
+  if (failed) throw std::bad_alloc();
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -306,17 +309,21 @@ int scan_limit_instruction_set(int limit) { return limit_instruction_set(limit);
 int scan_runs_walks_together(const Scan* scan) { return walks_run_together(*scan, kernel_for(*scan).width); }
 
 int scan_forward(const Scan* scan) {
-  if (const Status status = check(scan->order, *scan, true)) return status;
-  if (const Status status = check(scan->source, *scan, false)) return kInSource + status;
-  scan->dtype == kFloat64 ? run_forward<double>(*scan) : run_forward<float>(*scan);
-  return kOk;
+  return status_or(kOutOfMemory, [&]() -> int {
+    if (const Status status = check(scan->order, *scan, true)) return status;
+    if (const Status status = check(scan->source, *scan, false)) return kInSource + status;
+    scan->dtype == kFloat64 ? run_forward<double>(*scan) : run_forward<float>(*scan);
+    return kOk;
+  });
 }
 
 int scan_backward(const Scan* scan) {
-  if (const Status status = check(scan->order, *scan, true)) return status;
-  if (const Status status = check(scan->source, *scan, true)) return kInSource + status;
-  scan->dtype == kFloat64 ? run_backward<double>(*scan) : run_backward<float>(*scan);
-  return kOk;
+  return status_or(kOutOfMemory, [&]() -> int {
+    if (const Status status = check(scan->order, *scan, true)) return status;
+    if (const Status status = check(scan->source, *scan, true)) return kInSource + status;
+    scan->dtype == kFloat64 ? run_backward<double>(*scan) : run_backward<float>(*scan);
+    return kOk;
+  });
 }
 
 }  // extern "C"

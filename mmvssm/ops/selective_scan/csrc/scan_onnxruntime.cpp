@@ -104,6 +104,7 @@ class Run {
     check(ort_.get_output(context_, 0, shape.data(), shape.size(), &y));
     check(ort_.get_data(y, &scan_.y));
     if (const int status = scan_forward(&scan_)) {
+      if (status == kOutOfMemory) throw std::runtime_error("SelectiveScan: out of memory.");
       const std::string name = status < kInSource ? "order" : "source";
       refuse(status % kInSource == kOutOfRange ? "an index in " + name + " is not a token."
                                                : name + " must visit every token exactly once in each walk.");

@@ -26,7 +26,7 @@
 
 namespace {
 
-enum Status : int { kOk, kOutOfRange };
+enum Status : int { kOk, kOutOfRange, kOutOfMemory };
 
 // (B, K, C), the last dimension contiguous. Strides count elements.
 struct Tensor {
@@ -199,10 +199,14 @@ int64_t sparse_depthwise_conv_interface_size() { return sizeof(SparseConv); }
 // Restricts the instruction set (0 baseline, 1 AVX2, 2 AVX-512), for tests; returns the one now in use.
 int sparse_depthwise_conv_limit_instruction_set(int limit) { return limit_instruction_set(limit); }
 
-int sparse_depthwise_conv_convolve(const SparseConv* conv) { return convolve(*conv); }
+int sparse_depthwise_conv_convolve(const SparseConv* conv) {
+  return status_or(kOutOfMemory, [&] { return convolve(*conv); });
+}
 
 int sparse_depthwise_conv_weight_gradient(const SparseConv* conv) {
-  return conv->dtype == kFloat64 ? weight_gradient<double>(*conv) : weight_gradient<float>(*conv);
+  return status_or(kOutOfMemory, [&] {
+    return conv->dtype == kFloat64 ? weight_gradient<double>(*conv) : weight_gradient<float>(*conv);
+  });
 }
 
 }  // extern "C"
