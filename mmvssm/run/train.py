@@ -1,6 +1,8 @@
 """Train the model of a config, as tools/train.py does."""
 
 import argparse
+from itertools import count
+from types import MethodType
 from typing import Any
 
 from mmengine.config import Config, ConfigDict
@@ -14,7 +16,7 @@ from .hooks.reproducible import make_reproducible
 from .options import apply_options
 from .plain import train_plain
 from .pretrained import check_pretrained
-from .resuming import choose_start, explain_resuming
+from .resuming import choose_start
 from .schedule import change_length, hint_at_options, shorten_warm_ups
 from .settings import find_type, suggest_similar_name
 from .setup import (
@@ -99,7 +101,7 @@ def train(args: argparse.Namespace) -> None:
         with user_mistakes("cannot set up the training", (KeyError, TypeError, ValueError)):
             _ = runner.train_loop
             runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
-        _explain_scheduler_errors(runner)
+        explain(runner, "build_param_scheduler", "cannot set up the schedule (param_scheduler)")
         if cfg.get("resume"):
             explain_resuming(runner, cfg.load_from)
         if option == "epochs":
@@ -134,12 +136,21 @@ def _add_hooks(cfg: Config, *types: str) -> None:
     cfg.custom_hooks = [*hooks, *(ConfigDict(type=name) for name in missing)]
 
 
-def _explain_scheduler_errors(runner: Runner) -> None:
-    """Report a mistake in ``param_scheduler`` in one line; the runner builds it only when it trains."""
-    build = runner.build_param_scheduler
+def explain_resuming(runner: Runner, path: str) -> None:
+    """Report an optimizer state that does not fit in one line, where it is loaded and at the first step."""
+    words = f"{path} cannot be resumed from: its optimizer state does not fit"
+    explain(runner, "load_or_resume", words)
+    explain(runner.optim_wrapper, "step", words, once=True)
 
-    def build_or_explain(schedulers: Any) -> Any:
-        with user_mistakes("cannot set up the schedule (param_scheduler)"):
-            return build(schedulers)
 
-    runner.build_param_scheduler = build_or_explain
+def explain(owner: Any, method: str, words: str, once: bool = False) -> None:
+    """Report what ``owner.method``, or (``once``) its first call, raises in one line that begins with ``words``."""
+    call, calls = getattr(owner, method), count()
+
+    def call_or_explain(_: Any, *args: Any, **kwargs: Any) -> Any:
+        with user_mistakes(words, () if once and next(calls) else (Exception,)):
+            return call(*args, **kwargs)
+
+    setattr(
+        owner, method, MethodType(call_or_explain, owner)
+    )  # schedulers wrap nothing but methods

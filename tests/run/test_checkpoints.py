@@ -8,7 +8,7 @@ from torch import nn
 
 from mmvssm.errors import UserError
 from mmvssm.run.checkpoints import Checkpoint, find_last
-from mmvssm.run.resuming import explain_resuming
+from mmvssm.run.train import explain_resuming
 from mmvssm.safe_checkpoint import load_checkpoint_safely
 from support.toy_training import toy_runner
 
@@ -131,6 +131,7 @@ def test_optimizer_states_that_do_not_fit(tmp_path, toy_checkpoint, case):
     def resume():
         Checkpoint.load(path).check_resumable()
         runner = toy_runner(tmp_path / "run", amount=2, resume=True, load_from=path)
+        runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
         explain_resuming(runner, path)
         runner.train()
 
