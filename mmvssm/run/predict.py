@@ -15,7 +15,7 @@ from rich import get_console
 from rich.progress import Progress
 
 from ..analysis.pruning_view import pruned_backbone
-from ..errors import UserError, is_interruption, one_line, shown
+from ..errors import UserError, is_interruption, shown
 from ..version import __version__
 from .checkpoints import Checkpoint
 from .failures import explain_failure, run_failures
@@ -24,7 +24,6 @@ from .prediction.predictor import Item, Predictor
 from .prediction.sources import (
     Source,
     UnreadableError,
-    check_name,
     count_frames,
     describe_image,
     find_sources,
@@ -169,20 +168,14 @@ class _Run:
         try:
             yield
         except Exception as error:
-            if (
-                isinstance(error, (UserError, OSError))
-                or explain_failure(error)
-                or is_interruption(error)
-            ):
+            explained = isinstance(error, (UserError, OSError)) or is_interruption(error)
+            if explained or explain_failure(error):
                 raise
             self._errors.append(error)
             for item in items:
-                self._skip(
-                    item.source, f"cannot be predicted ({type(error).__name__}: {one_line(error)})"
-                )
+                self._skip(item.source, f"cannot be predicted ({error!r})")
 
     def _image(self, source: Source) -> Iterator[Item]:
-        check_name(source.path)
         notes = describe_image(source.path, self._predictor.loading)
         image = self._predictor.prepare(source.path)
         self.notes.update(f"with {note}" for note in notes)

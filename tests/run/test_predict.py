@@ -313,7 +313,10 @@ def test_broken_files_are_left_out_and_said(predict, scenes, capsys):
     for name in ("cut.png", "cut.jpg", "empty.jpg", "words.png", "film.mp4"):
         assert f"warning: in/{name} " in said.out
     assert "in/empty.jpg is empty; we skip it" in said.out
-    assert "in: we skip 1 files that are no images or videos (.txt)" in said.out
+    assert (
+        "in: we skip 1 files that are no images or videos, or whose names are no UTF-8 (.txt)"
+        in said.out
+    )
     (sentence, _) = said.err.splitlines()
     assert (
         "5 of 7 files could not be predicted (in/cut.jpg, in/cut.png, in/empty.jpg, ...)"
@@ -360,7 +363,7 @@ def test_what_one_image_does_to_a_model_is_about_that_image(predict, scenes, mon
     described = predict("segmenter", scenes, code=3)
     assert [r["file_name"] for r in described["images"]] == ["in/b.png"]
     said = capsys.readouterr()
-    assert "warning: in/a.png cannot be predicted (IndexError: too small); we skip it" in said.out
+    assert "warning: in/a.png cannot be predicted (IndexError('too small')); we skip it" in said.out
     assert "1 of 2 files could not be predicted (in/a.png); the others were predicted" in said.err
     wrong = "png"
     with pytest.raises(IndexError):  # nor is it about any
@@ -380,11 +383,12 @@ def test_names_that_are_no_utf_8(predict, clip, scenes, capsys):
     """OpenCV's video reader ends the process on them."""
     for name in (b"in/\xff.png", b"in/\xff.avi"):
         os.link(os.fsencode(clip if name.endswith(b"i") else f"{scenes}/a.png"), name)
-    described = predict("segmenter", scenes, code=3)
+    described = predict("segmenter", scenes)
     assert [r["file_name"] for r in described["images"]] == ["in/a.png", "in/b.png"]
-    said = capsys.readouterr().out
-    assert "in/ .avi has a name that is no UTF-8; we skip it" in said
-    assert "in/ .png has a name that is no UTF-8; we skip it" in said
+    words = "we skip 2 files that are no images or videos, or whose names are no UTF-8 (.avi, .png)"
+    assert words in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"is not an image .* names must be UTF-8"):
+        find_sources([os.fsdecode(b"in/\xff.png")])
 
 
 def test_names_as_long_as_a_file_system_takes(predict, scenes):
@@ -564,7 +568,9 @@ def test_folders_patterns_and_files(in_folder):
         ("p/b.png", "b", False),
         ("p/film.mp4", "film", True),
     ]
-    assert warnings == ["p: we skip 1 files that are no images or videos (.txt)"]
+    assert warnings == [
+        "p: we skip 1 files that are no images or videos, or whose names are no UTF-8 (.txt)"
+    ]
     sources, _ = find_sources(["p/**/*", "p/a.JPG", "q/*.jpg", "odd[1].png"])
     named = {s.path: s.name for s in sources}
     assert named == {

@@ -68,7 +68,8 @@ def find_sources(inputs: Sequence[str]) -> tuple[list[Source], list[str]]:
         if os.path.isfile(given):
             if not _is_known(given):
                 raise UserError(
-                    f"{given} is not an image or video that we can read; known suffixes are {', '.join(_KNOWN)}"
+                    f"{given} is not an image or video that we can read; known suffixes are {', '.join(_KNOWN)}, "
+                    "and names must be UTF-8"
                 )
             found.setdefault(os.path.abspath(given), (given, os.path.basename(given)))
             continue
@@ -80,7 +81,8 @@ def find_sources(inputs: Sequence[str]) -> tuple[list[Source], list[str]]:
         if others:
             suffixes = dict.fromkeys(os.path.splitext(path)[1] or "no suffix" for path in others)
             warnings.append(
-                f"{given}: we skip {len(others)} files that are no images or videos ({shown(list(suffixes))})"
+                f"{given}: we skip {len(others)} files that are no images or videos, or whose names are no UTF-8 "
+                f"({shown(list(suffixes))})"
             )
         above = os.path.basename(os.path.abspath(folder)) if folder and len(inputs) > 1 else ""
         for path in known:
@@ -102,7 +104,8 @@ def _expand(given: str) -> tuple[str, list[str]]:
 
 
 def _is_known(path: str) -> bool:
-    return path.lower().endswith(_KNOWN)
+    # OpenCV's videos end the process on a name that is no UTF-8, and JSON could not hold it.
+    return path.lower().endswith(_KNOWN) and path.encode(errors="ignore") == os.fsencode(path)
 
 
 def _why_empty(given: str) -> str:
@@ -136,18 +139,6 @@ def _named(files: Sequence[tuple[str, str]]) -> list[Source]:
 
 
 # ----------------------------------------------------------------------------------------- pixels
-
-
-def check_name(path: str) -> None:
-    """Check that a file's name is UTF-8: OpenCV's videos end the process else, and JSON could not name it.
-
-    Raises:
-        UnreadableError: If it is not.
-    """
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        raise UnreadableError("has a name that is no UTF-8") from None
 
 
 def describe_image(path: str, loading: Loading) -> list[str]:
@@ -185,7 +176,6 @@ def open_video(path: str) -> mmcv.VideoReader:
     Raises:
         UnreadableError: If OpenCV cannot open it.
     """
-    check_name(path)
     os.environ.setdefault(
         "OPENCV_FFMPEG_LOGLEVEL", "-8"
     )  # FFmpeg must not print about broken files
