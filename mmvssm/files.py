@@ -14,16 +14,11 @@ from typing import Any, BinaryIO, Union
 
 _PARTIAL = ".mmvssm-partial"  # in the names of files that are being written
 _LONGEST_PART = 20  # characters, of up to 4 bytes each; names have at most 255 bytes
-_LONGEST_TEXT = 2**26  # bytes
 
 
 @contextmanager
 def open_regular(path: Union[str, Path]) -> Iterator[BinaryIO]:
-    """Open a file to read its bytes, without waiting for the other end of a FIFO.
-
-    Raises:
-        OSError: If it cannot be opened, or is a folder, FIFO, socket or device.
-    """
+    """Open a file to read its bytes; raise an OSError if it is a folder, device or FIFO, where reading would wait."""
     at_once = getattr(os, "O_NONBLOCK", 0)
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | at_once)) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -31,12 +26,8 @@ def open_regular(path: Union[str, Path]) -> Iterator[BinaryIO]:
         yield file
 
 
-def read_text(path: Union[str, Path], limit: int = _LONGEST_TEXT) -> str:
-    """Read a regular file of at most ``limit`` bytes; bytes that are no UTF-8 become U+FFFD.
-
-    Raises:
-        OSError: If it cannot be read, is no regular file, or is longer.
-    """
+def read_text(path: Union[str, Path], limit: int = 2**26) -> str:
+    """Read a regular file, with U+FFFD for what is no UTF-8; raise an OSError if it has over ``limit`` bytes."""
     with open_regular(path) as file:
         data = file.read(limit + 1)
     if len(data) > limit:
@@ -45,16 +36,7 @@ def read_text(path: Union[str, Path], limit: int = _LONGEST_TEXT) -> str:
 
 
 def read_json(path: Union[str, Path], kind: type) -> Any:
-    """Read a regular file of JSON.
-
-    Args:
-        path: The file.
-        kind: Type of the content, such as ``dict``.
-
-    Raises:
-        OSError: If it cannot be read.
-        ValueError: If it is no JSON, or another type.
-    """
+    """Read JSON whose content is a ``kind``, such as dict, from a regular file; raise OSError or ValueError if not."""
     try:
         content = json.loads(read_text(path))
     except RecursionError as error:
@@ -66,15 +48,13 @@ def read_json(path: Union[str, Path], kind: type) -> Any:
 
 @contextmanager
 def replacing(path: Union[str, Path]) -> Iterator[str]:
-    """Yield the name of an empty file beside ``path``, which takes the place of ``path`` at the end of the context.
+    """Yield the name of an empty file, with the suffix of ``path``, which is renamed to ``path`` in the end.
 
-    If the process is killed or the disk is full, the old file stays. A symbolic link is replaced, not followed.
-
-    Args:
-        path: File to write or replace; a missing folder is created. The temporary file has its suffix as well.
+    If the process is killed or the disk is full, the old file stays. A symbolic link is replaced, not followed. A
+    missing folder is created.
 
     Raises:
-        OSError: If the file cannot be written; the error has the file's name.
+        OSError: If the file cannot be written; the error has the name of ``path``.
     """
     path = Path(path)
     partial = None
@@ -101,15 +81,7 @@ def replacing(path: Union[str, Path]) -> Iterator[str]:
 
 
 def write_whole(path: Union[str, Path], content: Union[str, bytes, memoryview]) -> None:
-    """Write a temporary file, flush it to disk, and rename it to ``path``; see :func:`replacing`.
-
-    Args:
-        path: File to write or replace; a missing folder is created.
-        content: Bytes, or text to write as UTF-8.
-
-    Raises:
-        OSError: If the file cannot be written; the error has the file's name.
-    """
+    """Write bytes, or text as UTF-8, to a temporary file, flush it to disk, and rename it: see :func:`replacing`."""
     data = content.encode() if isinstance(content, str) else content
     with replacing(path) as partial, open(partial, "wb") as file:
         file.write(data)

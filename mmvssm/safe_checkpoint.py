@@ -177,11 +177,7 @@ def _guarded(loader: Callable) -> Callable:
 
 @contextmanager
 def _own_download(address: str) -> Iterator[None]:
-    """Record beside a download where it came from: ``torch.hub`` takes a file of that name for any address.
-
-    Raises:
-        UnsafeCheckpointError: If the file of that name came from elsewhere.
-    """
+    """Refuse a download that ``torch.hub`` has under that file name from elsewhere; record where others come from."""
     if not address.startswith(("http://", "https://")):
         yield
         return

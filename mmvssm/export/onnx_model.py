@@ -54,11 +54,7 @@ def open_session(
     )
 
 
-def _count_nodes(
-    nodes: Iterable[onnx.NodeProto],
-    functions: dict[tuple, onnx.FunctionProto],
-    counted: dict[tuple, float],
-) -> float:
+def _count_nodes(nodes: Iterable[onnx.NodeProto], functions: dict, counted: dict) -> float:
     """Count nodes, with those of the functions that they call, or infinity if one calls itself."""
     total = 0.0
     for node in nodes:
@@ -67,9 +63,8 @@ def _count_nodes(
             counted[key] = math.inf
             counted[key] = _count_nodes(functions[key].node, functions, counted)
         total += counted.get(key, 1)
-        for attribute in node.attribute:
-            for graph in (attribute.g, *attribute.graphs):
-                total += _count_nodes(graph.node, functions, counted)
+        graphs = [graph for part in node.attribute for graph in (part.g, *part.graphs)]
+        total += sum(_count_nodes(graph.node, functions, counted) for graph in graphs)
     return total
 
 
@@ -95,7 +90,7 @@ class OnnxModel(BaseModel):
         align_corners: Setting of the interpolation of logits.
 
     Raises:
-        UserError: When it predicts, if the file fails, or what it gives are no predictions.
+        UserError: When it predicts, if the file fails or gives what are no predictions.
     """
 
     def __init__(

@@ -59,11 +59,7 @@ class Task:
 
 
 def damaged(path: Path) -> AbstractContextManager[None]:
-    """Report errors in a file of a campaign in one line.
-
-    Raises:
-        UserError: In place of any exception.
-    """
+    """Report errors about a file of a campaign in one line, as a :class:`UserError`."""
     return user_mistakes(f"{path} is damaged; restore it, or move the folder {path.parent} away")
 
 
