@@ -165,6 +165,15 @@ def check_devices(operator: str, x_name: str, x: Tensor, others: Mapping[str, ob
             )
 
 
+def check_positions(operator: str, positions: Tensor, places: int) -> None:
+    """Raise a ValueError unless positions ``(B, L)`` increase in ``[0, places)``; on a CPU, as it waits for a GPU."""
+    if torch.compiler.is_compiling() or type(positions) is not Tensor or not positions.is_cpu:
+        return
+    first, last = (positions.new_full((len(positions), 1), end) for end in (-1, places))
+    if not (torch.cat([first, positions, last], 1).diff() > 0).all():
+        raise ValueError(f"{operator}: positions must increase and lie in [0, {places}).")
+
+
 def register_autocast(operator: str, lowered: Collection[int]) -> None:
     """Make autocast convert some of an operator's arguments, except float64 ones, to its dtype.
 

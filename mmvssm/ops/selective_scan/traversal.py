@@ -10,6 +10,8 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
+from ..backend import check_positions
+
 
 class Traversal(NamedTuple):
     """The tokens that ``K`` walks visit, step by step.
@@ -69,6 +71,7 @@ def line_walks(
     order = torch.stack([forwards, forwards.flip(0)])
     if positions is None or not with_gaps:
         return Traversal(order)
+    check_positions("line_walks", positions, length)
     steps = torch.stack([positions, length - 1 - positions.flip(1)], 1).to(torch.int32)
     before = torch.nn.functional.pad(steps[..., :-1], (1, 0), value=-1)
     return Traversal(order[None].expand(steps.shape[0], -1, -1), gap=steps - before - 1)
@@ -125,6 +128,7 @@ def snake_walks(
     if everywhere:
         positions = torch.arange(height * width, device=device)[None]
     length = height * width
+    check_positions("snake_walks", positions, length)
     row = positions // width
     column = positions - row * width
 

@@ -49,6 +49,7 @@ def neighbor_table(
             f"{tuple(positions.shape)}, {positions.dtype}."
         )
     height, width = grid
+    backend.check_positions("neighbor_table", positions, height * width)
     batch, kept = positions.shape
     # A border as wide as the kernel's reach keeps every tap inside the map without comparisons.
     above, beside = size[0] // 2, size[1] // 2

@@ -1,8 +1,9 @@
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmvssm.ops import cross_traversal, line_walks, snake_walks
+from mmvssm.ops import cross_traversal, line_walks, neighbor_table, snake_walks
 
 
 def test_cross_traversal_on_a_small_grid():
@@ -92,3 +93,20 @@ def test_line_walks_go_both_ways_and_count_what_they_pass():
     assert pruned.gap.tolist() == [[[0, 0, 3], [1, 3, 0]], [[2, 0, 2], [0, 2, 0]]]
     assert pruned.gap.dtype == torch.int32 and pruned.source is None
     assert line_walks(7, torch.tensor([[0, 1, 5]]), with_gaps=False).order.shape == (2, 3)
+
+
+@pytest.mark.parametrize("wrong", [[0, 0, 5], [3, 1, 5], [-1, 1, 5], [0, 1, 6]], ids=str)
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda positions: line_walks(6, positions),
+        lambda positions: snake_walks(2, 3, positions),
+        lambda positions: neighbor_table(positions, (2, 3), 3),
+    ],
+    ids=["line_walks", "snake_walks", "neighbor_table"],
+)
+def test_positions_that_are_no_part_of_the_grid(use, wrong):
+    """The walks would miss tokens, or visit some twice."""
+    use(torch.tensor([[0, 1, 5], [0, 4, 5]]))
+    with pytest.raises(ValueError, match=r"positions must increase and lie in \[0, 6\)"):
+        use(torch.tensor([[0, 1, 5], wrong]))
