@@ -12,7 +12,7 @@ JOB_NAME=$2
 CONFIG=$3
 CHECKPOINT=$4
 GPUS=${GPUS:-8}
-GPUS_PER_NODE=${GPUS_PER_NODE:-8}
+GPUS_PER_NODE=${GPUS_PER_NODE:-$((GPUS < 8 ? GPUS : 8))}
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 # SRUN_ARGS holds several arguments and is split on purpose.
