@@ -1,7 +1,10 @@
 """Set up distributed training, with or without GPUs."""
 
 import os
-from typing import Any
+import socket
+import sys
+from pathlib import Path
+from typing import Any, Optional
 
 import torch
 from mmengine.config import Config, ConfigDict
@@ -12,6 +15,8 @@ from ..errors import RunFailure, UserError
 from .failures import run_failures
 
 _SYNCHRONISED_NORMS = ("SyncBN", "MMSyncBN")
+_ROUTES = Path("/proc/net/route")
+_UP, _REJECT = 0x1, 0x200  # flags of a route
 
 
 def init_processes(cfg: Config) -> None:
@@ -32,6 +37,7 @@ def init_processes(cfg: Config) -> None:
     env_cfg = cfg.get("env_cfg", {})
     # mmengine's initialisation would otherwise choose "spawn" for data workers.
     set_multi_processing(**env_cfg.get("mp_cfg", {}), distributed=True)
+    choose_interface()
     if torch.cuda.is_available():
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         if cfg.launcher == "pytorch" and local_rank >= torch.cuda.device_count():
@@ -41,6 +47,7 @@ def init_processes(cfg: Config) -> None:
             )
         with run_failures():
             init_dist(cfg.launcher, **env_cfg.get("dist_cfg", {}))
+        choose_interface()  # of our own groups over gloo; mmengine has now asked Slurm for MASTER_ADDR
         return
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR") if name not in os.environ]
     if cfg.launcher != "pytorch" or missing:
@@ -57,6 +64,47 @@ def init_processes(cfg: Config) -> None:
         broadcast_buffers=False,
         find_unused_parameters=cfg.get("find_unused_parameters", False),
     )
+
+
+def choose_interface() -> None:
+    """Let gloo connect over the interface that leads to ``MASTER_ADDR``, if there may be several machines.
+
+    By default gloo takes the address of the host's own name, which is the loopback device's on many machines; no other
+    machine can connect to that. ``GLOO_SOCKET_IFNAME`` in the environment takes precedence.
+    """
+    master, size = os.environ.get("MASTER_ADDR", "localhost"), os.environ.get("WORLD_SIZE")
+    one_machine = os.environ.get("LOCAL_WORLD_SIZE") == size or master in ("localhost", "127.0.0.1")
+    if one_machine or "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    try:
+        address = socket.gethostbyname(master)
+        routes = _ROUTES.read_text()
+    except OSError:  # no such host, no IPv4, no Linux: gloo chooses
+        return
+    interface = interface_to(address, routes)
+    if interface:
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
+
+
+def interface_to(address: str, routes: str) -> Optional[str]:
+    """Return the network interface by which packets to an address leave this machine.
+
+    Args:
+        address: An IPv4 address. For a loopback address, which rank 0's own name may have on its machine, we take the
+            default route.
+        routes: Text of Linux's ``/proc/net/route``: a heading, and routes with addresses in hexadecimal.
+
+    Returns:
+        The interface of the most specific route, of several such the one with the lowest metric; None without a route.
+    """
+    address = "0.0.0.0" if address.startswith("127.") else address
+    target = int.from_bytes(socket.inet_aton(address), sys.byteorder)
+    found = []
+    for line in routes.splitlines()[1:]:
+        name, network, _, flags, _, _, metric, mask = line.split()[:8]
+        if int(flags, 16) & (_UP | _REJECT) == _UP and target & int(mask, 16) == int(network, 16):
+            found.append((bin(int(mask, 16)).count("1"), -int(metric), name))
+    return max(found)[2] if found else None
 
 
 def adapt_to_machine(cfg: Config) -> None:

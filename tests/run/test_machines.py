@@ -6,10 +6,77 @@ from pathlib import Path
 
 import pytest
 
+from mmvssm.run import distributed
+from mmvssm.run.distributed import choose_interface, interface_to
+
 REPO = Path(__file__).parents[2]
 
 
 # --- networks -----------------------------------------------------------------------------------------
+
+# As Linux writes them on processors that count from the last byte: a slow default route and a fast one, networks
+# 10.1.0.0/16 and 10.1.2.0/24, a network that is down, 10.3.0.0/16, and an unreachable one, 10.4.0.0/16.
+ROUTES = """Iface Destination Gateway Flags RefCnt Use Metric Mask MTU Window IRTT
+slow 00000000 010200C0 0003 0 0 600 00000000 0 0 0
+fast 00000000 010200C0 0003 0 0 100 00000000 0 0 0
+wide 0000010A 00000000 0001 0 0 0 0000FFFF 0 0 0
+near 0002010A 00000000 0001 0 0 9 00FFFFFF 0 0 0
+down 0000030A 00000000 0000 0 0 0 0000FFFF 0 0 0
+* 0000040A 00000000 0201 0 0 0 0000FFFF 0 0 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("address", "interface"),
+    [
+        ("10.1.2.3", "near"),
+        ("10.1.3.2", "wide"),
+        ("8.8.8.8", "fast"),
+        ("127.0.1.1", "fast"),
+        ("10.3.0.1", "fast"),
+        ("10.4.0.1", "fast"),
+    ],
+)
+def test_the_interface_of_the_most_specific_route(monkeypatch, address, interface):
+    monkeypatch.setattr("sys.byteorder", "little")
+    assert interface_to(address, ROUTES) == interface
+
+
+def test_no_route():
+    assert interface_to("10.5.0.1", ROUTES.splitlines()[0]) is None
+
+
+@pytest.mark.parametrize(
+    ("variables", "interface"),
+    [
+        (dict(MASTER_ADDR="10.1.2.3", WORLD_SIZE="4", LOCAL_WORLD_SIZE="2"), "near"),
+        (dict(MASTER_ADDR="10.1.2.3", WORLD_SIZE="4"), "near"),  # Slurm's
+        (dict(MASTER_ADDR="10.1.2.3", WORLD_SIZE="4", LOCAL_WORLD_SIZE="4"), None),  # one machine
+        (dict(MASTER_ADDR="127.0.0.1", WORLD_SIZE="4"), None),
+        (dict(MASTER_ADDR="itself", WORLD_SIZE="4", LOCAL_WORLD_SIZE="2"), "fast"),
+        (dict(MASTER_ADDR="nowhere", WORLD_SIZE="4", LOCAL_WORLD_SIZE="2"), None),
+        (dict(MASTER_ADDR="10.1.2.3", WORLD_SIZE="4", GLOO_SOCKET_IFNAME="mine"), "mine"),
+        ({}, None),
+    ],
+)
+def test_gloo_takes_the_interface_unless_the_user_names_one(
+    monkeypatch, tmp_path, variables, interface
+):
+    for name in ("MASTER_ADDR", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GLOO_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, variables.get(name, ""))  # restored after the test
+        if name not in variables:
+            monkeypatch.delenv(name)
+    (tmp_path / "route").write_text(ROUTES)
+
+    def resolve(name):
+        if name == "nowhere":
+            raise OSError
+        return "127.0.1.1" if name == "itself" else name  # as in /etc/hosts of many machines
+
+    monkeypatch.setattr("socket.gethostbyname", resolve)
+    monkeypatch.setattr(distributed, "_ROUTES", tmp_path / "route")
+    choose_interface()
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == interface
 
 
 @pytest.mark.parametrize("tool", ["train", "test"])
