@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Callable
 
-from mmengine.dist import is_distributed, is_main_process
+from mmengine.dist import is_distributed
 
 TRACEBACK_VARIABLE = "MMVSSM_TRACEBACK"
 _SIGPIPE = 128 + 13  # the exit code of programs that a closed pipe ends
@@ -120,7 +120,7 @@ def run_tool(main: Callable[[], None]) -> None:
     """Run a command-line tool; a :class:`UserError` becomes one line on stderr and its exit code.
 
     A second line names ``--traceback``, which shows the traceback by setting ``MMVSSM_TRACEBACK`` to 1. Of several
-    processes only rank 0 prints, except for a :class:`RunFailure`.
+    processes only the first of each machine prints, except for a :class:`RunFailure`.
 
     Args:
         main: The tool's main function.
@@ -137,7 +137,7 @@ def run_tool(main: Callable[[], None]) -> None:
             raise
         if os.environ.get(TRACEBACK_VARIABLE) == "1":
             raise
-        if isinstance(error, RunFailure) or _is_first_process():
+        if isinstance(error, RunFailure) or is_first_of_machine():
             print(f"error: {printable(str(error))}\n{HINT}", file=sys.stderr)
         sys.exit(error.exit_code)
 
@@ -152,11 +152,11 @@ def _output_is_lost() -> bool:
     return False
 
 
-def _is_first_process() -> bool:
-    """Whether this process is rank 0; also works before torchrun's processes form a group."""
-    if is_distributed():
-        return is_main_process()
-    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK", "0") == "0"
+def is_first_of_machine() -> bool:
+    """Whether this is a machine's first rank of a run; also works before torchrun's processes form a group."""
+    if not is_distributed() and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return True
+    return os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
 
 
 def printable(text: str, keep: str = "") -> str:

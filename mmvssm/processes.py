@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import platform
 import signal
 import sys
 from datetime import timedelta
@@ -9,15 +10,9 @@ from functools import lru_cache
 from typing import Any, Callable
 
 import torch
-from mmengine.dist import (
-    all_reduce,
-    broadcast_object_list,
-    get_world_size,
-    is_distributed,
-    is_main_process,
-)
+from mmengine.dist import all_gather_object, all_reduce, get_rank, get_world_size, is_distributed
 
-from .errors import UserError, one_line
+from .errors import UserError, is_first_of_machine, one_line
 
 _PATIENCE = timedelta(days=7)
 _PR_SET_PDEATHSIG = 1
@@ -53,35 +48,52 @@ def on_first_process(function: Callable[..., Any], *args: Any) -> Any:
     Raises:
         UserError: On every other rank, if ``function`` raises anything on rank 0.
     """
+    return _on_some(get_rank() == 0, function, args)[0]
+
+
+def on_each_machine(function: Callable[..., Any], *args: Any) -> list[Any]:
+    """Call ``function`` on the first rank of each machine and return all results on all ranks, rank 0's first.
+
+    For what machines with disks of their own have each to do; with a common disk they do the same. Waits as
+    :func:`on_first_process` does.
+
+    Raises:
+        UserError: On every other rank, if ``function`` raises anything on one of these.
+    """
+    return _on_some(is_first_of_machine(), function, args)
+
+
+def _on_some(calls: bool, function: Callable[..., Any], args: tuple) -> list[Any]:
+    """Call ``function`` on the ranks for which ``calls`` is true; return their results on all ranks."""
     if not is_distributed():
-        return function(*args)
+        return [function(*args)]
     group = _patient_group()  # before the wait: creating it has a short timeout
-    result = failure = error = None
-    if is_main_process():
+    outcome = error = None
+    if calls:
         try:
-            result = function(*args)
+            outcome = (function(*args), None)
         except BaseException as raised:  # of any kind, else the other ranks hang
             error = raised
-            failure = (_reason(error), getattr(error, "exit_code", 1))
-    outcome = [result, failure]
+            outcome = (None, (_reason(error), getattr(error, "exit_code", 1)))
     try:
-        broadcast_object_list(outcome, group=group)
+        outcomes = [found for found in all_gather_object(outcome, group) if found is not None]
     finally:
         if error is not None:
             raise error
-    result, failure = outcome
-    if failure is not None:
-        reason, code = failure
-        error = UserError(reason)  # rank 0 reports it
-        error.exit_code = code
-        raise error
-    return result
+    for _, failure in outcomes:
+        if failure is not None:
+            reason, code = failure
+            error = UserError(reason)
+            error.exit_code = code
+            raise error
+    return [result for result, _ in outcomes]
 
 
 def _reason(error: BaseException) -> str:
-    if isinstance(error, UserError):
-        return str(error)
-    return f"rank 0 ended with {type(error).__name__} ({one_line(error)})"
+    """Return what other ranks tell about an error of this one."""
+    if not isinstance(error, UserError):
+        return f"rank {get_rank()} ended with {type(error).__name__} ({one_line(error)})"
+    return f"on {platform.node()} (rank {get_rank()}): {error}" if get_rank() else str(error)
 
 
 @lru_cache(maxsize=1)

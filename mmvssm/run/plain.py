@@ -9,7 +9,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from ..errors import UserError
-from ..processes import on_first_process
+from ..processes import on_each_machine
 from .arguments import train_parser
 from .pretrained import start_from_scratch
 from .setup import generate_data, print_once
@@ -58,5 +58,5 @@ def train_plain(args: argparse.Namespace) -> None:
         cfg.resume, cfg.load_from = True, None if args.resume == "auto" else args.resume
     runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
     if cfg.get("prepare_data"):
-        on_first_process(generate_data, cfg.prepare_data)
+        on_each_machine(generate_data, cfg.prepare_data)
     runner.train()

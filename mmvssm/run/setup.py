@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any, Optional
 
@@ -24,7 +25,7 @@ from torch import nn
 from ..datasets.check import check_data
 from ..datasets.root import SPLIT_OF_LOADER, apply_data_root
 from ..errors import UserError, one_line, printable, user_mistakes
-from ..processes import on_first_process
+from ..processes import on_each_machine
 from ..registry import TASK_UTILS
 from ..safe_checkpoint import force_weights_only
 from .allocator import keep_freed_memory
@@ -182,8 +183,8 @@ def prepare_data(
             "--classes, --reduce-zero-label and --data-format describe a --data-root; give that too"
         )
     if cfg.get("prepare_data"):
-        on_first_process(generate_data, cfg.prepare_data)
-    for warning in on_first_process(check_data, cfg, loaders):
+        on_each_machine(generate_data, cfg.prepare_data)
+    for warning in dict.fromkeys(chain(*on_each_machine(check_data, cfg, loaders))):
         print_once(f"warning: {warning}")
 
 

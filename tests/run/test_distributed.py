@@ -116,10 +116,12 @@ def said(function, capsys):
         ({"RANK": "1"}, True),
         ({"RANK": "1", "TORCHELASTIC_RUN_ID": "none"}, False),
         ({"RANK": "0", "TORCHELASTIC_RUN_ID": "none"}, True),
+        ({"RANK": "2", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "none"}, True),
     ],
 )
-def test_rank_0_reports_what_is_wrong_before_processes_meet(monkeypatch, capsys, variables, speaks):
-    for name in ("RANK", "SLURM_PROCID", "TORCHELASTIC_RUN_ID", "MMVSSM_TRACEBACK"):
+def test_one_of_a_machine_reports_before_processes_meet(monkeypatch, capsys, variables, speaks):
+    names = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "TORCHELASTIC_RUN_ID", "MMVSSM_TRACEBACK")
+    for name in names:
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

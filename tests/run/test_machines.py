@@ -1,15 +1,36 @@
 """Ranks of one run on several machines, each with a network interface and a disk of its own."""
 
 import os
+import platform
 import subprocess
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
+from mmengine.config import Config
 
+from mmvssm.errors import UserError
+from mmvssm.processes import on_each_machine
+from mmvssm.registry import TASK_UTILS
 from mmvssm.run import distributed
 from mmvssm.run.distributed import choose_interface, interface_to
+from mmvssm.run.setup import prepare_data
+from support.two_processes import in_two_processes
 
 REPO = Path(__file__).parents[2]
+
+
+def on_two_machines(function, folder):
+    """As :func:`in_two_processes`, with each process on a machine, and in a folder, of its own."""
+
+    def run(rank):
+        os.environ["LOCAL_RANK"] = "0"
+        place = folder / str(rank)
+        place.mkdir(exist_ok=True)
+        os.chdir(place)
+        return function(rank)
+
+    return in_two_processes(run, folder / "meeting")
 
 
 # --- networks -----------------------------------------------------------------------------------------
@@ -99,3 +120,43 @@ def test_slurm_is_asked_for_no_more_gpus_than_used(tmp_path, tool, variables, to
     told = subprocess.run(command, env=environment, capture_output=True, text=True).stdout.split()
     expected = {f"--gres=gpu:{each}", f"--ntasks={total}", f"--ntasks-per-node={each}"}
     assert expected <= set(told)
+
+
+# --- disks --------------------------------------------------------------------------------------------
+
+
+def fail(error):
+    raise error
+
+
+def test_what_each_machine_does_all_learn(tmp_path):
+    def call(rank):
+        assert on_each_machine(lambda: rank) == [0, 1]
+        on_each_machine(lambda: rank and fail(UserError("no room")))
+
+    told = f"UserError: on {platform.node()} (rank 1): no room"
+    assert on_two_machines(call, tmp_path) == [told, "UserError: no room"]
+
+
+@TASK_UTILS.register_module()
+class GeneratorOfAFile:
+    def ensure(self):
+        Path("generated").touch()
+
+
+def test_each_machine_generates_and_checks_its_data(tmp_path, monkeypatch, capsys):
+    def warn(*_):
+        return [f"{Path.cwd().name} has a fault", "a common fault"]
+
+    def prepare(rank):
+        capsys.readouterr()
+        prepare_data(cfg, args, (), None)
+        return os.listdir(), capsys.readouterr().out.splitlines()
+
+    monkeypatch.setattr("mmvssm.run.setup.check_data", warn)
+    cfg = Config(dict(prepare_data=dict(type="mmvssm.GeneratorOfAFile"), default_scope="mmdet"))
+    args = Namespace(no_data_check=False, data_root=None, classes=None, reduce_zero_label=None)
+    (files, lines), (other_files, other_lines) = on_two_machines(prepare, tmp_path)
+    assert files == other_files == ["generated"]
+    warnings = ["0 has a fault", "a common fault", "1 has a fault"]
+    assert lines == [f"warning: {text}" for text in warnings] and other_lines == []
