@@ -8,10 +8,13 @@ from typing import Any, Optional
 
 import torch
 from mmengine.config import Config, ConfigDict
-from mmengine.dist import init_dist, is_distributed
+from mmengine.dist import get_rank, init_dist, is_distributed
+from mmengine.evaluator import Evaluator
+from mmengine.runner import Runner
 from mmengine.utils.dl_utils import set_multi_processing
 
 from ..errors import RunFailure, UserError
+from ..processes import any_process
 from .failures import run_failures
 
 _SYNCHRONISED_NORMS = ("SyncBN", "MMSyncBN")
@@ -124,6 +127,28 @@ def adapt_to_machine(cfg: Config) -> None:
         hooks = list(cfg.get("custom_hooks") or [])
         if not any(hook.get("type") == "SyncBuffersHook" for hook in hooks):
             cfg.custom_hooks = [*hooks, ConfigDict(type="SyncBuffersHook")]
+
+
+def collect_over_network(runner: Runner) -> None:
+    """Let evaluators of a run on several machines collect results over the network.
+
+    By default they write files for rank 0, which needs a common disk; an evaluator with ``collect_dir`` still does.
+
+    Args:
+        runner: Before it builds its evaluators.
+    """
+    if not any_process(int(os.environ.get("LOCAL_RANK", 0)) != get_rank()):  # one machine
+        return
+    build = runner.build_evaluator
+
+    def build_and_set(evaluator: Any) -> Evaluator:
+        built = build(evaluator)
+        for metric in built.metrics:
+            if metric.collect_dir is None:
+                metric.collect_device = "gpu"  # mmengine's word for collectives, also without a GPU
+        return built
+
+    runner.build_evaluator = build_and_set
 
 
 def _replace_norms(node: Any) -> None:

@@ -30,7 +30,7 @@ from ..registry import TASK_UTILS
 from ..safe_checkpoint import force_weights_only
 from .allocator import keep_freed_memory
 from .checkpoints import Checkpoint, read_config
-from .distributed import adapt_to_machine, init_processes
+from .distributed import adapt_to_machine, collect_over_network, init_processes
 from .settings import (
     check_options,
     check_types,
@@ -231,7 +231,9 @@ def build_runner(cfg: Config) -> Runner:
         UserError: If the runner cannot be built.
     """
     with user_mistakes("cannot set up the run"), suggest_similar_name():
-        return RUNNERS.build(cfg) if "runner_type" in cfg else _Runner.from_cfg(cfg)
+        runner = RUNNERS.build(cfg) if "runner_type" in cfg else _Runner.from_cfg(cfg)
+    collect_over_network(runner)
+    return runner
 
 
 def print_once(text: Optional[str]) -> None:

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 from mmengine.config import Config
+from mmengine.evaluator import Evaluator
 
 from mmvssm.errors import UserError
 from mmvssm.processes import on_each_machine
 from mmvssm.registry import TASK_UTILS
 from mmvssm.run import distributed
-from mmvssm.run.distributed import choose_interface, interface_to
+from mmvssm.run.distributed import choose_interface, collect_over_network, interface_to
 from mmvssm.run.setup import prepare_data
+from support.toy_training import ToyMetric
 from support.two_processes import in_two_processes
 
 REPO = Path(__file__).parents[2]
@@ -160,3 +162,35 @@ def test_each_machine_generates_and_checks_its_data(tmp_path, monkeypatch, capsy
     assert files == other_files == ["generated"]
     warnings = ["0 has a fault", "a common fault", "1 has a fault"]
     assert lines == [f"warning: {text}" for text in warnings] and other_lines == []
+
+
+class SumOfResults(ToyMetric):
+    def process(self, data_batch, data_samples):
+        self.results += data_samples
+
+    def compute_metrics(self, results):
+        return dict(sum=sum(results))
+
+
+def test_results_are_collected_without_a_common_disk(tmp_path):
+    def evaluate(rank):
+        runner = Namespace(build_evaluator=Evaluator)
+        collect_over_network(runner)
+        evaluator = runner.build_evaluator(SumOfResults())
+        evaluator.process([rank + 1])
+        return evaluator.evaluate(2), os.listdir()
+
+    assert on_two_machines(evaluate, tmp_path) == [({"toy/sum": 3}, [])] * 2
+
+
+@pytest.mark.parametrize("collect_dir", [None, "common"])
+def test_evaluators_use_files_on_one_machine_and_where_the_config_says_so(tmp_path, collect_dir):
+    def look(rank):
+        runner = Namespace(build_evaluator=Evaluator)
+        collect_over_network(runner)
+        metric = SumOfResults()
+        metric.collect_dir = collect_dir
+        return runner.build_evaluator(metric).metrics[0].collect_device
+
+    run = on_two_machines if collect_dir else in_two_processes
+    assert run(look, tmp_path) == ["cpu"] * 2
