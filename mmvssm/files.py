@@ -16,6 +16,16 @@ _PARTIAL = ".mmvssm-partial"  # in the names of files that are being written
 _LONGEST_PART = 20  # characters, of up to 4 bytes each; names have at most 255 bytes
 
 
+def signature(path: Union[str, Path]) -> list[int]:
+    """Return the size and time of modification of a file, which change when the file does.
+
+    Raises:
+        OSError: If there is no such file.
+    """
+    status = os.stat(path)
+    return [status.st_size, status.st_mtime_ns]
+
+
 @contextmanager
 def open_regular(path: Union[str, Path]) -> Iterator[BinaryIO]:
     """Open a file to read its bytes; raise an OSError if it is a folder, device or FIFO, where reading would wait."""

@@ -1,18 +1,22 @@
 """Collectives between the ranks of a run, and a link between a worker and its parent."""
 
+import atexit
 import ctypes
 import os
 import platform
 import signal
 import sys
+from contextlib import suppress
 from datetime import timedelta
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Callable
 
 import torch
 from mmengine.dist import all_gather_object, all_reduce, get_rank, get_world_size, is_distributed
 
-from .errors import UserError, is_first_of_machine, one_line
+from .errors import UserError, is_first_of_machine, one_line, user_mistakes
+from .files import signature, write_whole
 
 _PATIENCE = timedelta(days=7)
 _PR_SET_PDEATHSIG = 1
@@ -94,6 +98,41 @@ def _reason(error: BaseException) -> str:
     if not isinstance(error, UserError):
         return f"rank {get_rank()} ended with {type(error).__name__} ({one_line(error)})"
     return f"on {platform.node()} (rank {get_rank()}): {error}" if get_rank() else str(error)
+
+
+def share_file(path: str, copy: str) -> str:
+    """Send rank 0's file to the machines whose disk lacks it.
+
+    Args:
+        path: The file, which rank 0 can read.
+        copy: Where another machine keeps what it receives, until its process ends.
+
+    Returns:
+        ``path`` on rank 0's machine and with a common disk, else ``copy``.
+
+    Raises:
+        UserError: If a machine cannot write its copy.
+    """
+    source = os.path.expanduser(path)
+    sent, here = on_first_process(signature, source), None
+    with suppress(OSError):
+        here = signature(source)
+    if not any_process(here != sent):
+        return path
+    if get_rank() == 0:
+        content = torch.from_file(source, size=sent[0], dtype=torch.uint8)
+    else:
+        content = torch.empty(sent[0], dtype=torch.uint8)
+    torch.distributed.broadcast(content, 0, group=_patient_group())
+
+    def keep() -> None:
+        if here != sent:
+            with user_mistakes("cannot keep what rank 0 sends", (OSError,)):
+                write_whole(copy, content.numpy())
+            atexit.register(Path(copy).unlink, missing_ok=True)
+
+    on_each_machine(keep)
+    return path if here == sent else copy
 
 
 @lru_cache(maxsize=1)

@@ -24,11 +24,11 @@ import numpy as np
 import yaml
 
 from ..errors import UserError, brief, shown
-from ..files import write_whole
+from ..files import signature, write_whole
 from .annotations import read_coco
 from .images import loaded_size
 from .layouts import ABOUT, ROBOFLOW, VOC_FOLDERS, Layout, list_files
-from .memory import Memory, signature
+from .memory import Memory
 from .pictures import Loading, read_images
 
 _VERSION = 1  # raise it when what we write changes

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Optional
 
-from ..files import read_json, write_whole
+from ..files import read_json, signature, write_whole
 
 _NAME = ".data_check.json"
 _WORTHWHILE = 400  # images; reading fewer again takes no longer than saving them
@@ -87,9 +87,3 @@ class Memory:
             return False
         self._effort = 0
         return True
-
-
-def signature(path: str) -> list[int]:
-    """Return the size and time of modification of a file, which change when the file does."""
-    status = os.stat(path)
-    return [status.st_size, status.st_mtime_ns]

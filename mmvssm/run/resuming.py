@@ -1,8 +1,9 @@
 """Choose what training starts from, and check that a checkpoint matches the run that resumes from it."""
 
 import inspect
+import os
 from collections.abc import Iterator
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 from mmengine.config import Config, ConfigDict
 from mmengine.dataset import BaseDataset
@@ -11,7 +12,7 @@ from torch import nn
 
 from ..datasets.walk import leaf_datasets
 from ..errors import UserError, shown, user_mistakes
-from ..processes import on_first_process
+from ..processes import on_first_process, share_file
 from .checkpoints import Checkpoint, as_names, find_last
 from .settings import find_type
 from .setup import print_once
@@ -34,16 +35,17 @@ def choose_start(cfg: Config, model: nn.Module, resume: Optional[str], new_sched
     if resume:
         cfg.resume, cfg.load_from = True, None if resume == "auto" else resume
     if cfg.get("resume") and not cfg.get("load_from"):
-        checkpoint = _find_last(cfg.work_dir)
+        checkpoint = load_on_all(_find_last, cfg.work_dir, cfg.work_dir)
         cfg.resume, cfg.load_from = (True, checkpoint.path) if checkpoint else (False, weights)
         if not checkpoint:
             start = weights or "the beginning"
             print_once(f"There is no checkpoint in {cfg.work_dir}; training starts from {start}")
     path = cfg.get("load_from")
-    check_unused(cfg.work_dir, path if cfg.get("resume") else None)
+    on_first_process(check_unused, cfg.work_dir, path if cfg.get("resume") else None)
     if not path:
         return
-    checkpoint = checkpoint or Checkpoint.load(path)
+    checkpoint = checkpoint or load_on_all(Checkpoint.load, path, cfg.work_dir)
+    cfg.load_from = checkpoint.path
     if not cfg.get("resume"):
         print_once(checkpoint.count_shared(model))
         return
@@ -60,17 +62,37 @@ def choose_start(cfg: Config, model: nn.Module, resume: Optional[str], new_sched
 
 
 def _find_last(work_dir: str) -> Optional[Checkpoint]:
-    """Call :func:`find_last` on rank 0 and load its choice on all ranks."""
+    checkpoint, skipped = find_last(work_dir)
+    for path in skipped:
+        print_once(f"{path} is damaged or incomplete and was skipped")
+    return checkpoint
+
+
+def load_on_all(
+    load: Callable[[str], Optional[Checkpoint]], source: str, work_dir: str
+) -> Optional[Checkpoint]:
+    """Call ``load(source)`` on rank 0 and load its choice on all ranks.
+
+    Args:
+        load: Such as :meth:`Checkpoint.load`.
+        source: Its argument.
+        work_dir: Where machines whose disk lacks the checkpoint keep what rank 0 sends, until the run ends.
+
+    Returns:
+        The checkpoint; its ``path`` is that of the file on this machine.
+
+    Raises:
+        UserError: If rank 0 cannot load it, or a machine cannot keep it.
+    """
     found: list[Optional[Checkpoint]] = []
 
-    def find() -> Optional[str]:
-        checkpoint, skipped = find_last(work_dir)
-        for path in skipped:
-            print_once(f"{path} is damaged or incomplete and was skipped")
-        found.append(checkpoint)
-        return checkpoint and checkpoint.path
+    def load_first() -> Optional[str]:
+        found.append(load(source))
+        return found[0] and found[0].path
 
-    path = on_first_process(find)
+    path = on_first_process(load_first)
+    if path and "://" not in path:
+        path = share_file(path, os.path.join(work_dir, "received.pth"))
     return found[0] if found else path and Checkpoint.load(path)
 
 

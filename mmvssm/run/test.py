@@ -22,7 +22,7 @@ from .checkpoints import Checkpoint, is_checkpoint
 from .exported import check_arguments, is_exported, load_exported, use_exported
 from .failures import run_failures
 from .hooks.checkpoint_hook import INTERRUPTED
-from .resuming import check_same_classes
+from .resuming import check_same_classes, load_on_all
 from .setup import (
     LIBRARIES,
     build_model,
@@ -63,7 +63,9 @@ def test(args: argparse.Namespace) -> dict[str, Any]:
     exported = is_exported(args.checkpoint)
     cfg = open_config(args, _NEEDS, LIBRARIES)
     checkpoint = (
-        load_exported(args.checkpoint, cfg) if exported else Checkpoint.load(args.checkpoint)
+        load_exported(args.checkpoint, cfg)
+        if exported
+        else load_on_all(Checkpoint.load, args.checkpoint, cfg.work_dir)
     )
     prepare_data(cfg, args, _LOADERS, checkpoint)
     if exported:
@@ -71,7 +73,7 @@ def test(args: argparse.Namespace) -> dict[str, Any]:
     else:
         checkpoint.check_fits(build_model(cfg))
     check_same_classes(cfg, "test_dataloader", checkpoint)
-    cfg.load_from, cfg.resume = None if exported else args.checkpoint, False
+    cfg.load_from, cfg.resume = None if exported else checkpoint.path, False
     cfg.work_dir = _work_dir_of_test(cfg.work_dir, args.config)
     for option, where in (("--show-dir", args.show_dir), ("--out", args.out)):
         _check_writable(option, where)

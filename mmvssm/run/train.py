@@ -82,7 +82,7 @@ def train(args: argparse.Namespace) -> None:
     apply_options(cfg, args)
     on_first_process(check_not_locked, cfg.work_dir)
     if not (args.resume or cfg.get("resume")):
-        check_unused(cfg.work_dir, None)
+        on_first_process(check_unused, cfg.work_dir, None)
     prepare_data(cfg, args, _LOADERS, None)
     model = build_model(cfg)
     choose_start(cfg, model, args.resume, new_schedule=option is not None)

@@ -68,7 +68,8 @@ def lock_work_dir(work_dir: str) -> Iterator[None]:
     """Create a work dir and lock out other runs while this one writes there.
 
     The operating system holds the lock on the file ``training.lock`` and frees it when the process ends, even if it is
-    killed. On a file system without locks, the run warns and continues. Rank 0 locks for all.
+    killed. On a file system without locks, the run warns and continues. Rank 0, which alone writes
+    checkpoints and logs, locks for all.
 
     Raises:
         UserError: If another run holds the lock, or the folder cannot be written to.

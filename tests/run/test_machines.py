@@ -7,16 +7,19 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
 from mmengine.config import Config
 from mmengine.evaluator import Evaluator
+from mmengine.registry import MODELS
 
 from mmvssm.errors import UserError
 from mmvssm.processes import on_each_machine
 from mmvssm.registry import TASK_UTILS
 from mmvssm.run import distributed
 from mmvssm.run.distributed import choose_interface, collect_over_network, interface_to
+from mmvssm.run.resuming import choose_start
 from mmvssm.run.setup import prepare_data
-from support.toy_training import ToyMetric
+from support.toy_training import ToyMetric, toy_config, toy_runner
 from support.two_processes import in_two_processes
 
 REPO = Path(__file__).parents[2]
@@ -194,3 +197,61 @@ def test_evaluators_use_files_on_one_machine_and_where_the_config_says_so(tmp_pa
 
     run = on_two_machines if collect_dir else in_two_processes
     assert run(look, tmp_path) == ["cpu"] * 2
+
+
+@pytest.mark.parametrize(
+    ("resume", "other_has"), [("auto", None), ("run/epoch_1.pth", b"of an earlier run")]
+)
+def test_rank_0_sends_the_checkpoint_to_resume_from(tmp_path, resume, other_has):
+    toy_runner(tmp_path / "0/run", amount=1).train()
+    saved = torch.load(tmp_path / "0/run/epoch_1.pth", weights_only=True)["state_dict"]
+    foreign = tmp_path / "1/run/epoch_1.pth"
+    if other_has:
+        foreign.parent.mkdir(parents=True)
+        foreign.write_bytes(other_has)
+
+    def start(rank):
+        cfg = toy_config("run", amount=2)
+        model = MODELS.build(cfg.model)
+        choose_start(cfg, model, resume, new_schedule=False)
+        same = all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
+        return cfg.load_from, same
+
+    assert on_two_machines(start, tmp_path) == [
+        ("run/epoch_1.pth", True),
+        ("run/received.pth", True),
+    ]
+    assert not other_has or foreign.read_bytes() == other_has
+
+
+def test_a_checkpoint_on_a_common_disk_is_not_sent(tmp_path):
+    toy_runner(tmp_path / "run", amount=1).train()
+
+    def start(rank):
+        cfg = toy_config(tmp_path / "run", amount=2)
+        choose_start(cfg, MODELS.build(cfg.model), "auto", new_schedule=False)
+        return cfg.load_from
+
+    assert on_two_machines(start, tmp_path) == [str(tmp_path / "run/epoch_1.pth")] * 2
+    assert not (tmp_path / "run/received.pth").exists()
+
+
+def test_rank_0s_work_dir_decides(tmp_path):
+    """Checkpoints there are refused on all ranks; those that another machine has are of no use to the run."""
+    (tmp_path / "0/run").mkdir(parents=True)
+    (tmp_path / "0/run/epoch_1.pth").touch()
+
+    def start(rank):
+        cfg = toy_config("run")
+        choose_start(cfg, MODELS.build(cfg.model), None, new_schedule=False)
+        return "started"
+
+    found = on_two_machines(start, tmp_path)
+    assert all(
+        text.startswith("UserError: run holds the checkpoints of an earlier") for text in found
+    )
+    (tmp_path / "0").rename(tmp_path / "old")
+    (tmp_path / "1/run").mkdir()
+    (tmp_path / "1/run/epoch_1.pth").touch()
+    (tmp_path / "meeting").rename(tmp_path / "met")
+    assert on_two_machines(start, tmp_path) == ["started"] * 2
