@@ -25,6 +25,7 @@ _PORT_IN_USE = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
 _UNDECODABLE = re.compile(
     r"^(?:AssertionError: )?failed to load image: (.+)$", re.MULTILINE
 )  # mmcv's words
+_LOST_RANK = re.compile(r"gloo/.*Connection (closed|reset) by peer|NCCL remote process exited")
 _ONE_VALUE = "Expected more than 1 value per channel when training"  # BatchNorm's words
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _LOADERS = "train_dataloader, val_dataloader and test_dataloader"
@@ -95,6 +96,8 @@ def explain_failure(error: BaseException) -> Optional[str]:
             f"was killed by signal {worker['signal']}" if worker["signal"] else "ended unexpectedly"
         )
         return _about_worker(how)
+    if _LOST_RANK.search(text):
+        return "the connection to another rank broke, as its process or machine ended; its own output may say why"
     if _PORT_IN_USE.search(text):
         return (
             f"port {os.environ.get('MASTER_PORT', '?')} is in use, perhaps by another run; choose another one with "

@@ -12,11 +12,12 @@ from mmengine.config import Config
 from mmengine.evaluator import Evaluator
 from mmengine.registry import MODELS
 
-from mmvssm.errors import UserError
+from mmvssm.errors import RunFailure, UserError
 from mmvssm.processes import on_each_machine
 from mmvssm.registry import TASK_UTILS
 from mmvssm.run import distributed
 from mmvssm.run.distributed import choose_interface, collect_over_network, interface_to
+from mmvssm.run.failures import run_failures
 from mmvssm.run.resuming import choose_start
 from mmvssm.run.setup import prepare_data
 from support.toy_training import ToyMetric, toy_config, toy_runner
@@ -103,6 +104,18 @@ def test_gloo_takes_the_interface_unless_the_user_names_one(
     monkeypatch.setattr(distributed, "_ROUTES", tmp_path / "route")
     choose_interface()
     assert os.environ.get("GLOO_SOCKET_IFNAME") == interface
+
+
+def test_a_rank_whose_peer_is_gone_says_so(tmp_path):
+    def step(rank):
+        if rank == 1:
+            torch.distributed.destroy_process_group()
+            return "gone"
+        with pytest.raises(RunFailure, match="connection to another rank"), run_failures():
+            torch.distributed.all_reduce(torch.ones(1))
+        return "said"
+
+    assert in_two_processes(step, tmp_path) == ["said", "gone"]
 
 
 @pytest.mark.parametrize("tool", ["train", "test"])
