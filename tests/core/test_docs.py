@@ -9,6 +9,7 @@ import shlex
 import sys
 import textwrap
 from functools import cache
+from itertools import dropwhile
 from pathlib import Path
 
 import pytest
@@ -198,6 +199,7 @@ def commands():
     for page, block in blocks("bash"):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
+            words = list(dropwhile(re.compile("[A-Z_]+=").match, words))  # variables before it
             if words:
                 found.append((page, words))
     return found
