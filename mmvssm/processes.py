@@ -67,6 +67,13 @@ def on_each_machine(function: Callable[..., Any], *args: Any) -> list[Any]:
     return _on_some(is_first_of_machine(), function, args)
 
 
+def on_own_machine(function: Callable[..., Any], *args: Any) -> Any:
+    """Call ``function`` as :func:`on_each_machine` does, and return on each rank what its own machine gave."""
+    # torchrun numbers the machines, and containers may share a name.
+    machine = platform.node(), os.environ.get("GROUP_RANK")
+    return dict(on_each_machine(lambda: (machine, function(*args))))[machine]
+
+
 def _on_some(calls: bool, function: Callable[..., Any], args: tuple) -> list[Any]:
     """Call ``function`` on the ranks for which ``calls`` is true; return their results on all ranks."""
     if not is_distributed():

@@ -15,7 +15,7 @@ from mmengine.config import Config, ConfigDict
 
 from ..errors import UserError, shown
 from ..files import write_whole
-from ..processes import on_first_process
+from ..processes import on_first_process, on_own_machine
 from .annotations import category_names, read_coco
 from .colours import CONVERTED, prepare_maps
 from .formats import draw_validation, made_from, prepare_instances
@@ -152,8 +152,8 @@ def _use_instances(
     classes: Optional[Sequence[str]],
     data_format: Optional[str],
 ) -> str:
-    # The parsed file takes gigabytes, so only one process reads it.
-    found, layout, names, has_masks = on_first_process(
+    # The parsed file takes gigabytes, so only one process of a machine reads it.
+    found, layout, names, has_masks = on_own_machine(
         _read_instances, root, _splits(loaders), data_format, _work_dir(cfg)
     )
     classes = classes or names
@@ -234,7 +234,7 @@ def _use_label_maps(
     data_format: Optional[str],
 ) -> str:
     splits, opens = _splits(loaders), cfg.get("check_data", True)
-    found, layout, classes = on_first_process(
+    found, layout, classes = on_own_machine(
         _read_maps, root, splits, data_format, classes, _work_dir(cfg), opens
     )
     if not classes:
@@ -363,7 +363,7 @@ def _use_class_folders(cfg: Config, root: str, loaders: Sequence[str]) -> str:
         )
     lists, note = {}, ""
     if "val" not in here:
-        lists, note = on_first_process(_draw_from_folders, root, classes, _work_dir(cfg))
+        lists, note = on_own_machine(_draw_from_folders, root, classes, _work_dir(cfg))
     for loader, leaf in _leaves(cfg, loaders):
         split = SPLIT_OF_LOADER[loader]
         leaf.pop("split", None)

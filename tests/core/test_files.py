@@ -58,7 +58,9 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path, monkey
     assert list(tmp_path.iterdir()) == [own]
 
 
-@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: None], ids=str)
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, os.mkdir, lambda path: None], ids=["fifo", "folder", "nothing"]
+)
 def test_what_is_no_regular_file_is_an_error(tmp_path, make):
     """At once: to open a FIFO waits for its other end."""
     make(tmp_path / "file")

@@ -13,7 +13,7 @@ from mmengine.evaluator import Evaluator
 from mmengine.registry import MODELS
 
 from mmvssm.errors import RunFailure, UserError
-from mmvssm.processes import on_each_machine
+from mmvssm.processes import on_each_machine, on_own_machine
 from mmvssm.registry import TASK_UTILS
 from mmvssm.run import distributed
 from mmvssm.run.distributed import choose_interface, collect_over_network, interface_to
@@ -30,7 +30,7 @@ def on_two_machines(function, folder):
     """As :func:`in_two_processes`, with each process on a machine, and in a folder, of its own."""
 
     def run(rank):
-        os.environ["LOCAL_RANK"] = "0"
+        os.environ.update(LOCAL_RANK="0", GROUP_RANK=str(rank))
         place = folder / str(rank)
         place.mkdir(exist_ok=True)
         os.chdir(place)
@@ -156,6 +156,11 @@ def test_what_each_machine_does_all_learn(tmp_path):
     assert on_two_machines(call, tmp_path) == [told, "UserError: no room"]
 
 
+def test_each_machine_uses_what_it_converted_itself(tmp_path):
+    found = on_two_machines(lambda rank: on_own_machine(os.getcwd), tmp_path)
+    assert found == [str(tmp_path / "0"), str(tmp_path / "1")]
+
+
 @TASK_UTILS.register_module()
 class GeneratorOfAFile:
     def ensure(self):
@@ -173,7 +178,8 @@ def test_each_machine_generates_and_checks_its_data(tmp_path, monkeypatch, capsy
 
     monkeypatch.setattr("mmvssm.run.setup.check_data", warn)
     cfg = Config(dict(prepare_data=dict(type="mmvssm.GeneratorOfAFile"), default_scope="mmdet"))
-    args = Namespace(no_data_check=False, data_root=None, classes=None, reduce_zero_label=None)
+    args = Namespace(no_data_check=False, data_root=None)
+    args.classes = args.reduce_zero_label = args.data_format = None
     (files, lines), (other_files, other_lines) = on_two_machines(prepare, tmp_path)
     assert files == other_files == ["generated"]
     warnings = ["0 has a fault", "a common fault", "1 has a fault"]
