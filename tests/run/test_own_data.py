@@ -50,6 +50,7 @@ def test_pascal_voc_is_drawn_trained_on_and_tested(shapes, config, capsys):
         call("test.py", arguments[0], "run/epoch_1.pth", *arguments[1:], "--work-dir", "run")
         metrics.append(json.loads(Path("run/test/test_results.json").read_text())["metrics"])
     assert metrics[0] == metrics[1] and set(metrics[0]) == {
-        f"coco/bbox_mAP{part}" for part in ("", "_50", "_75", "_s", "_m", "_l")
+        *(f"coco/bbox_mAP{part}" for part in ("", "_50", "_75", "_s", "_m", "_l")),
+        *("coco/other_precision", "coco/round_precision"),
     }
     assert len(list(Path("run/data").iterdir())) == 1

@@ -633,7 +633,7 @@ def test_reordered_categories_of_a_resumed_work_dir(tiny, used, refused):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ((), "out holds the checkpoints of an earlier run (iter_1.pth, iter_2.pth); continue that with --resume"),
+        ((), "out holds the checkpoints of an earlier run (best_mIoU_iter_2.pth, iter_1.pth, iter_2.pth)"),
         (("--cfg-options", "load_from=out/iter_1.pth"), "out holds the checkpoints of an earlier run"),
         (("--resume", "ELSEWHERE"), "out holds the checkpoints of an earlier run"),
         (("--resume", "--cfg-options", "train_cfg.max_iters=1"), "has done 2 iterations, more than"),
@@ -660,6 +660,7 @@ def test_checkpoints_of_another_name_are_a_used_work_dir(tiny, used, refused, ca
     """``filename_tmpl``, and ``out_dir``; what is resumed from there is the run itself."""
     (used / "iter_1.pth").unlink()
     (used / "iter_2.pth").rename(used / "step-2.pth")
+    (used / "best_mIoU_iter_2.pth").unlink()
     (used / "last_checkpoint").write_text(str(used / "step-2.pth"))
     said = "out holds the checkpoints of an earlier run ("
     assert f"{said}out/step-2.pth)" in refused("train.py", tiny(), "--work-dir", used)
