@@ -9,7 +9,7 @@ from ..datasets.walk import leaf_datasets
 from ..errors import UserError
 
 # What mmcv's, mmdet's, mmseg's and mmpretrain's transforms, data preprocessors and test_cfg call sizes in pixels.
-_SIZES = ("scale", "scales", "img_scale", "crop_size", "size", "stride", "random_sizes")
+_SIZES = ("scale", "scales", "img_scale", "crop_size", "size", "stride", "random_size_range")
 _LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 
 
@@ -50,7 +50,7 @@ def _reference(cfg: Config) -> Optional[int]:
     """Return the size in pixels that ``--image-size`` names."""
     resizes = [("test_dataloader", ("Resize", "RandomResize"), "scale")]
     crops = [
-        ("train_dataloader", ("RandomCrop", "RandomResizedCrop"), "crop_size"),
+        ("train_dataloader", ("RandomCrop",), "crop_size"),
         ("train_dataloader", ("RandomResizedCrop",), "scale"),
     ]
     for loader, types, key in resizes if cfg.default_scope == "mmdet" else crops + resizes:

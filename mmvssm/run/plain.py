@@ -15,7 +15,16 @@ from .pretrained import start_from_scratch
 from .setup import generate_data, print_once
 
 _DATA_OPTIONS = ("data_root", "data_format", "classes", "reduce_zero_label", "no_data_check")
-_SHORT = ("amp_dtype", "batch_size", "lr", "layer_decay", "early_stop", "logger", "tensorboard")
+_SHORT = (
+    "amp_dtype",
+    "batch_size",
+    "image_size",
+    "lr",
+    "layer_decay",
+    "early_stop",
+    "logger",
+    "tensorboard",
+)
 _NOT_PLAIN = ("epochs", "iters", *_SHORT, *_DATA_OPTIONS)
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, DefaultScope
+from mmengine.registry import MODELS, TRANSFORMS, DefaultScope
 from PIL import Image
 
 import mmvssm.registry
@@ -165,6 +165,10 @@ def test_config_builds_in_mmdet(snippet):
     with torch.device("meta"):
         model = MODELS.build(dict(cfg.model, _scope_="mmdet"))
     assert f"mmvssm.{type(model.backbone).__name__}" == cfg.model.backbone.type
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        for loader in ("train_dataloader", "val_dataloader"):
+            for step in cfg.get(loader, {}).get("dataset", {}).get("pipeline", []):
+                TRANSFORMS.build(step)
     if "constructor" in cfg.get("optim_wrapper", {}):
         optimizer = build_optim_wrapper(model, cfg.optim_wrapper).optimizer
         assert len({group["lr"] for group in optimizer.param_groups}) > 2

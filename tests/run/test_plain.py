@@ -85,6 +85,7 @@ def test_it_generates_the_data_that_a_config_describes(config, in_folder):
         (["--data-root", "d", "--classes", "a"], "no --data-root, --classes;"),
         (["--no-reduce-zero-label", "--no-data-check"], "no --reduce-zero-label, --no-data-check;"),
         (["--reduce-zero-label"], "no --reduce-zero-label;"),
+        (["--image-size", "64", "--batch-size", "2"], "no --batch-size, --image-size;"),
     ],
     ids=str,
 )  # fmt: skip
