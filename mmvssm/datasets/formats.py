@@ -68,6 +68,7 @@ def made_from(
     name = f"{os.path.basename(root)}_{hashlib.sha256(state).hexdigest()[:12]}"
     folder = Path(work_dir, "data", name).absolute()
     unfinished = folder.with_name(f".{name}.{os.getpid()}")
+    ours = [path for path in (folder.parent, Path(work_dir)) if not path.exists()]
     try:
         if not folder.is_dir():
             unfinished.mkdir(parents=True)
@@ -79,7 +80,8 @@ def made_from(
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
         with suppress(OSError):  # of folders that are not empty
-            os.removedirs(folder.parent)
+            for path in ours:
+                path.rmdir()
     return folder, json.loads((folder / ABOUT).read_text(encoding="utf-8"))
 
 

@@ -13,7 +13,9 @@ from PIL import Image
 
 from mmvssm.datasets.annotations import read_coco
 from mmvssm.datasets.check import check_data
+from mmvssm.datasets.formats import made_from
 from mmvssm.datasets.root import apply_data_root
+from mmvssm.errors import UserError
 
 TRAIN = ("train_dataloader", "val_dataloader")
 WIDTH, HEIGHT = 20, 10
@@ -138,6 +140,17 @@ def test_roboflows_coco(root):
     content = content_of(cfg, "val_dataloader")
     assert [a["id"] for a in content["annotations"]] == [1, 2]  # pycocotools takes 0 for "none"
     assert [c["name"] for c in content["categories"]] == ["cat"]
+
+
+def test_a_refused_conversion_removes_no_folder_that_was_there(tmp_path):
+    def fail(folder):
+        raise UserError("no")
+
+    (tmp_path / "empty/run").mkdir(parents=True)
+    for work_dir in ("empty/run", "new"):
+        with pytest.raises(UserError, match="no"):
+            made_from(str(tmp_path), str(tmp_path / work_dir), [], fail)
+    assert [path.name for path in sorted(tmp_path.rglob("*"))] == ["empty", "run"]
 
 
 def test_boxes_alone_leave_the_mask_part_out(root):
