@@ -1,5 +1,8 @@
 """Operators that are called directly, without the checks of the public functions, refuse what would end the process."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -95,22 +98,17 @@ def test_gradients_of_the_convolution():
         CONV_BACKWARD(torch.zeros(1, 3, 3), *conv(), True, True, False)
 
 
-@pytest.mark.parametrize("pool", [False, True], ids=["one thread", "threads"])
-@pytest.mark.parametrize("operator", ["scan", "conv"])
-def test_out_of_memory_is_an_error(operator, pool, monkeypatch):
-    """Of arguments that a kernel packs anew, or keeps a state for."""
-    resource = pytest.importorskip("resource")
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2 if pool else 1)
+def exhaust(operator, threads):
+    """Call an operator with arguments that its kernel packs anew, or keeps a state for, without memory for that."""
+    import resource
+
+    torch.get_num_threads = lambda: threads
     if operator == "scan":
-        if not scan_cpu.available():
-            pytest.skip("the kernel is not compiled")
         states = dict(A=torch.zeros(2, 3, 2**19))
         states.update(B=torch.zeros(1, 4, 2, 1).expand(1, 4, 2, 2**19))
         call, arguments = SCAN, scan(**states, C=states["B"].clone())
         arguments[3] = arguments[3].contiguous()
     else:
-        if not conv_cpu.available():
-            pytest.skip("the kernel is not compiled")
         many = 2**22
         call, arguments = CONV, conv(x=torch.zeros(1, 4, many), weight=torch.zeros(many, 1, 3, 3))
     SCAN(*scan()), CONV(*conv())  # starts the threads
@@ -122,6 +120,24 @@ def test_out_of_memory_is_an_error(operator, pool, monkeypatch):
             call(*arguments)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the Linux kernel")
+@pytest.mark.skipif(
+    not (scan_cpu.available() and conv_cpu.available()), reason="the kernels are not compiled"
+)
+@pytest.mark.parametrize("operator", ["scan", "conv"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_out_of_memory_is_an_error(operator, threads):
+    """In a process of its own: tests before it leave freed memory, which would be used again."""
+    code = f"from test_direct_calls import exhaust; exhaust({operator!r}, {threads})"
+    repository = Path(__file__).parents[3]
+    paths = map(str, (Path(__file__).parent, repository, repository / "tests"))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_fitting_arguments_pass():
