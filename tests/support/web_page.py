@@ -45,7 +45,8 @@ def skip_without_browser():
 def served(folder, models=()):
     """The address of the page, with the given entries in its ``models.json``."""
     shutil.copytree(ROOT / "web", folder, dirs_exist_ok=True)
-    (folder / RUNTIME.name).symlink_to(RUNTIME)
+    # Copied: the server follows no link out of its folder.
+    shutil.copytree(RUNTIME, folder / RUNTIME.name)
     (folder / "models.json").write_text(json.dumps(list(models)))
     with PageServer(folder, 0) as server:
         thread = threading.Thread(target=server.serve)
