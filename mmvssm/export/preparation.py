@@ -47,6 +47,8 @@ def prunes(model: nn.Module) -> bool:
             "and an exported model takes any size; use 'decay' or 'hold'"
         )
     last = model.backbone.out_indices[-1]
+    if pruning.rejoin is not None and pruning.rejoin <= last:
+        return False  # the last map has all tokens
     return any(layer < last and ratio < 1 for layer, ratio in pruning.keep_ratios.items())
 
 

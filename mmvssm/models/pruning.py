@@ -56,6 +56,8 @@ PRESETS: dict[str, dict] = {
 }
 """Settings that save at least 40 % of the FLOPs of PlainMamba's sizes."""
 
+_OPTIONAL = "metric, alignment, reduction and rejoin"
+
 
 class PruningError(UserError, ValueError):
     """Raise where pruned tokens meet a setting or a neck that cannot take them. The message says what to do."""
@@ -74,6 +76,8 @@ class TokenPruning:
         metric: Importance of a token: one of :data:`METRICS`, or :data:`RANDOM`.
         alignment: See :data:`ALIGNMENTS`.
         reduction: See :data:`REDUCTIONS`. Merging keeps at least half of the tokens at a time.
+        rejoin: Layer before which all dropped tokens return with their last values, counted from 0, as SViT (WACV
+            2024) lets them for dense tasks; from there on the backbone is dense. None: they never return.
         num_layers: Number of layers.
 
     Attributes:
@@ -97,6 +101,7 @@ class TokenPruning:
         metric: str = "clip",
         alignment: str = "decay",
         reduction: str = "prune",
+        rejoin: Optional[int] = None,
         *,
         num_layers: int,
     ) -> None:
@@ -134,10 +139,18 @@ class TokenPruning:
                 "pruning: reduction='merge' merges tokens in pairs, so that keep_ratio must be at least 0.5; got "
                 f"{keep_ratio}."
             )
+        if rejoin is not None and not (
+            isinstance(rejoin, int) and layers[-1] + 1 < rejoin < num_layers
+        ):
+            raise ValueError(
+                f"pruning: rejoin must be a layer from {layers[-1] + 2} to {num_layers - 1}, so that one layer at "
+                f"least works on what is left; got {rejoin}."
+            )
         self.keep_ratios = dict(zip(layers, map(float, ratios)))
         self.metric = metric
         self.alignment = alignment
         self.reduction = reduction
+        self.rejoin = rejoin
         self.progress = 1.0
 
     @classmethod
@@ -147,14 +160,14 @@ class TokenPruning:
             if settings not in cls.presets:
                 raise ValueError(
                     f"pruning: unknown preset {settings!r}; known are {', '.join(map(repr, cls.presets))}, or a dict "
-                    "with layers and keep_ratio, and perhaps metric, alignment and reduction."
+                    f"with layers and keep_ratio, and perhaps {_OPTIONAL}."
                 )
             settings = cls.presets[settings]
-        known = {"layers", "keep_ratio", "metric", "alignment", "reduction"}
+        known = {"layers", "keep_ratio", "metric", "alignment", "reduction", "rejoin"}
         if not {"layers", "keep_ratio"} <= set(settings) <= known:
             raise ValueError(
-                "pruning: expected a dict with layers and keep_ratio, and perhaps metric, alignment and reduction; got "
-                f"the keys {sorted(settings)}."
+                f"pruning: expected a dict with layers and keep_ratio, and perhaps {_OPTIONAL}; got the keys "
+                f"{sorted(settings)}."
             )
         return cls(**settings, num_layers=num_layers)
 
@@ -350,6 +363,18 @@ def restore_map(tokens: Tensor, positions: Tensor, grid: tuple[int, int]) -> Ten
     maps = tokens.new_zeros((batch * grid[0] * grid[1], channels))
     maps = maps.index_copy(0, (positions + first).flatten(), tokens.flatten(0, 1))
     return maps.view(batch, *grid, channels).permute(0, 3, 1, 2)
+
+
+def with_dropped(tokens: Tensor, pruned: PrunedTokens) -> Tensor:
+    """All tokens of the grid as a map ``(B, C, h, w)``, dropped ones with their last values.
+
+    Args:
+        tokens: Kept tokens ``(B, K, C)``, perhaps after further layers.
+        pruned: Their positions, and the dropped tokens.
+    """
+    positions = torch.cat([pruned.positions, pruned.departed_positions], 1)
+    tokens = torch.cat([tokens, pruned.departed.to(tokens.dtype)], 1)
+    return restore_map(tokens, positions, pruned.grid)
 
 
 def packed_grid(num_tokens: int, grid: tuple[int, int]) -> tuple[int, int]:

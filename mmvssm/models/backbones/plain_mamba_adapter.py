@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ...registry import MODELS
-from ..pruning import restore_map
+from ..pruning import with_dropped
 from .common import init_parameters
 from .plain_mamba import PlainMamba
 from .token_backbone import LayerState, TokenStream
@@ -478,10 +478,7 @@ def _full_map(stream: TokenStream) -> Tensor:
     """All tokens as a map ``(B, C, h, w)``, dropped ones with their last values."""
     if stream.pruned is None:
         return stream.tokens.transpose(1, 2).unflatten(2, stream.grid)
-    pruned = stream.pruned
-    positions = torch.cat([pruned.positions, pruned.departed_positions], 1)
-    tokens = torch.cat([stream.tokens, pruned.departed.to(stream.tokens.dtype)], 1)
-    return restore_map(tokens, positions, stream.grid)
+    return with_dropped(stream.tokens, stream.pruned)
 
 
 def _resize(x: Tensor, size: Sequence[int]) -> Tensor:

@@ -19,6 +19,7 @@ from ..pruning import (
     padding_tokens,
     select,
     similarity_to_neighbors,
+    with_dropped,
 )
 from .base import Backbone
 from .common import accept_published_names
@@ -162,7 +163,7 @@ class TokenBackbone(Backbone):
         return TokenStream(tokens, grid, self.dense_layout(grid, x.device), padding)
 
     def run_layer(self, i: int, stream: TokenStream) -> tuple[LayerState, TokenStream]:
-        """Run layer ``i`` and prune after it, where it prunes.
+        """Run layer ``i``, on all tokens where dropped ones rejoin, and prune after it, where it prunes.
 
         Args:
             i: The layer, counted from 0.
@@ -171,6 +172,8 @@ class TokenBackbone(Backbone):
         Returns:
             The layer's output, and the next layer's input.
         """
+        if self.pruning is not None and i == self.pruning.rejoin:
+            stream = self._rejoin(stream)
         grid, pruned = stream.grid, stream.pruned
         num_tokens = num_kept = stream.tokens.shape[1]
         if self.pruning is not None:
@@ -197,6 +200,14 @@ class TokenBackbone(Backbone):
         pruned = drop_tokens(tokens, pruned, grid, kept, dropped)
         layout = self.pruned_layout(pruned)
         return state, TokenStream(pruned.tokens, grid, layout, stream.padding, pruned, sizes)
+
+    def _rejoin(self, stream: TokenStream) -> TokenStream:
+        """The stream with all dropped tokens back in their places."""
+        if stream.pruned is None:  # in training, before the first ratio falls below 1
+            return stream
+        tokens = with_dropped(stream.tokens, stream.pruned).flatten(2).transpose(1, 2)
+        layout = self.dense_layout(stream.grid, tokens.device)
+        return TokenStream(tokens, stream.grid, layout, stream.padding)
 
     def train(self, mode: bool = True) -> TokenBackbone:
         """Set the training mode of all but the frozen stages."""

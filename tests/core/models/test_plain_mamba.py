@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mmengine.registry import MODELS, DefaultScope
+from torch import Tensor
 
 from mmvssm.analysis.flops import count
 from mmvssm.models import PlainMamba
@@ -363,10 +364,11 @@ def test_scan_is_the_published_one(raster_source, double_step_bias):
 # ---------------------------------------------------------------------------------------------- pruned
 
 
+@pytest.mark.parametrize("rejoin", [None, 4])
 @pytest.mark.parametrize("alignment", ["decay", "hold", "none"])
-def test_keeping_all_is_the_dense_model_bit_for_bit(alignment):
+def test_keeping_all_is_the_dense_model_bit_for_bit(alignment, rejoin):
     dense = build()
-    pruned = build(dict(layers=(0, 2), keep_ratio=1, alignment=alignment))
+    pruned = build(dict(layers=(0, 2), keep_ratio=1, alignment=alignment, rejoin=rejoin))
     x = torch.randn(2, 3, 48, 64)
     for a, b in zip(dense(x), pruned(x)):
         assert torch.equal(a, b)
@@ -464,6 +466,41 @@ def test_departed_tokens_keep_their_last_value():
                 index = states[3].pruned.positions[b].tolist().index(position)
                 expected = states[3].tokens[b, index]
             assert torch.equal(pruned.departed[b, n], expected)
+
+
+REJOINING = dict(layers=(0, 1), keep_ratio=0.5, rejoin=3)
+
+
+def test_dropped_tokens_rejoin_with_their_last_value():
+    model = build(REJOINING)
+    states = list(model.walk_layers(torch.randn(2, 3, 48, 64)))
+    assert [state.tokens.shape[1] for state in states] == [48, 24, 12, 48, 48]
+    assert [state.pruned is None for state in states] == [True, False, False, True, True]
+    left = states[2].pruned
+    for b in range(2):
+        returned = torch.empty(48, 16)
+        returned[left.positions[b]] = states[2].tokens[b]
+        returned[left.departed_positions[b]] = left.departed[b]
+        layout = model.dense_layout((6, 8), returned.device)
+        expected, _ = model.layers[3](returned[None], layout)
+        torch.testing.assert_close(states[3].tokens[b : b + 1], expected)
+
+
+def test_layers_are_dense_once_tokens_rejoined():
+    model = build(REJOINING)
+    outputs = model(torch.randn(2, 3, 48, 64))
+    kinds = [Tensor, PrunedTokens, PrunedTokens, Tensor, Tensor]
+    assert [type(y) for y in outputs] == kinds
+    cost = count(model, lambda: model(torch.zeros(1, 3, 48, 64)))["total"]
+    assert cost.flops == flops_by_hand(MINI, 48, 64, [48, 24, 12, 48, 48])
+
+
+def test_dropped_tokens_learn_from_layers_that_they_rejoin():
+    model = build(REJOINING).train()
+    model(torch.randn(2, 3, 48, 64))[-1].square().mean().backward()
+    for name, parameter in model.named_parameters():
+        if not name.startswith("norms.") or name.startswith("norms.4"):
+            assert parameter.grad is not None and parameter.grad.isfinite().all(), name
 
 
 @pytest.mark.parametrize("metric", ["clip", "value", "l1", "l2"])

@@ -46,6 +46,8 @@ def pruning(**settings):
         (dict(alignment="align"), "unknown alignment 'align'; known are 'decay', 'hold', 'none'"),
         (dict(reduction="melt"), "unknown reduction 'melt'; known are 'prune', 'merge'"),
         (dict(reduction="merge", keep_ratio=0.4), "keep_ratio must be at least 0.5; got 0.4"),
+        (dict(rejoin=6), "rejoin must be a layer from 7 to 7, .* got 6"),
+        (dict(rejoin=8), "rejoin must be a layer from 7 to 7, .* got 8"),
         (dict(ratio=1), r"expected a dict with layers and keep_ratio, .* got the keys"),
     ],
 )

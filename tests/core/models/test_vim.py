@@ -200,6 +200,19 @@ def test_any_input_size(size, batch, stride):
 # ------------------------------------------------------------------------------------- pruning
 
 
+@pytest.mark.parametrize("alignment", ["decay", "hold", "none", "recentred"])
+def test_dropped_tokens_rejoin_around_the_class_token(alignment):
+    """With layers that change nothing, all tokens are back in their places."""
+    pruning = dict(layers=(0, 1), keep_ratio=0.5, alignment=alignment, rejoin=3)
+    model = build(pruning, out_type="cls_token")
+    for layer in model.layers:
+        mix = layer.forward
+        layer.forward = lambda x, *rest, mix=mix: (x, mix(x, *rest)[1])
+    states = list(model.walk_layers(torch.randn(2, 3, 48, 64)))
+    assert states[2].pruned is not None and states[3].pruned is None
+    assert torch.equal(states[3].tokens, states[0].tokens)
+
+
 @pytest.mark.parametrize("out_type", ["residual", "cls_token"])
 @pytest.mark.parametrize("alignment", ["decay", "hold", "none", "recentred"])
 def test_keeping_everything_is_the_dense_model(alignment, out_type):
@@ -485,7 +498,14 @@ def test_compile_fullgraph(out_type, pruning):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pruning", [pytest.param(None, marks=pytest.mark.nightly), PRUNING])
+@pytest.mark.parametrize(
+    "pruning",
+    [
+        pytest.param(None, marks=pytest.mark.nightly),
+        PRUNING,
+        pytest.param(dict(layers=(0, 1), keep_ratio=0.6, rejoin=3), marks=pytest.mark.nightly),
+    ],
+)
 def test_export_with_dynamic_sizes(pruning):
     model = build(pruning, out_indices=(0, 4))
     model = nn.Sequential(model, MODELS.build(dict(type="mmvssm.TokenRestoration")))
