@@ -1,5 +1,7 @@
 """The choice of tests by ``make test-changed``."""
 
+import functools
+
 import changed_tests
 import pytest
 
@@ -9,6 +11,14 @@ FILES = {
     for path in (changed_tests.REPOSITORY / name).rglob("*")
     if path.is_file() and "__pycache__" not in path.parts
 } | {"README.md", "setup.py"}
+
+
+@pytest.fixture(autouse=True)
+def each_set_of_files_is_read_once(monkeypatch):
+    monkeypatch.setattr(changed_tests, "users_of", lambda files, root: users_of(frozenset(files)))
+
+
+users_of = functools.cache(changed_tests.users_of)
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def named(found):
         pytest.param(
             block,
             id=f"{page.stem}-{number}",
-            marks=[pytest.mark.slow] if "build_onnx" in block else [],
+            marks=[pytest.mark.slow, pytest.mark.nightly] if "build_onnx" in block else [],
         )
         for number, (page, block) in enumerate(found)
     ]

@@ -329,7 +329,10 @@ FULL = {
 
 @pytest.mark.slow
 @pytest.mark.skipif(not may_mount(), reason="needs mounts of its own (root)")
-@pytest.mark.parametrize("case", FULL)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=pytest.mark.nightly) if "validation" in c else c for c in FULL],
+)
 def test_full(tmp_path, case):
     (size, where), settings, said = FULL[case]
     work_dir = tmp_path / "small" / "run"

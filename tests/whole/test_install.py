@@ -254,7 +254,9 @@ def without_path():
     return {**os.environ, "PYTHONPATH": os.pathsep.join(others)}
 
 
-@pytest.mark.parametrize("options", [[], ["-e"]], ids=["wheel", "editable"])
+@pytest.mark.parametrize(
+    "options", [[], pytest.param(["-e"], marks=pytest.mark.nightly)], ids=["wheel", "editable"]
+)
 @pytest.mark.slow
 def test_configs_are_inherited_by_name_wherever_a_project_is(source, tmp_path, options):
     python, packages = install_beside_others(source, tmp_path, options)

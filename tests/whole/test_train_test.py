@@ -489,15 +489,17 @@ def test_mixed_precision_without_a_gpu(trained, config, tmp_path, succeed_here, 
             ],
             "cannot pack the 199 tokens kept of a 20x20 grid",
         ),
-        (
+        pytest.param(
             PRUNED_SEGMENTATION.replace(RESTORED, RESTORED.split("\n")[1]),
             ["custom_hooks.0.num_iters=0"],
             "put dict(type='mmvssm.TokenRestoration') before other necks",
+            marks=pytest.mark.nightly,
         ),
-        (
+        pytest.param(
             PRUNED_SEGMENTATION,
             ["model.backbone.pruning=None"],
             "the model has no pruned backbone",
+            marks=pytest.mark.nightly,
         ),
     ],
     ids=["none that cannot be packed", "no restoration", "a warm-up of nothing"],

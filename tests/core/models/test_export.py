@@ -43,6 +43,7 @@ def check(program, model):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_groupmamba():
     model = GroupMamba(GROUPMAMBA, out_indices=(0, 3))
     check(export(model).module(), model)
@@ -56,6 +57,7 @@ def test_plainmamba_saved_and_loaded(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_pruned_plainmamba_saved_and_loaded(tmp_path):
     pruning = dict(layers=(0,), keep_ratio=0.6)
     backbone = PlainMamba(PLAINMAMBA, img_size=48, out_indices=(0, 1), pruning=pruning)

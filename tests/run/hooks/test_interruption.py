@@ -281,7 +281,7 @@ def test_signals_to_a_whole_group_of_processes(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signalled", [0, 1])
+@pytest.mark.parametrize("signalled", [pytest.param(0, marks=pytest.mark.nightly), 1])
 def test_two_processes_of_which_one_gets_the_signal(tmp_path, signalled):
     work_dir = tmp_path / "run"
     with socket.socket() as s:

@@ -194,7 +194,7 @@ def segmenters(export):
     return functools.cache(lambda name: export(SEGMENTERS[name]))
 
 
-IN_EVERY_RUN = {"groupmamba", "pruned"}
+IN_EVERY_RUN = {"pruned"}
 
 
 @pytest.fixture(
@@ -314,7 +314,7 @@ def _count_scans(path):
 @pytest.mark.slow
 def test_segmenter_at_an_image_s_own_size(segmenters):
     """Logits have the size of the image before resizing, as in tools/test.py."""
-    segmenter = segmenters("groupmamba")
+    segmenter = segmenters("pruned")
     images, size = random_images((1, 97, 131)), (60, 150)
     (found,) = segmenter.answer(OnnxModel(str(segmenter.path)), images, size)
     (expected,) = segmenter.eager(images, size)
