@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from campaign import Task, last_metric, run_tasks
+from campaign import Task, last_metric, run_tasks, settle, with_requirements
 
 from mmvssm.errors import UserError
 
@@ -148,6 +148,47 @@ def test_what_came_from_another_run_is_refused(tmp_path, task):
     with pytest.raises(UserError, match="from it has a run that came from another run of start"):
         run_tasks(tasks)
     assert log(tmp_path) == ["start", "from it"]
+
+
+def test_weights_that_are_gone_are_trained_again_for_what_starts_from_them(tmp_path, task, capsys):
+    """As for results that came from another machine; they stay, and what came from them is not refused."""
+    first, second = (replace(task(n, *a), weights=tmp_path / n / "last.pth") for n, *a in CHAIN)
+    for each in (first, second):
+        each.folder.mkdir()
+        each.weights.touch()
+    old = task("old", "second")
+    run_tasks([first, second, old])
+    results = [each.result for each in (first, second, old)]
+    for each in (first, second):
+        each.weights.unlink()
+    run_tasks([first, second, old])  # nothing needs them
+    assert log(tmp_path) == ["first", "second", "old"]
+    new = task("new", "second")
+    run_tasks([new, first, second, old])
+    assert log(tmp_path) == ["first", "second", "old", "first", "second", "new"]
+    assert [each.result for each in (first, second, old)] == results
+    assert (first.folder / "result_again.json").exists()
+    assert "second runs again for those that start from its weights, which are gone" in (
+        capsys.readouterr().out
+    )
+
+
+CHAIN = (("first",), ("second", "first"))
+
+
+def test_requirements_of_requirements():
+    requires = dict(a=["b"], b=["c", "d"], c=[], d=["c"], e=["a"])
+    assert with_requirements(["a"], requires.get) == {"a", "b", "c", "d"}
+
+
+def test_runs_of_other_settings_do_not_mix(tmp_path):
+    for _ in range(2):
+        settle(tmp_path / "out", dict(epochs=1, data_root="here"))
+    with pytest.raises(UserError, match="have data-root here, not there; name another --out"):
+        settle(tmp_path / "out", dict(epochs=1, data_root="there"))
+    (tmp_path / "out/campaign.json").write_text("{")
+    with pytest.raises(UserError, match=r"campaign\.json is damaged"):
+        settle(tmp_path / "out", dict(epochs=1, data_root="here"))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", "{}", '{"seconds": "x"}', "\xff", "FIFO"])

@@ -13,7 +13,6 @@ Examples:
 """
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -23,10 +22,11 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from campaign import Task, damaged, last_metric, run_tasks
+from campaign import Task, damaged, last_metric, run_tasks, settle, with_requirements
 from matplotlib.figure import Figure
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
+from report import NOT_TUNED, in_words, plot_against_time
 from torch import Tensor, nn
 
 from mmvssm.analysis.flops import count
@@ -82,7 +82,6 @@ def pruned(*options: str, tuned: bool = True, model: str = "PlainMamba") -> Arm:
     return Arm(config, ("custom_hooks.0.num_iters=0", *settings), start=model, tuned=tuned)
 
 
-NOT_TUNED = ", not tuned"
 PRUNINGS = {
     "decay": (),
     "hold": ("alignment=hold",),
@@ -211,7 +210,8 @@ class Campaign:
         self.out = Path(args.out)
         self.data_root = args.data_root
         self.epochs = args.epochs
-        self.arms = [name for name in ARMS if name in _with_what_they_need(args.arms)]
+        needed = with_requirements(args.arms, _requirements)
+        self.arms = [name for name in ARMS if name in needed]
         self.seeds = args.seeds
         self.num_classes = sum(path.is_dir() for path in Path(args.data_root, "train").iterdir())
         runs = [(arm, TEACHER_SEED) for arm in self.arms if arm in TEACHERS]
@@ -316,14 +316,9 @@ def _config(name: str) -> Config:
     return Config.fromfile(REPO / "configs" / name)
 
 
-def _with_what_they_need(arms: list[str]) -> set[str]:
-    needed = {
-        name
-        for arm in arms
-        for name in (ARMS[arm].start, ARMS[arm].teacher, *ARMS[arm].average)
-        if name
-    }
-    return {*arms, *(_with_what_they_need(list(needed)) if needed else ())}
+def _requirements(arm: str) -> list[str]:
+    settings = ARMS[arm]
+    return [name for name in (settings.start, settings.teacher, *settings.average) if name]
 
 
 def _of_training(folder: Path) -> dict[str, Any]:
@@ -333,28 +328,6 @@ def _of_training(folder: Path) -> dict[str, Any]:
 def _of_test(folder: Path) -> dict[str, Any]:
     with damaged(folder / "test_results.json"):
         return dict(top1=float(read_json(folder / "test_results.json", dict)["metrics"][METRIC]))
-
-
-def settle(args: argparse.Namespace) -> None:
-    """Save the settings that all runs in a folder share.
-
-    Raises:
-        UserError: If existing runs have other settings.
-    """
-    path = Path(args.out) / "campaign.json"
-    common = dict(data_root=str(Path(args.data_root).resolve()), epochs=args.epochs)
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(common) + "\n")
-        return
-    with damaged(path):
-        before = read_json(path, dict)
-    for key, value in common.items():
-        if before.get(key) != value:
-            raise UserError(
-                f"the runs in {args.out} have {key.replace('_', '-')} {before.get(key)}, not {value}; name another"
-                " --out"
-            )
 
 
 # ------------------------------------------------------------------------------------------- time
@@ -412,14 +385,6 @@ def table_of(results: dict[str, dict[str, Any]]) -> str:
     return table.get_string()
 
 
-def in_words(values: list[float]) -> str:
-    """Format the mean and, for several values, the standard deviation."""
-    if not values:
-        return ""
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{spread}"
-
-
 def draw(campaign: Campaign, results: dict[str, dict[str, Any]]) -> Figure:
     """Draw accuracy against time, of arms with and without a teacher and of pruned ones, and the former's losses."""
     figure = Figure((20, 4.6), dpi=110, layout="constrained")
@@ -433,23 +398,10 @@ def draw(campaign: Campaign, results: dict[str, dict[str, Any]]) -> Figure:
         (plain, of_plain, "PlainMamba, dense and pruned"),
         (vim, of_vim, "Vim, dense and pruned"),
     ):
-        for index, arm in enumerate(arms):
-            top1, milliseconds = results[arm]["top1"], results[arm]["milliseconds"]
-            axes.plot([milliseconds] * len(top1), top1, ".", color=f"C{index}", alpha=0.5)
-            axes.plot(
-                milliseconds,
-                statistics.mean(top1),
-                "_",
-                color=f"C{index}",
-                markersize=16,
-                label=arm,
-            )
+        plot_against_time(axes, {arm: results[arm] for arm in arms}, "top1")
         axes.set(
             xlabel="ms an image", ylabel="top-1 (%), each run a dot, their mean a line", title=title
         )
-        axes.grid(alpha=0.3)
-        if arms:
-            axes.legend(fontsize="small")
     for index, arm in enumerate(others):
         for curve in campaign.curves(arm):
             losses.plot(curve.steps, curve.values, color=f"C{index}", linewidth=0.8, alpha=0.8)
@@ -468,7 +420,8 @@ def draw(campaign: Campaign, results: dict[str, dict[str, Any]]) -> Figure:
 def main() -> None:
     """Run the tool."""
     args = parse_args()
-    settle(args)
+    data_root = str(Path(args.data_root).resolve())
+    settle(Path(args.out), dict(data_root=data_root, epochs=args.epochs))
     campaign = Campaign(args)
     run_tasks(list(campaign.tasks.values()), args.jobs)
     machine = about("cpu")

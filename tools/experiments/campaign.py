@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ from mmvssm.files import read_json, read_text, write_whole
 from mmvssm.run.setup import print_once
 
 _RESULT, _OUTPUT, _PARTS, _ORIGIN = "result.json", "output.txt", "seconds.txt", "origin.json"
+_AGAIN = "result_again.json"
 _LOOK_EVERY = 0.2  # seconds
 _TELL_EVERY = 300.0
 
@@ -37,6 +38,8 @@ class Task:
         settings: Settings that determine the result, for JSON. We reject a folder whose run has other settings, instead
             of resuming that run or taking its result.
         prepare: Called before the process starts; ``folder`` exists then.
+        weights: File that the command writes and tasks after it read. If it is gone when one of these is to run, the
+            command runs again; the result stays that of the first run.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Task:
     after: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict, repr=False)
     prepare: Optional[Callable[[], None]] = field(default=None, repr=False)
+    weights: Optional[Path] = None
 
     @property
     def result(self) -> Optional[dict[str, Any]]:
@@ -81,6 +85,10 @@ def run_tasks(tasks: Sequence[Task], jobs: int = 1) -> None:
     for task in tasks:
         _refuse_another(task, by_name)
     done = {task.name for task in tasks if task.result is not None}
+    again = _without_weights(tasks, by_name, done)
+    for name in again:
+        print_once(f"{name} runs again for those that start from its weights, which are gone")
+    done -= again
     waiting = [task for task in tasks if task.name not in done]
     failed: list[Task] = []
     print_once(
@@ -103,11 +111,9 @@ def run_tasks(tasks: Sequence[Task], jobs: int = 1) -> None:
             for process in [process for process in running.values() if process.ended]:
                 task = running.pop(process.task.name).task
                 if process.succeeded:
-                    _write_result(task)
+                    result = _write_result(task)
                     done.add(task.name)
-                    print_once(
-                        f"[{len(done)} of {len(tasks)}] {task.name}: {_in_words(task.result)}"
-                    )
+                    print_once(f"[{len(done)} of {len(tasks)}] {task.name}: {_in_words(result)}")
                 else:
                     failed.append(task)
                     print_once(f"{task.name} failed, see {task.folder / _OUTPUT}")
@@ -120,6 +126,20 @@ def run_tasks(tasks: Sequence[Task], jobs: int = 1) -> None:
             f"of {len(tasks)} runs {', '.join(task.name for task in failed)} failed{left}; the end of "
             f"{failed[0].folder / _OUTPUT} has the cause; the same command resumes from here"
         )
+
+
+def _without_weights(
+    tasks: Sequence[Task], by_name: Mapping[str, Task], done: set[str]
+) -> set[str]:
+    """Return the names of finished tasks whose weights are gone, and needed by what is still to run."""
+    again: set[str] = set()
+    while True:
+        to_run = [task for task in tasks if task.name not in done - again]
+        needed = {name for task in to_run for name in task.after} & done - again
+        gone = {n for n in needed if by_name[n].weights and not by_name[n].weights.exists()}
+        if not gone:
+            return again
+        again |= gone  # which may need weights of others in turn
 
 
 class _Process:
@@ -232,10 +252,13 @@ def _seconds(task: Task) -> float:
         return sum(map(float, read_text(path).split())) if path.exists() else 0.0
 
 
-def _write_result(task: Task) -> None:
+def _write_result(task: Task) -> dict[str, Any]:
     result = task.finish(task.folder)
     result["seconds"] = _seconds(task)
-    write_whole(task.folder / _RESULT, json.dumps(result) + "\n")
+    # What came from the first run's weights keeps its origin.
+    name = _AGAIN if (task.folder / _RESULT).exists() else _RESULT
+    write_whole(task.folder / name, json.dumps(result) + "\n")
+    return result
 
 
 def _in_words(result: dict[str, Any]) -> str:
@@ -246,6 +269,46 @@ def _in_words(result: dict[str, Any]) -> str:
             f"{result['seconds'] / 60:.1f} min",
         ]
     )
+
+
+def with_requirements(names: Iterable[str], requires: Callable[[str], Iterable[str]]) -> set[str]:
+    """Return some arms and all that they need, directly or not.
+
+    Args:
+        names: Names of arms.
+        requires: Returns the names of the arms that one needs.
+    """
+    found: set[str] = set()
+    left = list(names)
+    while left:
+        name = left.pop()
+        if name not in found:
+            found.add(name)
+            left += requires(name)
+    return found
+
+
+def settle(out: Path, settings: Mapping[str, Any]) -> None:
+    """Save the settings that all runs in a folder share.
+
+    Args:
+        out: The folder, created if it is missing.
+        settings: Settings for JSON, by the name of their option.
+
+    Raises:
+        UserError: If existing runs have other settings.
+    """
+    path = out / "campaign.json"
+    if not path.exists():
+        write_whole(path, json.dumps(settings) + "\n")
+        return
+    with damaged(path):
+        before = read_json(path, dict)
+    for key, value in settings.items():
+        if before.get(key) != value:
+            raise UserError(
+                f"the runs in {out} have {key.replace('_', '-')} {before.get(key)}, not {value}; name another --out"
+            )
 
 
 def last_metric(folder: Path, key: str) -> float:

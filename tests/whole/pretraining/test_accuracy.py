@@ -148,15 +148,6 @@ def test_what_is_refused(images, monkeypatch, arguments, words):
         accuracy.parse_args()
 
 
-def test_runs_of_other_lengths_do_not_mix(images, tmp_path):
-    args = argparse.Namespace(data_root=str(images), out=str(tmp_path / "out"), epochs=1)
-    accuracy.settle(args)
-    accuracy.settle(args)
-    args.epochs = None
-    with pytest.raises(UserError, match="have epochs 1, not None; name another --out"):
-        accuracy.settle(args)
-
-
 def test_table():
     results = {
         "pruned, hold": dict(top1=[80.0, 81.0], flops=27.43, parameters=0.1, milliseconds=0.5),
