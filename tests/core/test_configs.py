@@ -27,7 +27,8 @@ SHAPES = [
 ]
 SHAPES += [f"vim{pruned}_upernet_shapes" for pruned in ("", "_pruned")]
 SHAPES += [f"plainmamba_adapter{pruned}_maskrcnn_shapes" for pruned in ("", "_pruned")]
-LIBRARIES = {"maskrcnn": "mmdet", "retinanet": "mmdet", "upernet": "mmseg"}
+REAL = ["groupmamba_fasterrcnn_bccd", "groupmamba_upernet_camvid"]  # small models for real images
+LIBRARIES = {"maskrcnn": "mmdet", "fasterrcnn": "mmdet", "retinanet": "mmdet", "upernet": "mmseg"}
 BACKBONES = {  # by how a name begins, the longest first
     "plainmamba_adapter": "PlainMamba-Adapter",
     "plainmamba": "PlainMamba",
@@ -81,7 +82,7 @@ def build_optimizer(cfg, model):
 
 
 def is_large(name):
-    return not name.endswith("shapes")
+    return name not in SHAPES + REAL
 
 
 def with_large_marked_slow(names):
@@ -108,7 +109,7 @@ def test_the_promised_configs_are_there():
             for method in ("maskrcnn", "retinanet", "pruned_maskrcnn")
         }
     promised |= {f"vim{variant}_upernet_ade20k" for variant in ("", "_small", "_small_pruned")}
-    assert set(NAMES) == promised | set(SHAPES)
+    assert set(NAMES) == promised | set(SHAPES) | set(REAL)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -194,6 +195,8 @@ class TestText:
         if is_large(name):
             arch = load(name).model.backbone.arch
             assert f"{backbone}-{dict(tiny='T', small='S', base='B').get(arch, arch)}" in text
+        elif name in REAL:
+            assert name.rpartition("_")[2] in text.lower()
         else:
             assert "generated data set" in text
         assert ("pruned" in text) == ("_pruned_" in name)
@@ -233,7 +236,7 @@ class TestRecipes:
         )
         assert cfg.auto_scale_lr.base_batch_size == 16
 
-    @pytest.mark.parametrize("name", SHAPES)
+    @pytest.mark.parametrize("name", SHAPES + REAL)
     def test_scaling_learning_rates_starts_from_the_config_s_own_batch(self, name):
         cfg = load(name)
         assert cfg.auto_scale_lr.base_batch_size == cfg.train_dataloader.batch_size
