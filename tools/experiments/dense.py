@@ -1,0 +1,612 @@
+"""Compare backbones, and ways to prune one, on real street scenes (CamVid) or blood cells (BCCD), over seeds.
+
+We train every arm below with every seed from scratch, each with one thread, on the training split, and evaluate its
+last weights on the test split: backbones at about equal FLOPs of the whole model, with the same head, schedule and
+augmentation; and PlainMamba pruned in different ways. Results are a table, results.json and pictures.
+
+The same command skips finished runs and resumes interrupted ones. Finished runs count wherever they ran: copy their
+folders to --out. Of a run whose weights are gone we keep the result, and train again only if other arms start from it.
+
+Examples:
+    python tools/experiments/dense.py --data-root path/to/camvid --task camvid --jobs 2
+    python tools/experiments/dense.py --data-root path/to/bccd --task bccd --arms GroupMamba ResNet-18 --seeds 0
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import cache, partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Callable, Optional
+
+import numpy as np
+from campaign import Task, run_tasks, settle, with_requirements
+from dense_report import report
+from mmengine.config import Config, ConfigDict
+from mmseg.evaluation import IoUMetric
+from predictions import BOXES, MAPS, evaluate_boxes, score_boxes, score_maps, segment_areas
+from report import NOT_TUNED
+
+from mmvssm.datasets.formats import prepare_instances
+from mmvssm.datasets.layouts import Layout, list_files, only_suffix
+from mmvssm.errors import UserError, add_traceback_option, run_tool
+from mmvssm.files import read_json
+from mmvssm.run.setup import print_once
+
+REPO = Path(__file__).resolve().parents[2]
+
+# -------------------------------------------------------------------------------------- backbones
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A backbone as configs name it.
+
+    Attributes:
+        settings: Its config.
+        channels: Of its maps at strides 4, 8, 16 and 32; one number for maps of one stride, which a neck makes into a
+            pyramid.
+        package: Python package that it needs beyond mmdet and mmseg.
+    """
+
+    settings: dict[str, Any]
+    channels: Any
+    package: Optional[str] = None
+
+
+_PLAIN = dict(num_layers=8, patch_size=8, d_state=8)
+_CONVS = dict(num_convs_patch_embed=0, layers_with_dwconv=[0])
+_CROP = (256, 320)  # for which position embeddings are made
+BACKBONES = {
+    "GroupMamba": Backbone(
+        dict(
+            type="mmvssm.GroupMamba",
+            arch=dict(
+                stem_hidden_dim=16,
+                embed_dims=[48, 96, 160, 256],
+                depths=[1, 1, 3, 1],
+                mlp_ratios=[4, 4, 4, 4],
+            ),
+        ),
+        [48, 96, 160, 256],
+    ),
+    "VMamba": Backbone(
+        dict(
+            type="mmvssm.VMamba",
+            arch=dict(embed_dims=[48, 96, 160, 256], depths=[1, 1, 4, 1], ssm_ratio=1, mlp_ratio=4),
+        ),
+        [48, 96, 160, 256],
+    ),
+    "Spatial-Mamba": Backbone(
+        dict(
+            type="mmvssm.SpatialMamba",
+            arch=dict(embed_dims=[32, 64, 128, 192], depths=[1, 1, 3, 1], mlp_ratio=4),
+        ),
+        [32, 64, 128, 192],
+    ),
+    "PlainMamba": Backbone(
+        dict(
+            type="mmvssm.PlainMamba",
+            arch=dict(embed_dims=56, **_PLAIN, **_CONVS),
+            img_size=_CROP,
+            out_indices=(1, 3, 5, 7),
+        ),
+        56,
+    ),
+    "PlainMamba-Adapter": Backbone(
+        dict(
+            type="mmvssm.PlainMambaAdapter",
+            arch={**dict(embed_dims=72, **_PLAIN, **_CONVS), "patch_size": 16},
+            img_size=_CROP,
+            conv_inplane=16,
+            deform_num_heads=4,
+            interaction_indexes=((0, 1), (2, 3), (4, 5), (6, 7)),
+        ),
+        [72] * 4,
+    ),
+    "Vim": Backbone(
+        dict(
+            type="mmvssm.Vim",
+            arch=dict(embed_dims=88, stride=8, **_PLAIN),
+            img_size=_CROP,
+            out_indices=(1, 3, 5, 7),
+        ),
+        88,
+    ),
+    "ResNet-18": Backbone(
+        dict(type="ResNet", depth=18, stem_channels=34, base_channels=34, norm_cfg=dict(type="BN")),
+        [34, 68, 136, 272],
+    ),
+    "Swin": Backbone(
+        dict(type="SwinTransformer", embed_dims=32, depths=(2, 2, 4, 2), num_heads=(1, 2, 4, 8)),
+        [32, 64, 128, 256],
+    ),
+    "ConvNeXt": Backbone(
+        dict(
+            type="mmpretrain.ConvNeXt",
+            arch=dict(depths=[2, 2, 4, 2], channels=[44, 88, 176, 352]),
+            out_indices=(0, 1, 2, 3),
+            gap_before_final_norm=False,
+        ),
+        [44, 88, 176, 352],
+        package="mmpretrain",
+    ),
+}
+"""Backbones of about the same FLOPs, and as wide as that makes them."""
+
+# ------------------------------------------------------------------------------------------- arms
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A model and how it is trained.
+
+    Attributes:
+        backbone: Its name in :data:`BACKBONES`.
+        options: Settings changed in the config, by dotted key.
+        start: Arm whose weights, of the same seed, it starts from.
+        tuned: Whether it trains; otherwise it is ``start`` evaluated with these options.
+        length: Length of its training, in those of :attr:`DataSet.length`.
+        saving: Share of the backbone's FLOPs that its pruning is to save.
+        seeds: Default seeds.
+    """
+
+    backbone: str
+    options: dict[str, Any] = field(default_factory=dict)
+    start: Optional[str] = None
+    tuned: bool = True
+    length: float = 1.0
+    saving: float = 0.0
+    seeds: tuple[int, ...] = (0,)
+
+
+TUNING = dict(length=0.4, seeds=(0, 1))
+"""Fine-tuning is shorter, with a third of the learning rate; so is the dense model that is trained on."""
+
+DEFAULT = dict(layers=(0, 2, 4), keep_ratio=(0.6, 0.5, 0.65))
+"""40 % of the backbone's FLOPs. With these ratios ``alignment='none'`` finds a grid for what is kept."""
+
+
+def pruned(
+    saving: float = 0.4, neck: Optional[dict[str, Any]] = None, tuned: bool = True, **options: Any
+) -> Arm:
+    """Return a pruned PlainMamba that starts from the dense one.
+
+    None of them warms up, since ``alignment='none'`` packs only certain numbers of tokens.
+
+    Args:
+        saving: See :class:`Arm`.
+        neck: Settings of ``TokenRestoration``; it fills with the last values by default.
+        tuned: See :class:`Arm`.
+        options: Settings of the pruning that differ from :data:`DEFAULT`.
+    """
+    settings = {"model.backbone.pruning": {**DEFAULT, **options}}
+    settings.update({f"model.neck.0.{key}": value for key, value in (neck or {}).items()})
+    return Arm("PlainMamba", settings, "PlainMamba", tuned, saving=saving, **TUNING)
+
+
+_PRUNINGS: dict[str, dict[str, Any]] = {
+    "decay": {},
+    "hold": dict(alignment="hold"),
+    "none": dict(alignment="none"),
+    "random choice": dict(metric="random"),
+    "merging": dict(reduction="merge"),
+    "filled with zeros": dict(neck=dict(fill="zero")),
+    "earlier layers": dict(layers=(0, 1, 2), keep_ratio=(0.65, 0.6, 0.7)),
+    "later layers": dict(layers=(1, 3), keep_ratio=(0.4, 0.4)),
+    "25 %": dict(saving=0.25, keep_ratio=(0.8, 0.75, 0.75)),
+    "55 %": dict(saving=0.55, layers=(0, 1, 2), keep_ratio=(0.25, 0.5, 0.5)),
+}
+"""Arguments of :func:`pruned` that differ from the method's."""
+
+_LEARNED_FILLING = dict(fill="mask_token", refine=True, in_channels=56)
+_THREE = (0, 1, 2)
+ARMS = {
+    "GroupMamba": Arm("GroupMamba", seeds=_THREE),
+    "VMamba": Arm("VMamba", seeds=_THREE),
+    "Spatial-Mamba": Arm("Spatial-Mamba", seeds=_THREE),
+    "ResNet-18": Arm("ResNet-18", seeds=_THREE),
+    "PlainMamba": Arm("PlainMamba", seeds=(0, 1)),
+    "PlainMamba-Adapter": Arm("PlainMamba-Adapter"),
+    "Vim": Arm("Vim"),
+    "Swin": Arm("Swin"),
+    "ConvNeXt": Arm("ConvNeXt"),
+    "GroupMamba, long": Arm("GroupMamba", length=5.0),
+    "dense, trained on": Arm("PlainMamba", start="PlainMamba", **TUNING),
+    **{
+        f"pruned, {name}{NOT_TUNED * (not tuned)}": pruned(tuned=tuned, **options)
+        for name, options in _PRUNINGS.items()
+        for tuned in (True, False)
+    },
+    # Untuned, what is learned would be random.
+    "pruned, learned filling": pruned(neck=_LEARNED_FILLING),
+}
+
+# ------------------------------------------------------------------------------------------- data
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where the images and labels are.
+
+    Attributes:
+        options: Settings of a config that name them, by dotted key.
+        images: Folder of the images of the test split.
+        labels: Of the test split: the folder of its label maps, or its annotation file.
+        num_images: Number of images of each split.
+    """
+
+    options: dict[str, Any]
+    images: Path
+    labels: Path
+    num_images: dict[str, int]
+
+
+_LOADERS = dict(train_dataloader="train", val_dataloader="test", test_dataloader="test")
+
+
+def find_camvid(root: Path, out: Path) -> Data:
+    """Find CamVid's images and label maps in ADE20K's layout, with ``test`` as a third split.
+
+    Raises:
+        UserError: If a folder is missing.
+    """
+    folders = dict(train="training", test="test")
+    for kind in ("images", "annotations"):
+        for folder in folders.values():
+            if not (root / kind / folder).is_dir():
+                raise UserError(
+                    f"there is no folder {root / kind / folder}; CamVid is expected in images/ and annotations/, each "
+                    "with training/ and test/"
+                )
+    options = {}
+    for loader, split in _LOADERS.items():
+        images, maps = (f"{kind}/{folders[split]}" for kind in ("images", "annotations"))
+        options.update(
+            {
+                f"{loader}.dataset.data_root": str(root),
+                f"{loader}.dataset.data_prefix": dict(img_path=images, seg_map_path=maps),
+                f"{loader}.dataset.img_suffix": only_suffix(str(root / images)),
+            }
+        )
+    counts = {split: len(list_files(str(root / "images" / f))) for split, f in folders.items()}
+    return Data(options, root / "images/test", root / "annotations/test", counts)
+
+
+def find_bccd(root: Path, out: Path) -> Data:
+    """Find BCCD's images and boxes in Pascal VOC's layout, and convert the boxes to files in ``out``.
+
+    Raises:
+        UserError: If a file is missing, or a box cannot be read.
+    """
+    lists = {"train": "ImageSets/Main/train.txt", "val": "ImageSets/Main/test.txt"}
+    for part in ("Annotations", "JPEGImages", *lists.values()):
+        if not (root / part).exists():
+            raise UserError(
+                f"there is no {root / part}; BCCD is expected as it is published, with Annotations/, JPEGImages/ and "
+                "ImageSets/Main/{train,test}.txt"
+            )
+    layout = Layout("voc", "Pascal VOC", dict.fromkeys(lists, "JPEGImages"), lists)
+    files = prepare_instances(str(root), layout, str(out)).labels
+    options = {}
+    for loader, split in _LOADERS.items():
+        options.update(
+            {
+                f"{loader}.dataset.data_root": str(root),
+                f"{loader}.dataset.data_prefix": dict(img=""),
+                f"{loader}.dataset.ann_file": files["train" if split == "train" else "val"],
+            }
+        )
+    for evaluator in ("val_evaluator", "test_evaluator"):
+        options[f"{evaluator}.ann_file"] = files["val"]
+    counts = {
+        split: len(read_json(Path(files[key]), dict)["images"])
+        for split, key in (("train", "train"), ("test", "val"))
+    }
+    return Data(options, root, Path(files["val"]), counts)
+
+
+# ---------------------------------------------------------------------------------------- metrics
+
+
+def segmentation_metrics(folder: Path, labels: Path) -> dict[str, float]:
+    """Return mIoU, accuracies and the IoU of each class in percent, by mmseg's functions."""
+    classes = _camvid_classes()
+    maps = sorted((folder / MAPS).glob("*.png"))
+    areas = [segment_areas(path, labels / path.name, len(classes)) for path in maps]
+    found = IoUMetric.total_area_to_metrics(*map(sum, zip(*areas)))
+    means = dict(mIoU=found["IoU"], mAcc=found["Acc"], aAcc=found["aAcc"])
+    metrics = {key: np.nanmean(values) * 100 for key, values in means.items()}
+    metrics.update({f"IoU of {c}": value * 100 for c, value in zip(classes, found["IoU"])})
+    return _finite(metrics)
+
+
+def detection_metrics(folder: Path, labels: Path) -> dict[str, float]:
+    """Return AP, AP50, AP75 and the AP of each class in percent, by COCO's definition."""
+    evaluation = evaluate_boxes(folder / BOXES, labels)
+    # Thresholds of IoU, recalls, classes; of all areas, and as many detections as the detector makes.
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]
+    classes = evaluation.cocoGt.loadCats(evaluation.params.catIds)
+    parts = dict(AP=precision, AP50=precision[0], AP75=precision[5])
+    parts.update({f"AP of {c['name']}": precision[:, :, i] for i, c in enumerate(classes)})
+    return _finite({key: part[part > -1].mean() * 100 for key, part in parts.items()})
+
+
+def _camvid_classes() -> Sequence[str]:
+    return _base_config(DATA_SETS["camvid"].config).metainfo.classes
+
+
+def _finite(metrics: dict[str, float]) -> dict[str, float]:
+    """Leave out classes that the labels lack."""
+    return {key: float(value) for key, value in metrics.items() if np.isfinite(value)}
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What is trained and measured on a data set.
+
+    Attributes:
+        config: The config of GroupMamba, in ``configs``; arms differ in their backbones.
+        find: Finds the data below ``--data-root``; its second argument is the folder for converted files.
+        metrics: Called with a run's folder and :attr:`Data.labels`.
+        scores: Called with the same; returns a score of each test image, by file name.
+        metric: The main one of the metrics.
+        unit: What its schedule counts, an option of tools/train.py.
+        length: Length of a training.
+        shape: Height and width of what the network sees in a test.
+    """
+
+    config: str
+    find: Callable[[Path, Path], Data]
+    metrics: Callable[[Path, Path], dict[str, float]]
+    scores: Callable[[Path, Path], dict[str, float]]
+    metric: str
+    unit: str
+    length: int
+    shape: tuple[int, int]
+
+
+DATA_SETS = {
+    "camvid": DataSet(
+        *("groupmamba_upernet_camvid.py", find_camvid, segmentation_metrics),
+        lambda folder, labels: score_maps(folder, labels, len(_camvid_classes())),
+        *("mIoU", "iters", 1000, (360, 480)),
+    ),
+    "bccd": DataSet(
+        *("groupmamba_fasterrcnn_bccd.py", find_bccd, detection_metrics, score_boxes),
+        *("AP", "epochs", 16, (256, 320)),
+    ),
+}
+
+# --------------------------------------------------------------------------------------- campaign
+
+
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data-root", required=True, metavar="DIR", help="the data set, as docs/dense.md describes"
+    )
+    parser.add_argument("--task", required=True, choices=list(DATA_SETS), help="the data set")
+    parser.add_argument(
+        "--out", metavar="DIR", help="where runs and results go (default: work_dirs/dense/<task>)"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="of all arms; default one to three, by arm",
+    )
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        default=list(ARMS),
+        metavar="NAME",
+        help="which, and what they start from; default all",
+    )
+    parser.add_argument(
+        "--length",
+        type=int,
+        metavar="N",
+        help="so many iterations (camvid) or epochs (bccd) in every run, to try it out",
+    )
+    parser.add_argument("--no-time", action="store_true", help="do not measure time and memory")
+    parser.add_argument(
+        "--report", action="store_true", help="run nothing, report what is finished"
+    )
+    add_traceback_option(parser)
+    args = parser.parse_args()
+    unknown = [name for name in args.arms if name not in ARMS]
+    if unknown:
+        raise UserError(
+            f"unknown arms {', '.join(map(repr, unknown))}; known are {', '.join(map(repr, ARMS))}"
+        )
+    for option in ("jobs", "length"):
+        value = getattr(args, option)
+        if value is not None and value < 1:
+            raise UserError(f"--{option} must be at least 1; got {value}")
+    if args.seeds and len(set(args.seeds)) < len(args.seeds):
+        given = " ".join(map(str, args.seeds))
+        raise UserError(f"--seeds {given}: each seed once, or the spread would be that of one run")
+    return args
+
+
+class Campaign:
+    """All runs of the command line.
+
+    Args:
+        args: Parsed command line.
+
+    Attributes:
+        data_set: What is trained on.
+        data: Where it is.
+        arms: Names of the arms, with what they start from.
+        tasks: Their runs, by arm and seed.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.data_set = DATA_SETS[args.task]
+        self.out = Path(args.out or f"work_dirs/dense/{args.task}").absolute()
+        self.length = args.length
+        self.seeds = args.seeds
+        self.data = self.data_set.find(Path(args.data_root).absolute(), self.out)
+        settle(self.out, dict(task=args.task, length=args.length, images=self.data.num_images))
+        needed = with_requirements(args.arms, lambda arm: filter(None, [ARMS[arm].start]))
+        self.arms = [arm for arm in ARMS if arm in needed and _is_installed(arm)]
+        seeds = dict.fromkeys(seed for arm in self.arms for seed in self.seeds_of(arm))
+        runs = [(arm, seed) for seed in seeds for arm in self.arms if seed in self.seeds_of(arm)]
+        self.tasks = {run: self._task(*run) for run in runs}
+
+    def seeds_of(self, arm: str) -> Sequence[int]:
+        """Return the seeds of an arm."""
+        return self.seeds or ARMS[arm].seeds
+
+    def folder(self, arm: str, seed: int) -> Path:
+        """Return the folder of a run."""
+        return self.out / arm.replace(", ", "_").replace(" ", "_") / f"seed{seed}"
+
+    def length_of(self, arm: str) -> int:
+        """Return the length of an arm's training, in its config's unit."""
+        if not ARMS[arm].tuned:
+            return 0
+        return self.length or round(self.data_set.length * ARMS[arm].length)
+
+    def weights(self, arm: str, seed: int) -> Path:
+        """Return the file of an arm's final weights."""
+        if not ARMS[arm].tuned:
+            arm = ARMS[arm].start
+        unit = self.data_set.unit.removesuffix("s")
+        return self.folder(arm, seed) / f"{unit}_{self.length_of(arm)}.pth"
+
+    def config(self, arm: str) -> Config:
+        """Return the config of an arm, without paths."""
+        return config_of(self.data_set, arm)
+
+    def results(self, arm: str) -> dict[str, Any]:
+        """Return an arm's settings and the results of its finished runs."""
+        runs = []
+        for seed in self.seeds_of(arm):
+            result = self.tasks[arm, seed].result
+            if result is not None:
+                self._check(arm, result)
+                runs.append(dict(seed=seed, **result))
+        return dict(runs=runs, iterations=self._iterations(arm), options=ARMS[arm].options)
+
+    def _check(self, arm: str, result: dict[str, float]) -> None:
+        if self.data_set.metric not in result:
+            raise UserError(f"a result of {arm} lacks {self.data_set.metric}; move its folder away")
+
+    def _iterations(self, arm: str) -> int:
+        batches = 1
+        if self.data_set.unit == "epochs":
+            batch = self.config(arm).train_dataloader.batch_size
+            batches = math.ceil(self.data.num_images["train"] / batch)
+        return self.length_of(arm) * batches
+
+    def write_config(self, arm: str, seed: int) -> Path:
+        """Write the config of a run, with the paths of the data, and return its path."""
+        cfg = config_of(self.data_set, arm)
+        cfg.merge_from_dict(self.data.options)
+        folder = self.folder(arm, seed)
+        outputs = dict(output_dir=MAPS, outfile_prefix=BOXES.partition(".")[0])
+        key = "output_dir" if cfg.default_scope == "mmseg" else "outfile_prefix"
+        for evaluator in (cfg.val_evaluator, cfg.test_evaluator):
+            evaluator[key] = str(folder / outputs[key])
+        if ARMS[arm].start and ARMS[arm].tuned:
+            cfg.load_from = str(self.weights(ARMS[arm].start, seed))
+        cfg.randomness = dict(seed=seed)
+        # Beside the folder, since a test writes elsewhere if its config is in its work dir.
+        path = folder.with_name(f"{folder.name}.py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cfg.dump(path)
+        return path
+
+    def _task(self, arm: str, seed: int) -> Task:
+        settings, folder = ARMS[arm], self.folder(arm, seed)
+        command = [
+            sys.executable,
+            str(REPO / "tools" / ("train.py" if settings.tuned else "test.py")),
+        ]
+        command.append(str(folder.with_name(f"{folder.name}.py")))
+        if settings.tuned:
+            command += [f"--{self.data_set.unit}", str(self.length_of(arm))]
+        else:
+            command.append(str(self.weights(arm, seed)))
+        return Task(
+            f"{arm}, seed {seed}",
+            folder,
+            tuple(command),
+            partial(self.data_set.metrics, labels=self.data.labels),
+            after=(f"{settings.start}, seed {seed}",) if settings.start else (),
+            settings=dict(config=config_of(self.data_set, arm).to_dict()),
+            prepare=partial(self.write_config, arm, seed),
+            weights=self.weights(arm, seed),
+        )
+
+
+def _is_installed(arm: str) -> bool:
+    package = BACKBONES[ARMS[arm].backbone].package
+    if package is None or find_spec(package):
+        return True
+    print_once(f"{arm} is left out: it needs {package}, which is not installed")
+    return False
+
+
+def config_of(data_set: DataSet, arm: str) -> Config:
+    """Return the config of an arm, without paths."""
+    cfg = deepcopy(_base_config(data_set.config))
+    use_backbone(cfg.model, BACKBONES[ARMS[arm].backbone])
+    for loader in _LOADERS:
+        cfg[loader].num_workers = 0  # a run has one thread in all
+    # The last weights count, whatever the test says of others.
+    cfg.default_hooks.checkpoint.update(save_best=None, max_keep_ckpts=1)
+    if ARMS[arm].start:
+        cfg.optim_wrapper.optimizer.lr /= 3
+    cfg.merge_from_dict(ARMS[arm].options)
+    return cfg
+
+
+def use_backbone(model: ConfigDict, backbone: Backbone) -> None:
+    """Put a backbone into the config of a segmenter or a detector, in place."""
+    model.backbone = ConfigDict(deepcopy(backbone.settings))
+    is_plain = isinstance(backbone.channels, int)
+    channels = [backbone.channels] * 4 if is_plain else backbone.channels
+    if "decode_head" in model:
+        model.decode_head.in_channels, model.auxiliary_head.in_channels = channels, channels[2]
+    else:
+        model.neck.in_channels = channels
+    if is_plain:
+        pyramid = dict(
+            type="mmvssm.FeaturePyramid",
+            in_channels=backbone.channels,
+            rescales=[2, 1, 0.5, 0.25],
+            norm_cfg=dict(type="BN", requires_grad=True),
+        )
+        necks = [dict(type="mmvssm.TokenRestoration"), pyramid]
+        model.neck = [*necks, model.neck] if "neck" in model else necks
+
+
+@cache  # arms share it, and reading one takes a while
+def _base_config(name: str) -> Config:
+    return Config.fromfile(REPO / "configs" / name)
+
+
+def main() -> None:
+    """Run the tool."""
+    args = parse_args()
+    campaign = Campaign(args)
+    if not args.report:
+        run_tasks(list(campaign.tasks.values()), args.jobs)
+    report(campaign, time=not args.no_time)
+
+
+if __name__ == "__main__":
+    run_tool(main)
