@@ -57,7 +57,7 @@ model = dict(
 )
 
 # Schedule.
-max_epochs = 24
+max_epochs = 16
 train_cfg = dict(max_epochs=max_epochs, val_interval=max_epochs)
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=100),
@@ -71,4 +71,4 @@ param_scheduler = [
         convert_to_iter_based=True,
     ),
 ]
-default_hooks = dict(checkpoint=dict(interval=6), visualization=dict(draw=False))
+default_hooks = dict(checkpoint=dict(interval=4), visualization=dict(draw=False))

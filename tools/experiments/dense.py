@@ -356,7 +356,6 @@ class DataSet:
         scores: Called with the same; returns a score of each test image, by file name.
         metric: The main one of the metrics.
         unit: What its schedule counts, an option of tools/train.py.
-        length: Length of a training.
         shape: Height and width of what the network sees in a test.
     """
 
@@ -366,19 +365,23 @@ class DataSet:
     scores: Callable[[Path, Path], dict[str, float]]
     metric: str
     unit: str
-    length: int
     shape: tuple[int, int]
+
+    @property
+    def length(self) -> int:
+        """Length of a training, that of the config."""
+        return _base_config(self.config).train_cfg[f"max_{self.unit}"]
 
 
 DATA_SETS = {
     "camvid": DataSet(
         *("groupmamba_upernet_camvid.py", find_camvid, segmentation_metrics),
         lambda folder, labels: score_maps(folder, labels, len(_camvid_classes())),
-        *("mIoU", "iters", 1000, (360, 480)),
+        *("mIoU", "iters", (360, 480)),
     ),
     "bccd": DataSet(
         *("groupmamba_fasterrcnn_bccd.py", find_bccd, detection_metrics, score_boxes),
-        *("AP", "epochs", 16, (256, 320)),
+        *("AP", "epochs", (256, 320)),
     ),
 }
 
