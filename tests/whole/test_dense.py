@@ -18,7 +18,7 @@ import dense_report
 import predictions
 from dense import ARMS, BACKBONES, DATA_SETS, Backbone, Campaign, config_of
 from dense_report import cost_of
-from report import NOT_TUNED
+from results import NOT_TUNED
 
 from mmvssm.errors import UserError
 

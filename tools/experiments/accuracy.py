@@ -26,7 +26,7 @@ from campaign import Task, damaged, last_metric, run_tasks, settle, with_require
 from matplotlib.figure import Figure
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
-from report import NOT_TUNED, in_words, plot_against_time
+from results import NOT_TUNED, in_words, plot_against_time
 from torch import Tensor, nn
 
 from mmvssm.analysis.flops import count

@@ -29,7 +29,7 @@ from dense_report import report
 from mmengine.config import Config, ConfigDict
 from mmseg.evaluation import IoUMetric
 from predictions import BOXES, MAPS, evaluate_boxes, score_boxes, score_maps, segment_areas
-from report import NOT_TUNED
+from results import NOT_TUNED
 
 from mmvssm.datasets.formats import prepare_instances
 from mmvssm.datasets.layouts import Layout, list_files, only_suffix

@@ -19,7 +19,7 @@ from mmengine.dataset import pseudo_collate
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 from predictions import BOXES, MAPS, draw_predictions
-from report import NOT_TUNED, in_words, plot_against_time
+from results import NOT_TUNED, in_words, plot_against_time
 from torch import nn
 
 import mmvssm  # noqa: F401  (registers the models)
