@@ -308,6 +308,11 @@ def test_results_count_wherever_their_runs_were(one):
     assert one.results("Swin")["iterations"] == 1000 and one.results("Vim")["runs"] == []
 
 
+def test_nothing_to_report(one):
+    with pytest.raises(UserError, match=r"no run in .*out is finished; run without --report"):
+        dense_report.report(one, time=False)
+
+
 def test_table():
     results = {
         "pruned, hold": {

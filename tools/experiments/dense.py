@@ -498,14 +498,14 @@ class Campaign:
         runs = []
         for seed in self.seeds_of(arm):
             result = self.tasks[arm, seed].result
-            if result is not None:
-                self._check(arm, result)
-                runs.append(dict(seed=seed, **result))
+            if result is None:
+                continue
+            if self.data_set.metric not in result:
+                raise UserError(
+                    f"the result of {arm} lacks {self.data_set.metric}; move {self.folder(arm, seed)} away"
+                )
+            runs.append(dict(seed=seed, **result))
         return dict(runs=runs, iterations=self._iterations(arm), options=ARMS[arm].options)
-
-    def _check(self, arm: str, result: dict[str, float]) -> None:
-        if self.data_set.metric not in result:
-            raise UserError(f"a result of {arm} lacks {self.data_set.metric}; move its folder away")
 
     def _iterations(self, arm: str) -> int:
         batches = 1
@@ -534,11 +534,8 @@ class Campaign:
 
     def _task(self, arm: str, seed: int) -> Task:
         settings, folder = ARMS[arm], self.folder(arm, seed)
-        command = [
-            sys.executable,
-            str(REPO / "tools" / ("train.py" if settings.tuned else "test.py")),
-        ]
-        command.append(str(folder.with_name(f"{folder.name}.py")))
+        tool = REPO / "tools" / ("train.py" if settings.tuned else "test.py")
+        command = [sys.executable, str(tool), str(folder.with_name(f"{folder.name}.py"))]
         if settings.tuned:
             command += [f"--{self.data_set.unit}", str(self.length_of(arm))]
         else:
@@ -549,7 +546,7 @@ class Campaign:
             tuple(command),
             partial(self.data_set.metrics, labels=self.data.labels),
             after=(f"{settings.start}, seed {seed}",) if settings.start else (),
-            settings=dict(config=config_of(self.data_set, arm).to_dict()),
+            settings=dict(config=self.config(arm).to_dict(), length=self.length_of(arm)),
             prepare=partial(self.write_config, arm, seed),
             weights=self.weights(arm, seed),
         )

@@ -24,6 +24,7 @@ from torch import nn
 
 import mmvssm  # noqa: F401  (registers the models)
 from mmvssm.analysis.flops import Cost, count
+from mmvssm.errors import UserError
 from mmvssm.run.setup import print_once
 
 REPO = Path(__file__).resolve().parents[2]
@@ -124,8 +125,13 @@ def report(campaign: Campaign, time: bool) -> None:
     Args:
         campaign: The runs.
         time: Whether to measure time and memory.
+
+    Raises:
+        UserError: If no run is finished, or a result lacks the metric.
     """
     results = {arm: result for arm in campaign.arms if (result := campaign.results(arm))["runs"]}
+    if not results:
+        raise UserError(f"no run in {campaign.out} is finished; run without --report first")
     tuned = [arm for arm in results if not arm.endswith(NOT_TUNED)]
     for arm in tuned:
         costs = cost_of(campaign.config(arm), campaign.data_set.shape)
