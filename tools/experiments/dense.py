@@ -563,7 +563,10 @@ def _is_installed(arm: str) -> bool:
 def config_of(data_set: DataSet, arm: str) -> Config:
     """Return the config of an arm, without paths."""
     cfg = deepcopy(_base_config(data_set.config))
-    use_backbone(cfg.model, BACKBONES[ARMS[arm].backbone])
+    backbone = BACKBONES[ARMS[arm].backbone]
+    use_backbone(cfg.model, backbone)
+    if backbone.package:
+        cfg.custom_imports.imports.append(f"{backbone.package}.models")
     for loader in _LOADERS:
         cfg[loader].num_workers = 0  # a run has one thread in all
     # The last weights count, whatever the test says of others.
