@@ -67,6 +67,8 @@ def _parts(cfg: Config) -> Iterator[tuple[str, Any]]:
     for loader in _LOADERS:
         yield loader, (cfg.get(loader) or {}).get("dataset")
     yield "tta_pipeline", cfg.get("tta_pipeline")
+    for hook in cfg.get("custom_hooks") or ():  # mmdet's PipelineSwitchHook
+        yield "custom_hooks", hook.get("switch_pipeline")
     yield "data_preprocessor", cfg.get("data_preprocessor")
     yield "model.data_preprocessor", cfg.model.get("data_preprocessor")
     yield "model.test_cfg", cfg.model.get("test_cfg")

@@ -145,12 +145,17 @@ def test_what_several_loaders_share_is_scaled_once_and_a_window_too():
     model = dict(test_cfg=dict(mode="slide", crop_size=(50, 50), stride=(25, 25)))
     ranges = [dict(type="BatchSyncRandomResize", random_size_range=(50, 80))]
     model["data_preprocessor"] = dict(batch_augments=ranges)
-    cfg = Config(dict(default_scope="mmseg", model=model))
+    switch = dict(
+        type="PipelineSwitchHook", switch_epoch=50, switch_pipeline=[dict(type="Y", size=(100, 50))]
+    )
+    cfg = Config(dict(default_scope="mmseg", model=model, custom_hooks=[switch]))
     cfg.val_dataloader = cfg.test_dataloader = Config(dict(x=loader)).x
     set_image_size(cfg, 200)
     assert cfg.test_dataloader.dataset.pipeline[0].scale == (200, 100)
     assert cfg.model.test_cfg == dict(mode="slide", crop_size=(100, 100), stride=(50, 50))
     assert cfg.model.data_preprocessor.batch_augments[0].random_size_range == (100, 160)
+    assert cfg.custom_hooks[0].switch_epoch == 50
+    assert cfg.custom_hooks[0].switch_pipeline[0].size == (200, 100)
 
 
 def test_an_image_size_needs_a_size_to_change():
