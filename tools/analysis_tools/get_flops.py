@@ -6,6 +6,7 @@ Examples:
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -79,6 +80,9 @@ def run_once(model: nn.Module, image: torch.Tensor) -> object:
     """Run a backbone, classifier, segmenter or detector on ``(1, 3, H, W)``, without post-processing."""
     if not hasattr(model, "data_preprocessor"):
         return model(image)
+    head = getattr(model, "decode_head", None)
+    if hasattr(head, "query_embed"):  # Mask2Former's takes samples, too, but uses none here
+        head.forward = partial(type(head).forward, head, batch_data_samples=[])
     if hasattr(model, "decode_head") or is_classifier(model):
         return model(image, mode="tensor")
     from mmdet.structures import DetDataSample
