@@ -16,7 +16,7 @@ import mmvssm.registry
 from mmvssm.errors import UserError
 from mmvssm.models.weights import VARIABLE, drop_pretrained
 from mmvssm.models.weights_table import find_model
-from support.tiny_configs import DENSE
+from support.tiny_configs import DENSE, OTHER_HEADS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = [path.stem for path in DENSE]
@@ -28,7 +28,12 @@ SHAPES = [
 SHAPES += [f"vim{pruned}_upernet_shapes" for pruned in ("", "_pruned")]
 SHAPES += [f"plainmamba_adapter{pruned}_maskrcnn_shapes" for pruned in ("", "_pruned")]
 REAL = ["groupmamba_fasterrcnn_bccd", "groupmamba_upernet_camvid"]  # small models for real images
-LIBRARIES = {"maskrcnn": "mmdet", "fasterrcnn": "mmdet", "retinanet": "mmdet", "upernet": "mmseg"}
+OTHERS = [f"{backbone}_{head}_shapes" for backbone, head in OTHER_HEADS]
+SHAPES += OTHERS
+LIBRARIES = {
+    **dict.fromkeys(("maskrcnn", "fasterrcnn", "retinanet", "rtmdet"), "mmdet"),
+    **dict.fromkeys(("upernet", "segformer", "mask2former"), "mmseg"),
+}
 BACKBONES = {  # by how a name begins, the longest first
     "plainmamba_adapter": "PlainMamba-Adapter",
     "plainmamba": "PlainMamba",
@@ -109,6 +114,9 @@ def test_the_promised_configs_are_there():
             for method in ("maskrcnn", "retinanet", "pruned_maskrcnn")
         }
     promised |= {f"vim{variant}_upernet_ade20k" for variant in ("", "_small", "_small_pruned")}
+    for backbone, head in OTHER_HEADS:
+        data = "ade20k" if LIBRARIES[head.split("_")[-1]] == "mmseg" else "coco"
+        promised.add(f"{backbone}_{head}_{data}")
     assert set(NAMES) == promised | set(SHAPES) | set(REAL)
 
 
@@ -134,19 +142,23 @@ class TestText:
             with torch.device("meta"):
                 backbone = MODELS.build({**model.backbone, "init_cfg": None})
             assert len(backbone.out_strides) in (1, len(pyramid.rescales))
-            assert [backbone.out_strides[0] / r for r in pyramid.rescales] == [4, 8, 16, 32]
-            widths = [widths] * len(pyramid.rescales)
+            strides = [backbone.out_strides[0] / r for r in pyramid.rescales]
+            assert strides == [4, 8, 16, 32][-len(strides) :]
+            widths = [widths] * len(strides)
         else:
-            widths = list(widths)
+            widths = [widths[i] for i in model.backbone.get("out_indices", range(4))]
             necks = [model.neck] if "neck" in model else []
         if necks:
-            (fpn,) = necks
-            assert list(fpn.in_channels) == widths
-            head = model.bbox_head if "retinanet" in name else model.rpn_head
-            assert fpn.out_channels == head.in_channels
+            (neck,) = necks
+            assert list(neck.in_channels) == widths
+            head = model.get("rpn_head") or model.bbox_head
+            assert neck.out_channels == head.in_channels
         else:
             assert list(model.decode_head.in_channels) == widths
-            assert model.auxiliary_head.in_channels == widths[model.auxiliary_head.in_index]
+            if model.get("auxiliary_head"):
+                assert model.auxiliary_head.in_channels == widths[model.auxiliary_head.in_index]
+            else:
+                assert any(head in name for head in ("segformer", "mask2former"))
 
     def test_prunes_if_its_name_says_so(self, name):
         cfg = load(name)
@@ -236,7 +248,25 @@ class TestRecipes:
         )
         assert cfg.auto_scale_lr.base_batch_size == 16
 
-    @pytest.mark.parametrize("name", SHAPES + REAL)
+    @pytest.mark.parametrize(("backbone", "head"), OTHER_HEADS)
+    def test_other_heads_train_as_mask_rcnn_and_upernet_do(self, backbone, head):
+        segments = LIBRARIES[head.split("_")[-1]] == "mmseg"
+        first, data = ("upernet", "ade20k") if segments else ("maskrcnn", "coco")
+        cfg, known = (load(f"{backbone}_{name}_{data}") for name in (head, first))
+        parts = ["train_cfg", "param_scheduler", "optim_wrapper", "auto_scale_lr"]
+        if head == "mask2former":  # mmseg's recipe: the same length and batch
+            assert cfg.train_cfg.max_iters == known.train_cfg.max_iters
+            assert cfg.optim_wrapper.optimizer.lr == 1e-4
+            parts = ["auto_scale_lr"]
+        if head == "rtmdet":  # which shares weights
+            assert cfg.optim_wrapper.paramwise_cfg.pop("bypass_duplicate")
+        for part in parts:
+            assert without_scopes(cfg[part]) == without_scopes(known[part]), part
+        assert cfg.train_dataloader.batch_size == known.train_dataloader.batch_size
+        save_best = cfg.default_hooks.checkpoint.save_best
+        assert save_best == known.default_hooks.checkpoint.save_best
+
+    @pytest.mark.parametrize("name", SHAPES)
     def test_scaling_learning_rates_starts_from_the_config_s_own_batch(self, name):
         cfg = load(name)
         assert cfg.auto_scale_lr.base_batch_size == cfg.train_dataloader.batch_size
@@ -310,6 +340,16 @@ class TestModel:
             return
         norms = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
         spared = {id(p) for m in model.modules() if isinstance(m, norms) for p in m.parameters()}
+        if "mask2former" in name:  # whose embeddings are spared, and whose backbone learns slowly
+            embeddings = re.compile("query_embed|query_feat|level_embed")
+            embedded = {id(p) for n, p in model.named_parameters() if embeddings.search(n)}
+            assert len(embedded) > 2
+            spared |= embedded
+            rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
+            for parameter_name, parameter in model.named_parameters():
+                scale = 0.1 if is_large(name) and parameter_name.startswith("backbone.") else 1
+                rate = cfg.optim_wrapper.optimizer.lr * scale
+                assert rates[id(parameter)] == pytest.approx(rate), parameter_name
         named = dict(model.backbone.named_parameters())
         keys = cfg.optim_wrapper.paramwise_cfg.get("custom_keys", {})
         scans = {
@@ -329,7 +369,10 @@ class TestModel:
             assert value == expected
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.nightly] * (name in OTHERS)) for name in SHAPES],
+)
 class TestShapes:
     @pytest.mark.slow
     def test_loss_falls(self, name, tmp_path, monkeypatch):

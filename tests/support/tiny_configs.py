@@ -7,6 +7,12 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 DENSE = sorted(
     path for path in CONFIGS.glob("*.py") if not path.stem.endswith(("_imagenet", "_cifar10"))
 )
+_HEADS = {
+    "groupmamba": "fasterrcnn cascade_maskrcnn retinanet rtmdet mask2former segformer",
+    "plainmamba": "fasterrcnn retinanet segformer",
+}
+# Heads other than Mask R-CNN's and UperNet's, each with its backbone; of each pair there are two sizes.
+OTHER_HEADS = [(backbone, head) for backbone, heads in _HEADS.items() for head in heads.split()]
 SIZE = dict(num_train=4, num_val=2, image_size=64, seed=0)
 _ARCH = "dict(_delete_=True, stem_hidden_dim=8, embed_dims=[16] * 4, depths=[1] * 4, mlp_ratios=[2] * 4)"
 _DATA = """

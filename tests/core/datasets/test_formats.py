@@ -16,6 +16,7 @@ from mmvssm.datasets.check import check_data
 from mmvssm.datasets.formats import made_from
 from mmvssm.datasets.root import apply_data_root
 from mmvssm.errors import UserError
+from support.tiny_configs import CONFIGS
 
 TRAIN = ("train_dataloader", "val_dataloader")
 WIDTH, HEIGHT = 20, 10
@@ -208,6 +209,17 @@ def test_voc_counts_pixels_from_one(root):
         (1, [2, 2, 18, 4]),
     ]
     assert cfg.model.roi_head.get("mask_head") is None
+
+
+def test_a_cascade_keeps_its_three_box_heads(root):
+    write_voc(root)
+    cfg = Config.fromfile(CONFIGS / "groupmamba_cascade_maskrcnn_shapes.py")
+    cfg.train_dataloader.dataset.filter_cfg = None  # of small images
+    assert "it has boxes alone, so the model's mask part is left out" in applied(cfg, root)
+    roi_head = cfg.model.roi_head
+    assert not {"mask_head", "mask_roi_extractor"} & set(roi_head)
+    assert [head.num_classes for head in roi_head.bbox_head] == [2] * 3
+    assert (cfg.val_evaluator.metric, cfg.train_pipeline[1].with_mask) == ("bbox", False)
 
 
 def test_voc_whose_pixels_count_from_zero(root):
