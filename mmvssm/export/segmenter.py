@@ -29,6 +29,7 @@ class SegmenterGraph(nn.Module):
             raise UnsupportedModelError(
                 f"{type(model).__name__} cannot be exported: of segmenters, only those with one decode_head can"
             )
+        _check_head(model)
         mode = model.test_cfg.get("mode", "whole")
         if mode != "whole":
             raise UnsupportedModelError(
@@ -61,3 +62,13 @@ class SegmenterGraph(nn.Module):
         else:
             labels = (logits.sigmoid() > head.threshold).squeeze(1).to(torch.int64)
         return (logits, labels) if kept is None else (logits, labels, kept)
+
+
+def _check_head(model: nn.Module) -> None:
+    from mmseg.models.decode_heads.decode_head import BaseDecodeHead  # detectors need no mmseg
+
+    if not isinstance(model.decode_head, BaseDecodeHead):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} with {type(model.decode_head).__name__} cannot be exported: of segmenters, only "
+            "those can whose head turns maps into logits, such as UPerHead, SegformerHead and FCNHead"
+        )

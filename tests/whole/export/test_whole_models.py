@@ -97,6 +97,7 @@ SEGMENTERS = dict(
     groupmamba=tiny_configs.SEGMENTER,
     plainmamba=PLAIN + DENSE,
     pruned=PLAIN,
+    segformer=f"_base_ = '{tiny_configs.CONFIGS}/groupmamba_segformer_shapes.py'",
     spatialmamba=tiny_configs.SEGMENTER + SPATIAL,
     vim=VIM,
 )
@@ -342,6 +343,18 @@ def test_detector_equals_eager(detector, size):
     _check_masks(found["masks"], expected.masks)
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["groupmamba_fasterrcnn", "plainmamba_fasterrcnn"])
+def test_detector_of_boxes_alone_equals_eager(export, name):
+    detector = export(f"_base_ = '{tiny_configs.CONFIGS}/{name}_shapes.py'")
+    images = random_images((1, 97, 131))
+    found, expected = detector.run(images), detector.eager(images)[0].pred_instances
+    assert set(found) == {"boxes", "scores", "labels"} and len(expected) > 20
+    torch.testing.assert_close(found["boxes"], expected.bboxes, atol=0.1, rtol=0)
+    torch.testing.assert_close(found["scores"], expected.scores, atol=1e-3, rtol=0)
+    assert torch.equal(found["labels"], expected.labels)
+
+
 def _check_masks(found, expected):
     both, either = (f(found, expected).sum((1, 2)) for f in (torch.logical_and, torch.logical_or))
     # Of a small mask one pixel, whose probability is the threshold but for rounding, is more than a hundredth.
@@ -456,6 +469,21 @@ def tool(tmp_path, monkeypatch):
 def test_what_cannot_be_exported(tool, text, options, words):
     with pytest.raises(UserError) as caught:
         tool(getattr(tiny_configs, text), *options)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("groupmamba_retinanet", "it has no RPNHead; of detectors, only Faster and Mask R-CNN of"),
+        ("groupmamba_rtmdet", "it has no RPNHead; of detectors, only Faster and Mask R-CNN of"),
+        ("groupmamba_cascade_maskrcnn", "it has CascadeRoIHead for StandardRoIHead; of detectors"),
+        ("groupmamba_mask2former", "with Mask2FormerHead cannot be exported: of segmenters, only"),
+    ],
+)
+def test_heads_that_cannot_be_exported(tool, name, words):
+    with pytest.raises(UserError) as caught:
+        tool(f"_base_ = '{tiny_configs.CONFIGS}/{name}_shapes.py'")
     assert words in str(caught.value)
 
 
