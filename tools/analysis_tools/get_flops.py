@@ -6,7 +6,6 @@ Examples:
 """
 
 import argparse
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -81,17 +80,32 @@ def run_once(model: nn.Module, image: torch.Tensor) -> object:
     if not hasattr(model, "data_preprocessor"):
         return model(image)
     head = getattr(model, "decode_head", None)
-    if hasattr(head, "query_embed"):  # Mask2Former's takes samples, too, but uses none here
-        head.forward = partial(type(head).forward, head, batch_data_samples=[])
+    if hasattr(head, "query_embed"):  # Mask2Former's takes samples, too, which that mode lacks
+        model.forward = lambda image: head(model.extract_feat(image), [])
+        return model(image)
     if hasattr(model, "decode_head") or is_classifier(model):
         return model(image, mode="tensor")
+    from mmdet.models.roi_heads import CascadeRoIHead
     from mmdet.structures import DetDataSample
 
+    if isinstance(getattr(model, "roi_head", None), CascadeRoIHead) and model.roi_head.with_mask:
+        predict_masks_of_a_hundred(model.roi_head)
     shape = tuple(image.shape[-2:])
     sample = DetDataSample(
         metainfo=dict(img_shape=shape, ori_shape=shape, pad_shape=shape, scale_factor=(1, 1))
     )
     return model(image, [sample], mode="tensor")
+
+
+def predict_masks_of_a_hundred(roi_head: nn.Module) -> None:
+    """Let a cascade predict masks of 100 boxes, as all models do at inference, and not of all proposals."""
+    forward = roi_head._mask_forward
+
+    def limited(stage: int, maps: tuple, rois: torch.Tensor) -> dict:
+        masks = forward(stage, maps, rois[:100])["mask_preds"]
+        return dict(mask_preds=masks[:1].expand(len(rois), -1, -1, -1))
+
+    roi_head._mask_forward = limited
 
 
 def main() -> None:
