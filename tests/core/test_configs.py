@@ -401,5 +401,7 @@ class TestShapes:
                 total.backward()
                 optimizer.step()
                 totals.append(total.item())
+        if name in OTHERS:  # so that DistributedDataParallel needs no find_unused_parameters
+            assert all(parameter.grad is not None for parameter in model.parameters())
         assert all(value == value for value in totals)
         assert min(totals[-2:]) < 0.8 * totals[0]
