@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Optional
 
@@ -63,6 +64,34 @@ def time_side_by_side(
     Returns:
         Seconds of each run, without a first run to warm up.
     """
+
+    def once(run: Callable[[], object]) -> float:
+        if setup is not None:
+            setup()
+        synchronize(device)
+        start = time.perf_counter()
+        run()
+        synchronize(device)
+        return time.perf_counter() - start
+
+    return alternate(
+        {name: partial(once, run) for name, run in candidates.items()}, seconds, min_runs
+    )
+
+
+def alternate(
+    candidates: dict[str, Callable[[], float]], seconds: float, min_runs: int
+) -> dict[str, list[float]]:
+    """Call functions that time one run each, as :func:`time_side_by_side` calls what it times.
+
+    Args:
+        candidates: Functions that return seconds, by name.
+        seconds: Total time per candidate; slower ones run ``min_runs`` times.
+        min_runs: Least number of runs.
+
+    Returns:
+        Seconds of each run, without a first run to warm up.
+    """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     warm: set[str] = set()
     order = random.Random(0)
@@ -72,14 +101,9 @@ def time_side_by_side(
             return times
         order.shuffle(due)
         for name in due:
-            if setup is not None:
-                setup()
-            synchronize(device)
-            start = time.perf_counter()
-            candidates[name]()
-            synchronize(device)
+            taken = candidates[name]()
             if name in warm:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(taken)
             warm.add(name)
 
 
