@@ -4,6 +4,7 @@ import json
 import sys
 from importlib.util import find_spec
 
+import onnxruntime_scan
 import peers
 import pytest
 import torch
@@ -60,6 +61,8 @@ def test_without_any_peer_it_times_ours_the_definition_and_a_copy(monkeypatch, c
 def test_installed_peers_compute_the_scan(name, states):
     if not find_spec(PEERS[name].needs):
         pytest.skip(f"{name} is not installed")
+    if name == "onnxruntime":
+        pytest.importorskip("onnxruntime", minversion="1.25")
     inputs = peers.make_inputs((2, 40, 5, states))
     given = {k: x.double() for k, x in inputs.items()}
     exact = selective_scan_naive(
@@ -67,6 +70,16 @@ def test_installed_peers_compute_the_scan(name, states):
     )[:, :, 0]
     y, *_ = passes(PEERS[name], inputs, torch.ones_like(inputs["u"]))["forward"]()
     peers.check(name, {"forward": [y.detach()]}, {"forward": [exact]})
+
+
+@pytest.mark.parametrize("states", [1, 3])
+def test_heads_of_linear_attention_are_the_channels_of_all_walks(states):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime", minversion="1.25")
+    inputs = onnxruntime_scan.make_inputs((2, 40, 3, 5, states))
+    exact = selective_scan_naive(**{name: x.double() for name, x in inputs.items()})
+    y = onnxruntime_scan.as_linear_attention(inputs)()
+    peers.check("LinearAttention", {"forward": [y]}, {"forward": [exact]})
 
 
 @pytest.mark.parametrize("wrong", [1e-3, float("nan")])

@@ -1,6 +1,8 @@
-"""Compare the selective scan as onnxruntime's native operator with the operator in torch.
+"""Compare the selective scan in onnxruntime with the operator in torch.
 
-Needs onnx, onnxruntime and the compiled CPU kernels. We time one only after the other's threads have stopped spinning.
+onnxruntime runs it as mmvssm's native operator, as the portable function that exported models carry, and as its own
+LinearAttention, which releases from 1.25 have. Needs onnx, onnxruntime and the compiled CPU kernels. We time one only
+after the threads of the one before have stopped spinning.
 
 Examples:
     python tools/benchmark/onnxruntime_scan.py
@@ -10,9 +12,12 @@ Examples:
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 
 import torch
+from mmengine.utils import digit_version
+from peer_scans import build_onnxruntime
 from timing import about, markdown_table, time_side_by_side, write_json
 from torch import Tensor
 
@@ -66,24 +71,44 @@ def make_inputs(shape: tuple[int, ...]) -> dict[str, Tensor]:
     )
 
 
-def in_onnxruntime(inputs: dict[str, Tensor], threads: int) -> Callable[[], Tensor]:
-    """Return the run of a session on a model of this one node."""
+def in_onnxruntime(
+    inputs: dict[str, Tensor], threads: int, native: bool = True
+) -> Callable[[], Tensor]:
+    """Return the run of a session on a model of this one node, as our operator or as its portable function."""
     import onnxruntime
     from onnx import TensorProto, helper
+
+    from mmvssm.export.scan_function import scan_function
 
     node = helper.make_node("SelectiveScan", list(inputs), ["y"], domain="mmvssm", delta_softplus=1)
     values = [helper.make_tensor_value_info(x, TensorProto.FLOAT, None) for x in (*inputs, "y")]
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid("mmvssm", 1)]
     graph = helper.make_graph([node], "scan", values[:-1], values[-1:])
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.register_custom_ops_library(onnxruntime_library())
+    if native:
+        options.register_custom_ops_library(onnxruntime_library())
+    else:
+        one_state = inputs["A"].shape[-1] == 1
+        function = scan_function(["D", "delta_bias"], one_state, delta_softplus=True, opset=18)
+        model.functions.append(function)
+        model.graph.node[0].overload = function.overload
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
     feeds = {name: x.numpy() for name, x in inputs.items()}
     return lambda: torch.from_numpy(session.run(["y"], feeds)[0])
+
+
+def as_linear_attention(inputs: dict[str, Tensor]) -> Callable[[], Tensor]:
+    """Return the run of a model on onnxruntime's own operator, with the walks side by side."""
+    by_walk = ("A", "D", "delta_bias")
+    flat = {
+        name: x.flatten(0, 1) if name in by_walk else x.flatten(2) for name, x in inputs.items()
+    }
+    run = build_onnxruntime(flat, walks=inputs["u"].shape[2])
+    return lambda: run().view_as(inputs["u"])
 
 
 @torch.no_grad()
@@ -97,28 +122,33 @@ def main() -> None:
     machine["onnxruntime"] = onnxruntime.__version__
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
     table = markdown_table(
-        ["B, L, K, D, N", "torch (ms)", "onnxruntime (ms)", "of torch's time", "largest difference"]
+        ["B, L, K, D, N", "scan", "best (ms)", "of torch's time", "largest difference"]
     )
     records = []
     for shape in args.shape or SHAPES:
         inputs = make_inputs(tuple(shape))
         runs = {
-            "torch": lambda inputs=inputs: selective_scan(**inputs),
-            "onnxruntime": in_onnxruntime(inputs, args.threads),
+            "torch": partial(selective_scan, **inputs),
+            "native operator": in_onnxruntime(inputs, args.threads),
+            "portable function": in_onnxruntime(inputs, args.threads, native=False),
         }
-        difference = float((runs["torch"]() - runs["onnxruntime"]()).abs().max())
+        if digit_version(onnxruntime.__version__) >= digit_version("1.25"):
+            runs["LinearAttention"] = as_linear_attention(inputs)
+        y = runs["torch"]()
+        differences = {name: float((run() - y).abs().max()) for name, run in runs.items()}
         # Idle threads of each spin for a while and would slow down the other.
         times = time_side_by_side(runs, "cpu", args.seconds, setup=lambda: time.sleep(0.02))
-        best = {name: min(seconds) for name, seconds in times.items()}
-        records.append(dict(shape=shape, seconds=times, difference=difference))
-        table.add_row(
-            [
-                ", ".join(map(str, shape)),
-                *(f"{seconds * 1e3:.2f}" for seconds in best.values()),
-                f"{best['onnxruntime'] / best['torch']:.2f}",
-                f"{difference:.1e}",
-            ]
-        )
+        records.append(dict(shape=shape, seconds=times, differences=differences))
+        for name, seconds in times.items():
+            table.add_row(
+                [
+                    ", ".join(map(str, shape)),
+                    name,
+                    f"{min(seconds) * 1e3:.2f}",
+                    f"{min(seconds) / min(times['torch']):.2f}",
+                    f"{differences[name]:.1e}",
+                ]
+            )
     print(table)
     write_json(args.out, dict(machine, records=records))
 

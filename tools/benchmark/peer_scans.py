@@ -85,31 +85,43 @@ def build_ipex(inputs: Inputs) -> Callable[[], Tensor]:
     return lambda: MambaMixer.selective_scan_fn(**inputs, delta_softplus=True)
 
 
-def build_onnxruntime(inputs: Inputs) -> Callable[[], Tensor]:
+def build_onnxruntime(inputs: Inputs, walks: int = 1) -> Callable[[], Tensor]:
     """Prepare onnxruntime's LinearAttention, whose heads are the scan's channels, on a model of its own.
 
     Its ``S <- exp(decay) * S + key * value`` and ``query * S`` are the scan if the decay is ``step * A``, the key
-    ``B``, the value ``step * u`` and the query ``C``. All heads share key and query. The standard operator of opset 27
-    shares no query, and onnxruntime 1.32 has no kernel of it for CPUs.
+    ``B``, the value ``step * u`` and the query ``C``. All heads of a walk share key and query. The standard operator of
+    opset 27 shares no query, and onnxruntime 1.32 has no kernel of it for CPUs.
+
+    Args:
+        inputs: Those of a scan, perhaps with ``D`` and ``delta_bias (D,)``.
+        walks: Number of walks that lie side by side in the last axis of ``u``, ``delta``, ``B`` and ``C``, and in the
+            first of the others.
     """
     import onnx.parser
     import onnxruntime
 
-    channels = inputs["u"].shape[2]
+    given = ", ".join(f"float[{_AXES[name]}] {name}" for name in inputs)
+    raw, y = "delta", "y"
+    before = after = ""
+    if "delta_bias" in inputs:
+        raw, before = "raw", "raw = Add (delta, delta_bias)"
+    if "D" in inputs:
+        y, after = "scanned", "skip = Mul (u, D)  y = Add (scanned, skip)"
     model = onnx.parser.parse_model(f"""
         <ir_version: 10, opset_import: ["" : 18, "com.microsoft" : 1]>
-        scan (float[b, l, d] u, float[b, l, d] delta, float[d, n] A, float[b, l, n] B, float[b, l, n] C)
-        => (float[b, l, d] y)
+        scan ({given}) => (float[b, l, d] y)
         {{
             last = Constant <value = int64[1] {{-1}}> ()
             packed = Constant <value = int64[3] {{0, 0, -1}}> ()
-            step = Softplus (delta)
+            {before}
+            step = Softplus ({raw})
             value = Mul (step, u)
             column = Unsqueeze (step, last)
             exponent = Mul (column, A)
             decay = Reshape (exponent, packed)
-            y, state = com.microsoft.LinearAttention <q_num_heads = 1, kv_num_heads = {channels}, scale = 1.0,
-                update_rule = "gated"> (C, B, value, , decay)
+            {y}, state = com.microsoft.LinearAttention <q_num_heads = {walks}, kv_num_heads = {inputs["u"].shape[2]},
+                scale = 1.0, update_rule = "gated"> (C, B, value, , decay)
+            {after}
         }}""")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -118,6 +130,11 @@ def build_onnxruntime(inputs: Inputs) -> Callable[[], Tensor]:
     )
     feeds = {name: x.numpy() for name, x in inputs.items()}
     return lambda: torch.from_numpy(session.run(["y"], feeds)[0])
+
+
+_AXES = dict(
+    u="b, l, d", delta="b, l, d", A="d, n", B="b, l, m", C="b, l, m", D="d", delta_bias="d"
+)
 
 
 class _GgmlMemory(ctypes.Structure):
@@ -195,7 +212,7 @@ PEERS = {
         "in an environment of its own, for --python: pip install torch==2.8.0 intel-extension-for-pytorch==2.8.0",
         tokens_last=True,
     ),
-    "onnxruntime": Scan(build_onnxruntime, "onnxruntime", "pip install onnx onnxruntime"),
+    "onnxruntime": Scan(build_onnxruntime, "onnxruntime", "pip install onnx 'onnxruntime>=1.25'"),
     "ggml": Scan(build_ggml, "pywhispercpp", "pip install pywhispercpp"),
 }
 """Other scans by name."""
