@@ -66,7 +66,9 @@ def parse_args() -> argparse.Namespace:
         help="the interpreter that has a peer; repeatable (default: this one)",
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each")
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each candidate")
+    parser.add_argument(
+        "--seconds", type=float, default=1.0, help="for each candidate, or 100 runs"
+    )
     parser.add_argument(
         "--default-malloc", action="store_true", help="do not keep freed memory, unlike our tools"
     )
@@ -222,7 +224,7 @@ def compare(shape: tuple[int, ...], peers: list[str], args: argparse.Namespace, 
                     runs[peer] = partial(worker.run, step)
             runs[COPY] = timed(copying(bytes_moved(inputs, step)))
             rested = {name: partial(after_rest, run) for name, run in runs.items()}
-            seconds[step] = alternate(rested, args.seconds, min_runs=3)
+            seconds[step] = alternate(rested, args.seconds, min_runs=3, max_runs=100)
     return dict(shape=shape, seconds=seconds, differences=differences)
 
 

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import platform
 import random
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -80,7 +81,10 @@ def time_side_by_side(
 
 
 def alternate(
-    candidates: dict[str, Callable[[], float]], seconds: float, min_runs: int
+    candidates: dict[str, Callable[[], float]],
+    seconds: float,
+    min_runs: int,
+    max_runs: int = sys.maxsize,
 ) -> dict[str, list[float]]:
     """Call functions that time one run each, as :func:`time_side_by_side` calls what it times.
 
@@ -88,6 +92,7 @@ def alternate(
         candidates: Functions that return seconds, by name.
         seconds: Total time per candidate; slower ones run ``min_runs`` times.
         min_runs: Least number of runs.
+        max_runs: Largest number of runs.
 
     Returns:
         Seconds of each run, without a first run to warm up.
@@ -96,7 +101,11 @@ def alternate(
     warm: set[str] = set()
     order = random.Random(0)
     while True:
-        due = [n for n in candidates if len(times[n]) < min_runs or sum(times[n]) < seconds]
+        due = [
+            name
+            for name, taken in times.items()
+            if len(taken) < min_runs or (len(taken) < max_runs and sum(taken) < seconds)
+        ]
         if not due:
             return times
         order.shuffle(due)
