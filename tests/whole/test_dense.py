@@ -383,6 +383,19 @@ def test_a_campaign_with_times_whose_weights_get_lost(roots, tmp_path, monkeypat
     assert found["pruned, merging"]["backbone_flops"] < found["PlainMamba"]["backbone_flops"]
     for name in ("time.png", "predictions.jpg"):
         assert (tmp_path / name).stat().st_size > 10_000
+    interrupted = tmp_path / "GroupMamba/seed0"
+    (interrupted / "result.json").unlink()
+    for path in (
+        *interrupted.glob("predictions/1.png"),
+        *interrupted.glob("predictions.bbox.json"),
+    ):
+        path.unlink()
+    run(monkeypatch, roots, tmp_path, task, *ARGUMENTS, *arms, "--no-time")
+    assert "GroupMamba, seed 0 ended within its evaluation; we repeat that" in (
+        capsys.readouterr().out
+    )
+    (repeated,) = json.loads((tmp_path / "results.json").read_text())["arms"]["GroupMamba"]["runs"]
+    assert repeated[metric] == found["GroupMamba"]["runs"][0][metric]
     for path in tmp_path.rglob("*.pth"):
         path.unlink()
     more = (*ARGUMENTS, "--no-time", "--arms", "GroupMamba", "pruned, hold", "pruned, merging")

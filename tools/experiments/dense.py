@@ -14,6 +14,8 @@ Examples:
 
 import argparse
 import math
+import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from copy import deepcopy
@@ -544,12 +546,32 @@ class Campaign:
             f"{arm}, seed {seed}",
             folder,
             tuple(command),
-            partial(self.data_set.metrics, labels=self.data.labels),
+            partial(self._finish, arm, seed),
             after=(f"{settings.start}, seed {seed}",) if settings.start else (),
             settings=dict(config=self.config(arm).to_dict(), length=self.length_of(arm)),
             prepare=partial(self.write_config, arm, seed),
             weights=self.weights(arm, seed),
         )
+
+    def _finish(self, arm: str, seed: int, folder: Path) -> dict[str, float]:
+        """Return a run's metrics; evaluate its last weights if the run ended between saving and evaluating them."""
+        count = len(list(folder.glob(f"{MAPS}/*.png")))
+        if not (folder / BOXES).exists() and count < self.data.num_images["test"]:
+            print_once(f"{arm}, seed {seed} ended within its evaluation; we repeat that")
+            command = [
+                sys.executable,
+                str(REPO / "tools/test.py"),
+                str(self.write_config(arm, seed)),
+            ]
+            command += [str(self.weights(arm, seed)), "--work-dir", str(folder / "evaluation")]
+            with open(folder / "evaluation.txt", "w") as output:
+                streams = dict(stdout=output, stderr=subprocess.STDOUT)
+                env = {**os.environ, "OMP_NUM_THREADS": "1"}
+                if subprocess.run(command, env=env, **streams).returncode:
+                    raise UserError(
+                        f"the evaluation failed; the end of {output.name} has the cause"
+                    )
+        return self.data_set.metrics(folder, self.data.labels)
 
 
 def _is_installed(arm: str) -> bool:
