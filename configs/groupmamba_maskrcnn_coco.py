@@ -6,13 +6,7 @@ downloaded from their authors when training begins; with --from-scratch it start
 The batch of 16 is 8 GPUs with 2 images each; with another number of GPUs, pass --auto-scale-lr.
 """
 
-_base_ = [
-    "mmdet::_base_/models/mask-rcnn_r50_fpn.py",
-    "mmdet::_base_/datasets/coco_instance.py",
-    "./_base_/adamw_detection.py",
-    "mmdet::_base_/default_runtime.py",
-]
-custom_imports = dict(imports=["mmvssm"], allow_failed_imports=False)
+_base_ = ["mmdet::_base_/models/mask-rcnn_r50_fpn.py", "./_base_/coco_instances.py"]
 
 model = dict(
     backbone=dict(
@@ -25,7 +19,3 @@ model = dict(
     ),
     neck=dict(in_channels=[64, 128, 348, 448]),
 )
-
-val_evaluator = dict(classwise=True)
-test_evaluator = val_evaluator
-default_hooks = dict(checkpoint=dict(save_best="coco/bbox_mAP"))

@@ -6,13 +6,7 @@ which are downloaded from their authors when training begins; with --from-scratc
 The batch of 16 is 8 GPUs with 2 images each; with another number of GPUs, pass --auto-scale-lr.
 """
 
-_base_ = [
-    "mmdet::_base_/models/mask-rcnn_r50_fpn.py",
-    "mmdet::_base_/datasets/coco_instance.py",
-    "./_base_/adamw_detection.py",
-    "mmdet::_base_/default_runtime.py",
-]
-custom_imports = dict(imports=["mmvssm"], allow_failed_imports=False)
+_base_ = ["mmdet::_base_/models/mask-rcnn_r50_fpn.py", "./_base_/coco_instances.py"]
 
 embed_dims = 192
 model = dict(
@@ -35,7 +29,3 @@ model = dict(
         dict(type="FPN", in_channels=[embed_dims] * 4, out_channels=256, num_outs=5),
     ],
 )
-
-val_evaluator = dict(classwise=True)
-test_evaluator = val_evaluator
-default_hooks = dict(checkpoint=dict(save_best="coco/bbox_mAP"))
