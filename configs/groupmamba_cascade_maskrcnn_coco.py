@@ -1,6 +1,6 @@
 """Cascade Mask R-CNN with a GroupMamba-T backbone on COCO: 12 epochs ("1x"), 1333x800, 16 images a step.
 
-The recipe of groupmamba_maskrcnn_coco.py with three box heads in a row; no paper reports a result.
+The recipe of groupmamba_maskrcnn_coco.py with three box heads in a row; we know of no published result.
 """
 
 _base_ = ["mmdet::_base_/models/cascade-mask-rcnn_r50_fpn.py", "./_base_/coco_instances.py"]

@@ -1,6 +1,6 @@
 """Faster R-CNN with a GroupMamba-T backbone on COCO, for boxes alone: 12 epochs ("1x"), 1333x800, 16 images a step.
 
-The recipe of groupmamba_maskrcnn_coco.py without masks; no paper reports a result.
+The recipe of groupmamba_maskrcnn_coco.py without masks; we know of no published result.
 """
 
 _base_ = ["mmdet::_base_/models/faster-rcnn_r50_fpn.py", "./_base_/coco_boxes.py"]

@@ -1,7 +1,7 @@
 """Mask2Former with a GroupMamba-T backbone on ADE20K: 160k iterations, 512x512 crops, 16 images a step.
 
-mmseg's recipe of Mask2Former: the backbone's rates are a tenth of the head's. No paper reports a result. It needs mmdet, and
-mmcv's deformable attention runs on CPUs, too, where this head takes most of the time.
+mmseg's recipe of Mask2Former: the backbone's rates are a tenth of the head's. We know of no published result. It needs
+mmdet, too. Without a GPU, mmcv computes the deformable attention in PyTorch.
 """
 
 _base_ = "mmseg::mask2former/mask2former_r50_8xb2-160k_ade20k-512x512.py"

@@ -1,6 +1,6 @@
 """RetinaNet with a GroupMamba-T backbone on COCO: 12 epochs ("1x"), 1333x800, 16 images a step.
 
-The recipe of groupmamba_maskrcnn_coco.py for boxes alone; no paper reports a result.
+The recipe of groupmamba_maskrcnn_coco.py for boxes alone; we know of no published result.
 """
 
 _base_ = ["mmdet::_base_/models/retinanet_r50_fpn.py", "./_base_/coco_boxes.py"]

@@ -1,6 +1,6 @@
 """RTMDet-m's neck and head on a GroupMamba-T backbone, on COCO: 12 epochs ("1x"), 1333x800, 16 images a step.
 
-The recipe of groupmamba_maskrcnn_coco.py for boxes alone, not RTMDet's 300 epochs with mosaics; no paper reports a result.
+The recipe of groupmamba_maskrcnn_coco.py for boxes alone, not RTMDet's 300 epochs with mosaics; we know of no published result.
 """
 
 _base_ = ["./_base_/rtmdet.py", "./_base_/coco_boxes.py"]

@@ -1,6 +1,6 @@
 """SegFormer's head on a GroupMamba-T backbone, on ADE20K: 160k iterations, 512x512 crops, 16 images a step.
 
-The recipe of groupmamba_upernet_ade20k.py without its auxiliary head; no paper reports a result.
+The recipe of groupmamba_upernet_ade20k.py without its auxiliary head; we know of no published result.
 """
 
 _base_ = "./groupmamba_upernet_ade20k.py"

@@ -1,6 +1,6 @@
 """Faster R-CNN with a PlainMamba-L1 backbone on COCO, for boxes alone: 12 epochs ("1x"), 1333x800, 16 images a step.
 
-The recipe of plainmamba_maskrcnn_coco.py without masks; no paper reports a result.
+The recipe of plainmamba_maskrcnn_coco.py without masks; we know of no published result.
 """
 
 _base_ = "./groupmamba_fasterrcnn_coco.py"

@@ -1,7 +1,7 @@
 """RetinaNet with a PlainMamba-L1 backbone on COCO: 12 epochs ("1x"), 1333x800, 16 images a step.
 
 The maps of three layers, all at stride 16, become strides 8 to 32. The recipe of plainmamba_maskrcnn_coco.py for boxes alone;
-no paper reports a result. With PlainMamba-Adapter, RetinaNet is as published: plainmamba_adapter_retinanet_coco.py.
+we know of no published result. With PlainMamba-Adapter, RetinaNet is as published: plainmamba_adapter_retinanet_coco.py.
 """
 
 _base_ = "./groupmamba_retinanet_coco.py"
