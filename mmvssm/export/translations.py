@@ -75,11 +75,14 @@ def _selective_scan(
     gap: Optional[INT64] = None,
     rest: Optional[FLOAT] = None,
     delta_softplus: bool = True,
+    sum_walks: bool = False,
 ):
     indices = (
         None if x is None else op.Cast(x, to=onnx.TensorProto.INT64) for x in (order, source, gap)
     )
     y = _SCAN(u, delta, A, B, C, D, delta_bias, *indices, rest, delta_softplus=int(delta_softplus))
+    if sum_walks:
+        y = op.ReduceSum(y, [2], keepdims=0)
     return y, op.Constant(value_float=0.0)  # in place of the states, which only backward uses
 
 

@@ -18,7 +18,8 @@ class Case(NamedTuple):
     """One set of inputs.
 
     ``walk``: the given ones of order, source and gap; "images" for all of them with a different walk per image, or
-    "grid" for those of a grid 7 tokens wide. ``layout``: see :func:`_lay_out`.
+    "grid" for those of a grid 7 tokens wide. ``layout``: see :func:`_lay_out`. ``sum_walks``: also give ``u`` and
+    ``delta`` size 1 along the walks.
     """
 
     batch: int
@@ -32,6 +33,7 @@ class Case(NamedTuple):
     softplus: bool = True
     dtype: torch.dtype = torch.float32
     extreme: bool = False
+    sum_walks: bool = False
 
     def __str__(self):
         plain = Case(1, 1, 1, 1, 1)
@@ -66,6 +68,9 @@ CASES = [
     Case(2, 21, 2, 3, 2, layout="transposed"),
     Case(2, 21, 2, 3, 2, layout="sliced"),
     Case(2, 21, 2, 3, 2, layout="channels_first"),
+    # Sums over the walks.
+    Case(2, 21, 4, 3, 1, walk="grid", sum_walks=True),
+    Case(1, 66, 2, 5, 3, dtype=torch.bfloat16, sum_walks=True),
     # Dtypes.
     Case(1, 100, 2, 5, 2, dtype=torch.bfloat16),
     Case(2, 98, 2, 33, 1, dtype=torch.bfloat16, walk="grid"),
@@ -116,7 +121,13 @@ def make_inputs(case: Case, device: str = "cpu") -> dict[str, Optional[Tensor]]:
     if indices["gap"] is None:
         tensors["rest"] = None
     indices = {name: x if x is None else x.to(device) for name, x in indices.items()}
-    return _lay_out(tensors, case.layout) | indices
+    tensors = _lay_out(tensors, case.layout) | indices
+    if case.sum_walks:
+        tensors["u"], tensors["delta"] = (tensors[name][:, :, 1:2] for name in ("u", "delta"))
+        # What a backend gets: the gradient of a sum is that of each term.
+        tensors["grad_y"] = tensors["grad_y"][:, :, :1].expand(-1, -1, walks, -1)
+        tensors["sum_walks"] = True
+    return tensors
 
 
 def _dtype(case: Case, is_parameter: bool) -> torch.dtype:
@@ -190,12 +201,14 @@ def check(case: Case, run: Run, device: str = "cpu") -> None:
 
 def _defined(inputs: dict[str, Optional[Tensor]], softplus: bool) -> dict[str, Tensor]:
     # On the CPU for any device, so that a GPU's profilers do not see its thousands of kernels.
-    wide = {name: x if x is None else x.detach().cpu() for name, x in inputs.items()}
+    wide = {name: x.detach().cpu() if isinstance(x, Tensor) else x for name, x in inputs.items()}
     wide = {
-        name: x.double() if x is not None and x.is_floating_point() else x
+        name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
         for name, x in wide.items()
     }
     grad_y = wide.pop("grad_y")
+    if wide.get("sum_walks"):
+        grad_y = grad_y[:, :, 0]
     names = [name for name in GRADIENTS if wide[name] is not None]
     leaves = [wide[name].requires_grad_() for name in names]
     y = selective_scan_naive(**wide, delta_softplus=softplus)

@@ -32,6 +32,7 @@ def selective_scan(
     traversal: Optional[Traversal] = None,
     rest: Optional[Tensor] = None,
     delta_softplus: bool = True,
+    sum_walks: bool = False,
 ) -> Tensor:
     """Selective scan (Mamba, section 3.2) along ``K`` walks over the same tokens, in one call.
 
@@ -41,13 +42,14 @@ def selective_scan(
     floating-point arguments are differentiable. Second derivatives (``create_graph=True``) and forward mode go through
     PyTorch's formula, which is slower and stores ``O(B * L * K * D * N)``.
 
-    ``u`` and ``delta`` may be expanded along ``K`` (stride 0) where walks share them: nothing is copied. If everything
-    but ``B``, ``traversal.order`` and ``traversal.gap`` is expanded this way, the CPU forward pass computes the shared
-    part once, which halves its time at 16 states.
+    Where walks share ``u`` or ``delta``, pass them with size 1 along ``K``; what they share of the others may be
+    expanded (stride 0). Nothing is copied. If the walks share everything but ``B``, ``traversal.order`` and
+    ``traversal.gap``, the CPU forward pass computes the shared part once, which halves its time at 16 states.
 
     Args:
-        u: Values ``(B, L, K, D)``: batch, token, walk, channel. Channels should be adjacent in memory.
-        delta: Step sizes before bias and softplus ``(B, L, K, D)``.
+        u: Values ``(B, L, K, D)``: batch, token, walk, channel; or ``(B, L, 1, D)``, and then its gradient is summed
+            over the walks. Channels should be adjacent in memory.
+        delta: Step sizes before bias and softplus, in either shape of ``u``.
         A: State decay rates ``(K, D, N)``, negative.
         B: Input projections ``(B, L, K, N)``.
         C: Output projections ``(B, L, K, N)``.
@@ -56,17 +58,18 @@ def selective_scan(
         traversal: Token that each step visits; by default every walk follows the order in memory.
         rest: Step size at grid positions without a token ``(K, D)``; required with ``traversal.gap``.
         delta_softplus: Whether ``delta`` passes through softplus.
+        sum_walks: Whether to return the sum over the walks. The CPU adds them up while it scans.
 
     Returns:
-        ``y (B, L, K, D)``, contiguous, in the order and dtype of ``u``. Autocast converts ``u``, ``delta``, ``B`` and
-        ``C`` but not ``A``, ``D``, ``delta_bias`` and ``rest``.
+        ``y (B, L, K, D)``, or ``(B, L, D)`` with ``sum_walks``, contiguous, in the order and dtype of ``u``. Autocast
+        converts ``u``, ``delta``, ``B`` and ``C`` but not ``A``, ``D``, ``delta_bias`` and ``rest``.
 
     Raises:
         ValueError: If a shape, dtype or device does not fit. The message names the argument, its value and what we
             expected.
     """
     walks = traversal if traversal is not None else (None, None, None)
-    inputs = ScanInputs(u, delta, A, B, C, D, delta_bias, *walks, rest, delta_softplus)
+    inputs = ScanInputs(u, delta, A, B, C, D, delta_bias, *walks, rest, delta_softplus, sum_walks)
     inputs.check_once()
     y, _ = torch.ops.mmvssm.selective_scan.default(*inputs)
     return y
@@ -79,7 +82,8 @@ def _backend(u: Tensor) -> ModuleType:
 # Registered by hand: the overhead of ``torch.library.custom_op`` exceeded the launch of a scan.
 _library = torch.library.Library("mmvssm", "FRAGMENT")
 _library.define(
-    f"selective_scan({SCHEMA}) -> (Tensor y, Tensor states)", tags=torch.Tag.pt2_compliant_tag
+    f"selective_scan({SCHEMA}, bool sum_walks=False) -> (Tensor y, Tensor states)",
+    tags=torch.Tag.pt2_compliant_tag,
 )
 _library.define(
     f"selective_scan_backward(Tensor grad_y, {SCHEMA}, Tensor states) -> "
@@ -103,21 +107,23 @@ def _(*inputs):
     inputs = ScanInputs(*inputs)
     inputs.check_devices()
     states = inputs.u.new_empty(math.prod(inputs.states_shape), dtype=inputs.accumulation_dtype)
-    return inputs.u.new_empty(inputs.u.shape), states
+    return inputs.u.new_empty(inputs.y_shape), states
 
 
 @torch.library.impl(_library, "selective_scan_backward", "CompositeExplicitAutograd")
 def _scan_backward(grad_y, *inputs_and_states) -> tuple[Tensor, ...]:
     *inputs, states = inputs_and_states
-    inputs = ScanInputs(*inputs)
+    inputs = ScanInputs(*inputs, sum_walks=grad_y.dim() == 3)
     inputs.check_once()
-    if grad_y.shape != inputs.u.shape or states.numel() != math.prod(inputs.states_shape):
+    if grad_y.shape != inputs.y_shape or states.numel() != math.prod(inputs.states_shape):
         raise ValueError(
-            f"selective_scan_backward: grad_y must have the shape of u, {tuple(inputs.u.shape)}, and states "
+            f"selective_scan_backward: grad_y must have the shape of y, {inputs.y_shape}, and states "
             f"{math.prod(inputs.states_shape)} elements; got {tuple(grad_y.shape)} and {states.numel()}."
         )
     others = dict(u=inputs.u, states=states)
     backend.check_devices("selective_scan_backward", "grad_y", grad_y, others)
+    if inputs.sum_walks:
+        grad_y = grad_y[:, :, None].expand(-1, -1, inputs.A.shape[0], -1)
     return _backend(grad_y).backward(grad_y, inputs, states.view(inputs.states_shape))
 
 
@@ -134,7 +140,7 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
         y, states = _without_autograd(*inputs)
-        *tensors, ctx.delta_softplus = inputs
+        *tensors, ctx.delta_softplus, ctx.sum_walks = inputs
         ctx.save_for_backward(*tensors, states)
         ctx.mark_non_differentiable(states)
         ctx.set_materialize_grads(False)
@@ -143,12 +149,14 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y: Optional[Tensor], _grad_states: Optional[Tensor]):
         *tensors, states = ctx.saved_tensors
-        inputs = ScanInputs(*tensors, ctx.delta_softplus)
+        inputs = ScanInputs(*tensors, ctx.delta_softplus, ctx.sum_walks)
         grads = dict.fromkeys(ScanInputs._fields)
         if grad_y is not None and torch.is_grad_enabled():
             return backend.gradients_of(_formula, inputs, grad_y)
         if grad_y is not None:
-            found = torch.ops.mmvssm.selective_scan_backward.default(grad_y, *inputs, states)
+            found = torch.ops.mmvssm.selective_scan_backward.default(
+                grad_y, *tensors, ctx.delta_softplus, states
+            )
             for name, grad in zip(DIFFERENTIABLE, found):
                 grads[name] = None if getattr(inputs, name) is None else grad
         return tuple(grads.values())
@@ -169,7 +177,9 @@ def _with_autograd(*inputs) -> tuple[Tensor, Tensor]:
         y, states = pytorch.forward(ScanInputs(*inputs))
         return y, states.flatten()
     if torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in inputs):
-        return _Differentiable.apply(*inputs)
+        return _Differentiable.apply(
+            *ScanInputs(*inputs)
+        )  # without the defaults, which PyTorch leaves out
     return _without_autograd(*inputs)
 
 
@@ -181,8 +191,9 @@ backend.register_autocast(
 @register_flop_formula(torch.ops.mmvssm.selective_scan)
 def selective_scan_flops(u_shape, delta_shape, A_shape, *args, out_shape=None, **kwargs) -> int:
     """Count ``9 L D N + L D`` per image and walk, as the vision Mamba papers do (VMamba, appendix)."""
-    batch, length, walks, channels = u_shape
-    return batch * walks * length * channels * (9 * A_shape[-1] + 1)
+    batch, length, _, channels = u_shape
+    walks, _, states = A_shape
+    return batch * walks * length * channels * (9 * states + 1)
 
 
 @register_flop_formula(torch.ops.mmvssm.selective_scan_backward)

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import backend
 from .inputs import DIFFERENTIABLE, PARAMETERS, ScanInputs
 
-_INTERFACE_VERSION = 3
+_INTERFACE_VERSION = 4
 _PROBLEMS = {
     1: (IndexError, "an index in {index} is not a token: it must lie in [0, L)."),
     2: (ValueError, "{index} must visit every token exactly once in each walk."),
@@ -36,7 +36,7 @@ def forward(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
         ValueError: If ``order`` does not visit every token once.
     """
     scan = _Scan.of(inputs)
-    y = scan.output("y", inputs.u.shape, scan.element_dtype)
+    y = scan.output_rows("y", inputs.y_shape, inputs.sum_walks)
     states = scan.output("saved_states", inputs.states_shape, scan.wide_dtype)
     scan.run("scan_forward")
     return y.to(inputs.u.dtype), states
@@ -54,19 +54,19 @@ def backward(
     scan = _Scan.of(inputs)
     scan.input_rows("grad_y", grad_y)
     scan.input_array("saved_states", states)
-    wide, narrow = scan.wide_dtype, scan.element_dtype
-    differentiated = {
-        name: (getattr(inputs, name), wide if name in PARAMETERS else narrow)
-        for name in DIFFERENTIABLE
-    }
-    grads = {
-        name: grad_y.new_empty(0) if x is None else scan.output(f"grad_{name}", x.shape, dtype)
-        for name, (x, dtype) in differentiated.items()
-    }
+    differentiated = {name: getattr(inputs, name) for name in DIFFERENTIABLE}
+    grads = {}
+    for name, x in differentiated.items():
+        if x is None:
+            grads[name] = grad_y.new_empty(0)
+        elif name in ("u", "delta"):
+            grads[name] = scan.output_rows(f"grad_{name}", x.shape, x.shape[2] < scan.walks)
+        else:
+            dtype = scan.wide_dtype if name in PARAMETERS else scan.element_dtype
+            grads[name] = scan.output(f"grad_{name}", x.shape, dtype)
     scan.run("scan_backward")
     return tuple(
-        grads[name] if x is None else grads[name].to(x.dtype)
-        for name, (x, _) in differentiated.items()
+        grads[name] if x is None else grads[name].to(x.dtype) for name, x in differentiated.items()
     )
 
 
@@ -78,7 +78,7 @@ def runs_walks_together(inputs: ScanInputs) -> bool:
 
 def _walks_share(inputs: ScanInputs) -> bool:
     """Whether all inputs but ``B``, ``order`` and ``gap`` have stride 0 along the walks."""
-    u, delta, A, _, C, D, delta_bias, order, source, _, rest, _ = inputs
+    u, delta, A, _, C, D, delta_bias, order, source, _, rest, *_ = inputs
     source = order if source is None else source
     dims = [(u, 2), (delta, 2), (C, 2), (A, 0), (D, 0), (delta_bias, 0), (rest, 0), (source, -2)]
     return all(x is None or x.stride(dim) == 0 for x, dim in dims)
@@ -107,6 +107,7 @@ class _Scan(backend.KernelArguments):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("batch", "length", "walks", "channels", "states")),
         *((name, ctypes.c_int64) for name in ("dtype", "softplus", "threads", "shared")),
+        *((f"sum_{name}", ctypes.c_int64) for name in ("y", "grad_u", "grad_delta")),
         *((name, _Rows) for name in ("u", "delta", "B", "C", "grad_y")),
         *((name, _Index) for name in ("order", "source", "gap")),
         *((name, ctypes.c_void_p) for name in ("A", "D", "delta_bias", "rest")),
@@ -118,7 +119,8 @@ class _Scan(backend.KernelArguments):
 
     @classmethod
     def of(cls, inputs: ScanInputs) -> _Scan:
-        u, delta, A, B, C, D, delta_bias, order, source, gap, rest, delta_softplus = inputs
+        inputs = inputs.for_each_walk()
+        u, delta, A, B, C, D, delta_bias, order, source, gap, rest, delta_softplus, _ = inputs
         batch, length, walks, channels = u.shape
         scan = cls(batch, length, walks, channels, A.shape[-1])
         scan.wide_dtype = inputs.accumulation_dtype
@@ -137,6 +139,12 @@ class _Scan(backend.KernelArguments):
             if x is not None:
                 scan.input_index(name, x)
         return scan
+
+    def output_rows(self, name: str, shape: tuple[int, ...], summed: bool) -> Tensor:
+        """Allocate tokens that the library writes, or those to which it adds what is summed over the walks."""
+        setattr(self, f"sum_{name}", summed)
+        x = self.output(name, shape, self.wide_dtype if summed else self.element_dtype)
+        return x.zero_() if summed else x
 
     def input_index(self, name: str, x: Tensor) -> None:
         """Store an index ``(K, L)`` or ``(B, K, L)``."""

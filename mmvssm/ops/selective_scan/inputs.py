@@ -22,7 +22,7 @@ SCHEMA = (
     "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias, "
     "Tensor? order, Tensor? source, Tensor? gap, Tensor? rest, bool delta_softplus"
 )
-"""The fields of :class:`ScanInputs` as a PyTorch operator schema."""
+"""The fields of :class:`ScanInputs` but ``sum_walks`` as a PyTorch operator schema."""
 
 DIFFERENTIABLE = ("u", "delta", "A", "B", "C", "D", "delta_bias", "rest")
 """Arguments that have gradients, in the order that the backward pass returns."""
@@ -53,6 +53,7 @@ class ScanInputs(NamedTuple):
     gap: Optional[Tensor] = None
     rest: Optional[Tensor] = None
     delta_softplus: bool = True
+    sum_walks: bool = False
 
     @property
     def accumulation_dtype(self) -> torch.dtype:
@@ -62,8 +63,21 @@ class ScanInputs(NamedTuple):
     @property
     def states_shape(self) -> tuple[int, ...]:
         """Shape ``(B, K, S, D, N)`` of the states saved for the backward pass."""
-        batch, length, walks, channels = self.u.shape
-        return batch, walks, num_chunks(length), channels, self.A.shape[-1]
+        batch, length, _, channels = self.u.shape
+        walks, _, states = self.A.shape
+        return batch, walks, num_chunks(length), channels, states
+
+    @property
+    def y_shape(self) -> tuple[int, ...]:
+        """Shape ``(B, L, K, D)`` of the output, or ``(B, L, D)`` if the walks are summed."""
+        batch, length, _, channels = self.u.shape
+        walks = () if self.sum_walks else self.A.shape[:1]
+        return batch, length, *walks, channels
+
+    def for_each_walk(self) -> ScanInputs:
+        """Return the same with ``u`` and ``delta (B, L, K, D)``, without a copy."""
+        u, delta = (x.expand(-1, -1, self.A.shape[0], -1) for x in (self.u, self.delta))
+        return self._replace(u=u, delta=delta)
 
     def signature(self) -> tuple:
         """Hashable key of everything that checks and plans depend on: shapes, strides, dtypes and devices."""
@@ -89,7 +103,7 @@ class ScanInputs(NamedTuple):
         Raises:
             ValueError: If one does not fit; the message names the argument.
         """
-        u, _, A, _, _, _, _, _, _, gap, rest, _ = self
+        u, A, gap, rest = self.u, self.A, self.gap, self.rest
         if u.dim() != 4:
             raise ValueError(
                 f"selective_scan: u must have shape (B, L, K, D), batch, token, walk, channel; got {tuple(u.shape)}."
@@ -98,7 +112,7 @@ class ScanInputs(NamedTuple):
             raise ValueError(
                 f"selective_scan: A must have shape (K, D, N), walk, channel, state; got {tuple(A.shape)}."
             )
-        (batch, length, walks, channels), states = u.shape, A.shape[-1]
+        (batch, length, _, channels), (walks, _, states) = u.shape, A.shape
         if 0 in (batch, length, walks, channels, states):
             raise ValueError(
                 f"selective_scan: every dimension must be at least 1; got u {tuple(u.shape)} and A {tuple(A.shape)}."
@@ -106,7 +120,7 @@ class ScanInputs(NamedTuple):
         if states > _MOST_STATES:
             raise ValueError(f"selective_scan: A has {states} states; {_MOST_STATES} is the most.")
         expected = {
-            "u": u.shape,
+            "u": (batch, length, walks, channels),
             "delta": (batch, length, walks, channels),
             "A": (walks, channels, states),
             "B": (batch, length, walks, states),
@@ -119,7 +133,8 @@ class ScanInputs(NamedTuple):
             tensor = getattr(self, name)
             if tensor is None:
                 continue
-            if tuple(tensor.shape) != tuple(shape):
+            shared = name in ("u", "delta") and tensor.dim() == 4 and tensor.shape[2] == 1
+            if tuple(tensor.shape) != ((batch, length, 1, channels) if shared else shape):
                 raise ValueError(
                     f"selective_scan: {name} must have shape {shape} to go with u of shape {tuple(u.shape)} and A of "
                     f"shape {tuple(A.shape)}; got {tuple(tensor.shape)}."

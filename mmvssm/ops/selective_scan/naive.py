@@ -26,6 +26,7 @@ def selective_scan_naive(
     gap: Optional[Tensor] = None,
     rest: Optional[Tensor] = None,
     delta_softplus: bool = True,
+    sum_walks: bool = False,
 ) -> Tensor:
     """Selective scan (Mamba, section 3.2) along several walks over the same tokens, step by step.
 
@@ -38,8 +39,8 @@ def selective_scan_naive(
     It computes in the widest of float32 and the inputs' dtypes; pass float64 for a reference to compare with.
 
     Args:
-        u: Values ``(B, L, K, D)``: batch, token, walk, channel.
-        delta: Step sizes before bias and softplus ``(B, L, K, D)``.
+        u: Values ``(B, L, K, D)``: batch, token, walk, channel; ``(B, L, 1, D)`` if the walks share them.
+        delta: Step sizes before bias and softplus, in either shape of ``u``.
         A: State decay rates ``(K, D, N)``, negative.
         B: Input projections ``(B, L, K, N)``.
         C: Output projections ``(B, L, K, N)``.
@@ -52,13 +53,16 @@ def selective_scan_naive(
         gap: Number of absent grid positions since the walk's previous step, shaped like ``order``; by default 0.
         rest: Step size at an absent position ``(K, D)``.
         delta_softplus: Whether ``delta`` passes through softplus.
+        sum_walks: Whether to sum over the walks.
 
     Returns:
-        ``y (B, L, K, D)`` in the order and dtype of ``u``.
+        ``y (B, L, K, D)``, or ``(B, L, D)`` if summed, in the order and dtype of ``u``.
     """
     floating = (x for x in (u, delta, A, B, C, D, delta_bias, rest) if x is not None)
     dtype = functools.reduce(torch.promote_types, (x.dtype for x in floating), torch.float32)
-    batch, length, walks, _ = u.shape
+    batch, length, _, _ = u.shape
+    walks = A.shape[0]
+    u, delta = (x.expand(-1, -1, walks, -1) for x in (u, delta))
     in_memory = torch.arange(length, device=u.device).expand(batch, walks, length)
     order = in_memory if order is None else order.long().expand(batch, walks, length)
     source = order if source is None else source.long().expand(batch, walks, length)
@@ -91,4 +95,4 @@ def selective_scan_naive(
     # Step t's output belongs to token order[t]: undo the permutation.
     at_token = order.argsort(-1).transpose(1, 2)
     y = torch.stack(outputs, dim=1)[row[..., None], at_token, walk[None]]
-    return y.to(u.dtype)
+    return (y.sum(2) if sum_walks else y).to(u.dtype)

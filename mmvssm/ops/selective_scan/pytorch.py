@@ -22,9 +22,11 @@ def forward(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     """Run the scan, so that PyTorch can differentiate it to any order.
 
     Returns:
-        ``y (B, L, K, D)`` in the dtype of ``u``, contiguous, and ``states (B, K, S, D, N)`` in the accumulation dtype:
-        the state before step ``s * CHUNK_LENGTH`` of each walk, ``S = ceil(L / CHUNK_LENGTH)``.
+        ``y (B, L, K, D)``, or ``(B, L, D)`` if the walks are summed, in the dtype of ``u``, contiguous, and
+        ``states (B, K, S, D, N)`` in the accumulation dtype: the state before step ``s * CHUNK_LENGTH`` of each walk,
+        ``S = ceil(L / CHUNK_LENGTH)``.
     """
+    inputs = inputs.for_each_walk()
     walk, D = _Walk.along(inputs), inputs.D
     y = walk.u * D.to(walk.u.dtype) if D is not None else torch.zeros_like(walk.u)
     states = y.new_empty(inputs.states_shape)
@@ -33,7 +35,8 @@ def forward(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
         h, entry = _chunked_scan(decay, drive)
         states[..., n] = entry.transpose(1, 2)
         y += h * walk.C[..., n, None]
-    return walk.put(y, walk.order).to(inputs.u.dtype), states
+    y = walk.put(y, walk.order)
+    return (y.sum(2) if inputs.sum_walks else y).to(inputs.u.dtype), states
 
 
 def backward(
@@ -42,7 +45,7 @@ def backward(
     """Differentiate the scan.
 
     Args:
-        grad_y: Gradient of ``y``, ``(B, L, K, D)``, any strides.
+        grad_y: Gradient of ``y``, or of its sum, for each walk: ``(B, L, K, D)``, any strides.
         inputs: The inputs of :func:`forward`.
         states: The states that :func:`forward` returned.
 
@@ -50,8 +53,8 @@ def backward(
         Gradients of ``u, delta, A, B, C, D, delta_bias, rest``, contiguous, each in the shape and dtype of its tensor;
         an empty tensor ``(0,)`` for each of the last three that is None.
     """
-    u, delta, A, B, C, D, delta_bias, *_, rest, delta_softplus = inputs
-    walk = _Walk.along(inputs)
+    u, delta, A, B, C, D, delta_bias, *_, rest, delta_softplus, _ = inputs
+    walk = _Walk.along(inputs.for_each_walk())
     grad_y = walk.take(grad_y, walk.order)
     grad_u = grad_y * D.to(walk.u.dtype) if D is not None else torch.zeros_like(walk.u)
     grad_step, grad_elapsed = torch.zeros_like(walk.u), torch.zeros_like(walk.u)
@@ -84,8 +87,8 @@ def backward(
         if walk.gap is not None:
             grad_rest = (grad_elapsed * walk.gap).sum((0, 1)).to(rest.dtype)
     return (
-        walk.put(grad_u, walk.order).to(u.dtype),
-        walk.put(grad_step, walk.source).to(delta.dtype),
+        walk.put(grad_u, walk.order).sum_to_size(u.shape).to(u.dtype),
+        walk.put(grad_step, walk.source).sum_to_size(delta.shape).to(delta.dtype),
         grad_A.to(A.dtype),
         walk.put(grad_B, walk.source).to(B.dtype),
         walk.put(grad_C, walk.source).to(C.dtype),
@@ -111,7 +114,7 @@ class _Walk(NamedTuple):
 
     @classmethod
     def along(cls, inputs: ScanInputs) -> _Walk:
-        u, delta, A, B, C, _, delta_bias, order, source, gap, rest, delta_softplus = inputs
+        u, delta, A, B, C, _, delta_bias, order, source, gap, rest, delta_softplus, _ = inputs
         dtype = inputs.accumulation_dtype
         order = _token_index(order)
         source = order if source is None else _token_index(source)

@@ -51,6 +51,7 @@ _WEIGHTS = 2048
 
 def forward(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     """Run the scan: see :func:`mmvssm.ops.selective_scan.pytorch.forward`."""
+    inputs = inputs.for_each_walk()
     plan = _cached_plan(_plan_forward, inputs)
     tensors = plan.with_contiguous(inputs._asdict())
     u = inputs.u
@@ -58,14 +59,16 @@ def forward(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     states = u.new_empty(plan.states_shape, dtype=plan.dtype)
     tensors.update(y=y, states=states)
     _run(plan, tensors, u)
-    return y, states
+    return y.sum(2) if inputs.sum_walks else y, states
 
 
 def backward(
     grad_y: Tensor, inputs: ScanInputs, states: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Differentiate the scan: see :func:`mmvssm.ops.selective_scan.pytorch.backward`."""
-    u, delta, A, B, C, D, delta_bias, _, _, gap, rest, _ = inputs
+    shapes = inputs.u.shape, inputs.delta.shape
+    inputs = inputs.for_each_walk()
+    u, delta, A, B, C, D, delta_bias, _, _, gap, rest, *_ = inputs
     plan = _cached_plan(_plan_backward, inputs, grad_y)
     tensors = plan.with_contiguous({**inputs._asdict(), "dy": grad_y})
     tensors["states"] = states
@@ -83,7 +86,8 @@ def backward(
         of_chunks["drest"].zero_()
     _run(plan, tensors, u)
     return (
-        *(tensors["du"], tensors["ddelta"], _sum_chunks(dA, A), tensors["dB"], tensors["dC"]),
+        *(tensors[name].sum_to_size(shape) for name, shape in zip(("du", "ddelta"), shapes)),
+        *(_sum_chunks(dA, A), tensors["dB"], tensors["dC"]),
         *(
             u.new_empty(0) if x is None else _sum_chunks(parts, x)
             for parts, x in zip(of_chunks.values(), (D, delta_bias, rest))

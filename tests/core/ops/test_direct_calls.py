@@ -67,7 +67,9 @@ def test_more_states_than_the_kernel_counts():
         SCAN(*scan(**many))
 
 
-@pytest.mark.parametrize("grad_y, states", [((1, 3, 2, 3), 6), ((1, 4, 2, 3), 5)])
+@pytest.mark.parametrize(
+    "grad_y, states", [((1, 3, 2, 3), 6), ((1, 4, 2, 3), 5), ((1, 3, 3), 6), ((4, 3), 6)]
+)
 def test_gradients_of_the_scan(grad_y, states):
     with pytest.raises(ValueError, match="selective_scan_backward: grad_y must have"):
         SCAN_BACKWARD(torch.zeros(grad_y), *scan(), torch.zeros(states))
@@ -143,4 +145,8 @@ def test_out_of_memory_is_an_error(operator, threads):
 def test_fitting_arguments_pass():
     y, states = SCAN(*scan())
     assert SCAN_BACKWARD(y, *scan(), states)[0].shape == y.shape
+    y, states = SCAN(*scan(u=torch.zeros(1, 4, 1, 3)), True)
+    assert y.shape == (1, 4, 3)
+    gradients = SCAN_BACKWARD(y, *scan(u=torch.zeros(1, 4, 1, 3)), states)
+    assert [x.shape for x in gradients[:2]] == [(1, 4, 1, 3), (1, 4, 2, 3)]
     assert CONV(*conv(weight=torch.zeros(3, 9))).shape == (1, 4, 3)

@@ -68,7 +68,7 @@ def as_float64(inputs):
 def compiled(inputs, grad_y):
     """Output and gradients by name."""
     y, states = scan_cpu.forward(ScanInputs(**inputs))
-    grads = scan_cpu.backward(grad_y, ScanInputs(**inputs), states)
+    grads = scan_cpu.backward(for_each_walk(grad_y, inputs), ScanInputs(**inputs), states)
     for name, grad in zip(DIFFERENTIABLE, grads):
         x = inputs[name]
         assert grad.dtype == (inputs["u"] if x is None else x).dtype
@@ -76,6 +76,13 @@ def compiled(inputs, grad_y):
         assert grad.is_contiguous()
     assert y.dtype == inputs["u"].dtype and y.is_contiguous()
     return {"y": y, **{name: g for name, g in zip(DIFFERENTIABLE, grads) if g.numel()}}
+
+
+def for_each_walk(grad_y, inputs):
+    """What a backend gets: the gradient of a sum is that of each term."""
+    if not inputs.get("sum_walks"):
+        return grad_y
+    return grad_y[:, :, None].expand(-1, -1, inputs["A"].shape[0], -1)
 
 
 def definition(inputs, grad_y):
@@ -93,7 +100,8 @@ def vectorised(inputs, grad_y):
     """The PyTorch backend in float64: faster than the definition, and tested against it elsewhere."""
     inputs = as_float64(inputs)
     y, states = scan_torch.forward(ScanInputs(**inputs))
-    grads = scan_torch.backward(grad_y.double(), ScanInputs(**inputs), states)
+    grad_y = for_each_walk(grad_y.double(), inputs)
+    grads = scan_torch.backward(grad_y, ScanInputs(**inputs), states)
     return {"y": y, **{name: g for name, g in zip(DIFFERENTIABLE, grads) if g.numel()}}
 
 
@@ -106,7 +114,7 @@ def assert_close(actual, expected, tolerance):
 
 def random_gradient(inputs):
     random = torch.Generator().manual_seed(1)
-    return torch.randn(inputs["u"].shape, generator=random).to(inputs["u"].dtype)
+    return torch.randn(ScanInputs(**inputs).y_shape, generator=random).to(inputs["u"].dtype)
 
 
 def check(inputs, against=vectorised, tolerance=1e-5):
@@ -335,6 +343,103 @@ def shared_problem(batch, length, channels, states, options=ALL, walks=4, dtype=
 
 def without(*options):
     return ALL - set(options)
+
+
+def summed(inputs, one=("u", "delta")):
+    """The same with the walks summed, and those of ``u`` and ``delta`` that they share with size 1."""
+    alike = {name: inputs[name][:, :, :1] for name in one}
+    return {**inputs, **alike, "sum_walks": True}
+
+
+@needs_library
+@pytest.mark.parametrize("one", [(), ("u",), ("delta",), ("u", "delta")], ids="+".join)
+@pytest.mark.parametrize("channels", [1, 17, 48])
+@pytest.mark.parametrize("length", [1, 63, 64, 130])
+def test_walks_summed(length, channels, one):
+    states = {1: 16, 17: 1, 48: 3}[channels]
+    check(summed(problem(3 if length < 100 else 1, length, 4, channels, states), one), definition)
+
+
+@needs_library
+@pytest.mark.parametrize("options", [ALL, PLAIN], ids=["all", "plain"])
+@pytest.mark.parametrize("states", [1, 3, 16])
+def test_shared_walks_summed(states, options):
+    inputs = summed(shared_problem(2, 130, 33, states, options))
+    assert scan_cpu.runs_walks_together(ScanInputs(**inputs)) == (states > 1)
+    check(inputs, definition)
+
+
+@needs_library
+@pytest.mark.parametrize("limit", [0, 1, 2])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str
+)
+def test_walks_summed_with_every_instruction_set(instruction_set, limit, dtype):
+    if instruction_set(limit) != limit:
+        pytest.skip("this processor has no such instructions")
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12}.get(dtype, 1e-2)
+    for make, states in ((problem, 1), (problem, 16), (shared_problem, 16)):
+        if make is problem:
+            inputs = summed(problem(2, 70, 4, 87, states, dtype=dtype), ("u",))
+        else:
+            inputs = summed(shared_problem(2, 70, 87, states, dtype=dtype))
+        if dtype == torch.float64:
+            inputs = as_float64(inputs)
+        check(inputs, tolerance=tolerance)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_sum_of_walks_is_rounded_once(dtype):
+    """Outputs of 1 and three of 1/512, of which bfloat16 would lose each on its own."""
+    u = torch.ones(1, 5, 1, 16, dtype=dtype)
+    zero = torch.zeros(1, 5, 4, 1, dtype=dtype)
+    skip = torch.tensor([1, 2**-9, 2**-9, 2**-9]).expand(16, 4).t()
+    inputs = ScanInputs(u, u, -torch.ones(4, 16, 1), zero, zero, skip, sum_walks=True)
+    y, _ = scan_cpu.forward(inputs)
+    assert torch.equal(y, torch.full((1, 5, 16), 1 + 3 * 2**-9).to(dtype)) and (y > 1).all()
+
+
+@needs_library
+def test_strides_of_walks_summed():
+    """Slices of one projection, channels that are not adjacent, and the gradient that sum() sends."""
+    inputs = summed(problem(2, 70, 4, 24, 2))
+    random = torch.Generator().manual_seed(2)
+    projection = torch.randn(2, 70, 4, 2 * 24 + 4, generator=random)
+    _, inputs["delta"], inputs["B"], inputs["C"] = projection.split((24, 24, 2, 2), -1)
+    inputs["u"] = projection[:, :, 1:2, :24]
+    check(inputs)
+    inputs["u"] = torch.randn(24, 70, 1, 2, generator=random).permute(3, 1, 2, 0)
+    inputs["order"] = inputs["order"].flip(-1).transpose(0, 1).contiguous().transpose(0, 1)
+    check(inputs)
+    ones = torch.ones(1).expand(2, 70, 24)
+    strided, plain = compiled(inputs, ones), compiled(inputs, ones.contiguous())
+    assert all(torch.equal(strided[name], plain[name]) for name in plain)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("states", [1, 16])
+@pytest.mark.parametrize("make", [problem, shared_problem], ids=["apart", "shared"])
+def test_the_sum_of_walks_does_not_depend_on_threads(threads, make, states, dtype):
+    """More threads than tasks of all walks: the walks run side by side, and their terms are added up afterwards."""
+    sizes = (1, 300, 4, 33, states) if make is problem else (1, 300, 33, states)
+    inputs = summed(make(*sizes, dtype=dtype))
+    grad_y = random_gradient(inputs)
+    threads(1)
+    first = check(inputs, tolerance=1e-5 if dtype == torch.float32 else 1e-2)
+    for count in (2, 11):
+        threads(count)
+        for name, x in compiled(inputs, grad_y).items():
+            assert torch.equal(x, first[name]), name
+
+
+@needs_library
+@pytest.mark.parametrize("states", [1, 3])
+def test_stretches_of_walks_summed(threads, states):
+    inputs = summed(problem(1, 2113, 2, 20, states))
+    threads(13)
+    check(inputs)
 
 
 @needs_library

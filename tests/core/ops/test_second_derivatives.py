@@ -38,9 +38,16 @@ def scan(*tensors):
     return selective_scan(*tensors, traversal=cross_traversal(2, 3))
 
 
+def summed_scan(u, delta, *tensors):
+    walks = cross_traversal(2, 3)
+    u, delta = u[:, :, :1], delta[:, :, 1:2]
+    return selective_scan(u, delta, *tensors, traversal=walks, sum_walks=True)
+
+
 TABLE = neighbor_table(torch.tensor([[0, 1, 3, 5]]), (2, 3), 3)
 OPERATORS = {
     "selective_scan": (scan, scan_leaves()),
+    "selective_scan of summed walks": (summed_scan, scan_leaves()),
     "selective_scan over chunks": (selective_scan, scan_leaves(130)),
     "sparse_depthwise_conv": (
         lambda x, weight, bias: sparse_depthwise_conv(x, weight, TABLE, bias),
@@ -119,7 +126,15 @@ def test_arguments_that_are_one_tensor():
     torch.testing.assert_close(penalty(y, u, A, B), penalty(expected, u, A, B))
 
 
-@pytest.mark.parametrize("name", ["selective_scan", "sparse_depthwise_conv", "dilated_conv"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "selective_scan",
+        "selective_scan of summed walks",
+        "sparse_depthwise_conv",
+        "dilated_conv",
+    ],
+)
 @pytest.mark.parametrize("grad", [True, False])
 def test_forward_mode(name, grad):
     function, inputs = OPERATORS[name]

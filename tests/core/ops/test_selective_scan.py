@@ -54,7 +54,7 @@ def make_inputs(
     }
 
 
-def public(inputs, delta_softplus=True):
+def public(inputs, delta_softplus=True, **options):
     """Call the public operator with the reference's arguments."""
     inputs = dict(inputs)
     traversal = None
@@ -62,7 +62,7 @@ def public(inputs, delta_softplus=True):
         traversal = Traversal(inputs["order"], inputs["source"], inputs["gap"])
     for name in ("order", "source", "gap"):
         del inputs[name]
-    return selective_scan(**inputs, traversal=traversal, delta_softplus=delta_softplus)
+    return selective_scan(**inputs, traversal=traversal, delta_softplus=delta_softplus, **options)
 
 
 def gradients(y, inputs, seed=1):
@@ -73,9 +73,9 @@ def gradients(y, inputs, seed=1):
     return torch.autograd.grad(y, wanted, grad_y)
 
 
-def assert_same(inputs, delta_softplus=True, **tolerance):
-    actual = public(inputs, delta_softplus)
-    expected = selective_scan_naive(**inputs, delta_softplus=delta_softplus)
+def assert_same(inputs, delta_softplus=True, sum_walks=False, **tolerance):
+    actual = public(inputs, delta_softplus, sum_walks=sum_walks)
+    expected = selective_scan_naive(**inputs, delta_softplus=delta_softplus, sum_walks=sum_walks)
     torch.testing.assert_close(actual, expected, **tolerance)
     for a, e in zip(gradients(actual, inputs), gradients(expected, inputs)):
         torch.testing.assert_close(a, e, **tolerance)
@@ -135,6 +135,60 @@ def test_torch_backend_float64(torch_backend, shape, optional, delta_softplus):
     if not delta_softplus:
         inputs["delta"] = inputs["delta"].detach().abs().requires_grad_()
     assert_same(inputs, delta_softplus, atol=1e-10, rtol=1e-10)
+
+
+def shared_by_walks(inputs, *names):
+    """Give the named ones size 1 along the walks."""
+    return {**inputs, **{x: inputs[x].detach()[:, :, :1].clone().requires_grad_() for x in names}}
+
+
+@pytest.mark.parametrize("names", [("u",), ("delta",), ("u", "delta")], ids="+".join)
+def test_the_definition_sums_the_walks(names):
+    """The sum is that of the outputs; values that walks share get the sum of what each walk's own would get."""
+    inputs = make_inputs(2, 5, 4, 3, 2)
+    once = shared_by_walks(inputs, *names)
+    copied = {x: once[x].detach().repeat(1, 1, 4, 1).requires_grad_() for x in names}
+    inputs.update(copied)
+    summed = selective_scan_naive(**once, sum_walks=True)
+    expected = selective_scan_naive(**inputs).sum(2)
+    torch.testing.assert_close(summed, expected)
+    for name, a, e in zip(GRADIENTS, gradients(summed, once), gradients(expected, inputs)):
+        torch.testing.assert_close(a, e.sum(2, keepdim=True) if name in names else e)
+
+
+def test_the_definition_of_a_sum_passes_gradcheck():
+    inputs = shared_by_walks(make_inputs(2, 4, 2, 2, 2), "u", "delta")
+
+    def run(*values):
+        given = {**inputs, **dict(zip(GRADIENTS, values))}
+        return selective_scan_naive(**given, sum_walks=True)
+
+    assert torch.autograd.gradcheck(run, [inputs[name] for name in GRADIENTS])
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1), (2, 7, 4, 3, 1), (2, 130, 2, 3, 16)], ids=str)
+@pytest.mark.parametrize("names", [(), ("u",), ("u", "delta")], ids=str)
+@pytest.mark.parametrize("backend", ["default", "torch"])
+def test_walks_summed(shape, names, backend, request):
+    if backend == "torch":
+        request.getfixturevalue("torch_backend")
+    inputs = shared_by_walks(make_inputs(*shape), *names)
+    assert_same(inputs, sum_walks=True, atol=1e-10, rtol=1e-10)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    height=st.integers(1, 9),
+    width=st.integers(1, 9),
+    channels=st.integers(1, 20),
+    states=st.integers(1, 3),
+    seed=st.integers(0, 2**16),
+)
+def test_walks_summed_over_any_grid(height, width, channels, states, seed):
+    inputs = make_inputs(2, height * width, 4, channels, states, seed=seed, optional=False)
+    inputs = shared_by_walks(inputs, "u")
+    inputs["order"] = cross_traversal(height, width).order
+    assert_same(inputs, sum_walks=True, atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)])
@@ -244,6 +298,8 @@ def test_any_pruned_walks_equal_the_masked_dense_scan(height, width, batch, keep
 def test_opcheck(optional, dtype):
     inputs = make_inputs(2, 6, 2, 3, 2, dtype=dtype, optional=optional)
     torch.library.opcheck(torch.ops.mmvssm.selective_scan.default, (*inputs.values(), True))
+    inputs = shared_by_walks(inputs, "u", "delta")
+    torch.library.opcheck(torch.ops.mmvssm.selective_scan.default, (*inputs.values(), True, True))
 
 
 def test_expanded_and_strided_inputs():
@@ -304,6 +360,9 @@ def test_flops_follow_the_papers():
     with FlopCounterMode(display=False) as counter:
         y.sum().backward()
     assert counter.get_total_flops() == 2 * forward
+    with FlopCounterMode(display=False) as counter:
+        public(shared_by_walks(inputs, "u", "delta"), sum_walks=True).sum().backward()
+    assert counter.get_total_flops() == 3 * forward
 
 
 @pytest.mark.parametrize("backend", ["default", "torch"])
@@ -332,7 +391,8 @@ def test_compile_and_export():
     inputs = make_inputs(2, 12, 2, 3, 2, dtype=torch.float32)
 
     def model(u):
-        return public({**inputs, "u": u}).square()
+        summed = public({**inputs, "u": u[:, :, :1]}, sum_walks=True)
+        return public({**inputs, "u": u}).square() * summed[:, :, None]
 
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     u = inputs["u"]
@@ -343,7 +403,8 @@ def test_compile_and_export():
 
     class Module(torch.nn.Module):
         def forward(self, u, delta, A, B, C):
-            return selective_scan(u, delta, A, B, C)
+            apart = selective_scan(u, delta, A, B, C)
+            return apart, selective_scan(u[:, :, :1], delta, A, B, C, sum_walks=True)
 
     arguments = tuple(inputs[k].detach() for k in ("u", "delta", "A", "B", "C"))
     exported = torch.export.export(Module(), arguments)
@@ -355,7 +416,10 @@ def test_compile_and_export():
     [
         (dict(u=torch.zeros(2, 6, 3)), "u must have shape"),
         (dict(A=torch.zeros(3, 2)), "A must have shape"),
+        (dict(u=torch.zeros(2, 6, 3, 3)), "u must have shape"),
         (dict(delta=torch.zeros(2, 6, 2, 4)), "delta must have shape"),
+        (dict(delta=torch.zeros(2, 6, 1, 4)), "delta must have shape"),
+        (dict(B=torch.zeros(2, 6, 1, 2)), "B must have shape"),
         (dict(B=torch.zeros(2, 6, 2, 3)), "B must have shape"),
         (dict(D=torch.zeros(3)), "D must have shape"),
         (dict(C=torch.zeros(2, 6, 2, 2, dtype=torch.int64)), "C must be floating point"),

@@ -28,9 +28,14 @@ struct Scan {
     void* pool;
   };
 
+  // What an output holds: rows of each walk (B, L, K, D) in dtype; their sums (B, L, D) in the accumulation dtype, zero
+  // at first, as walks add to them; or the terms of these (B, L, K, D), which the library alone uses.
+  enum Sum : int64_t { kPerWalk, kSums, kTerms };
+
   int64_t batch, length, walks, channels, states;
   int64_t dtype, softplus, threads;
   int64_t shared;  // whether the walks differ in nothing but B, order and gap
+  Sum sum_y, sum_grad_u, sum_grad_delta;
   Tensor u, delta, B, C, grad_y;
   Index order, source, gap;
   // The following are contiguous. In the accumulation dtype: (K, D, N) and (K, D); all but A may be null.
@@ -38,7 +43,8 @@ struct Scan {
   // (B, L, K, D) in dtype, (B, K, S, D, N) in the accumulation dtype; the latter may be null where no gradient is asked
   // for.
   void *y, *saved_states;
-  // In dtype, the shapes of u, delta, B and C; in the accumulation dtype, those of A, D, delta_bias and rest.
+  // In dtype, the shapes of u, delta, B and C; in the accumulation dtype, those of A, D, delta_bias and rest. For y and
+  // the gradients of u and delta see Sum.
   void *grad_u, *grad_delta, *grad_B, *grad_C, *grad_A, *grad_D, *grad_delta_bias, *grad_rest;
   Pool pool;
 };

@@ -18,9 +18,10 @@
 //
 // The work is divided into tasks: an image, a walk, some of its channels and, where those are too few for the
 // threads, a stretch of its steps. Where the walks share all but B, order and gap, a task of the forward pass takes all
-// of them, so as to compute exp(step_t A) only once. Sums over channels and over stretches are made of partial sums
-// added in a fixed order, so that two runs give the same bits. The forward pass saves the state before every kTile-th
-// step, from which the backward pass computes the others again.
+// of them, so as to compute exp(step_t A) only once. Where an output is a sum over the walks, a task takes one walk
+// after the other, and they add to it while it is in the cache. Sums over channels, walks and stretches are made of
+// partial sums added in a fixed order, so that two runs give the same bits. The forward pass saves the state before
+// every kTile-th step, from which the backward pass computes the others again.
 //
 // This file holds the interface, a plain C one for ctypes and for scan_onnxruntime.cpp, and the division into tasks;
 // scan_kernel.h is what a task does, compiled for each instruction set by a file of its own. Nothing but the standard
@@ -31,6 +32,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "../../csrc/dispatch.h"
@@ -43,7 +45,7 @@ using scan_kernels::kTile;
 using scan_kernels::Partials;
 using scan_kernels::Task;
 
-constexpr int kInterfaceVersion = 3;
+constexpr int kInterfaceVersion = 4;
 using Index = Scan::Index;
 
 KernelFunctions kernel_for(const Scan& scan) {
@@ -95,7 +97,8 @@ Status check(const Index& index, const Scan& scan, bool permutation) {
 // Division of the work
 // ---------------------------------------------------------------------------------------------------------------------
 
-// Images x walks x blocks of channels x stretches of steps; one walk stands for all if tasks take all of them.
+// Images x walks x blocks of channels x stretches of steps; one walk stands for all if tasks take all of them, at once
+// or in turn.
 struct Division {
   const Scan& scan;
   int64_t walks;
@@ -125,6 +128,13 @@ struct Division {
     task.stop = std::min(scan.length, task.start + stretch);
     return task;
   }
+
+  // Calls function(task) for each walk that task i takes in turn.
+  template <class Function>
+  void for_each_walk(int64_t i, const Function& function) const {
+    Task task = this->task(i);
+    for (int64_t k = walks; k <= scan.walks; k += walks, ++task.walk) function(task);
+  }
 };
 
 // Steps per task. Stretches cost a pass of their own over the input, so they are used only where images, walks and
@@ -137,11 +147,12 @@ int64_t stretch_for(const Scan& scan, int64_t tasks, int64_t worth) {
   return ceil_div(tiles, stretches) * kTile;
 }
 
-// Whether tasks of the forward pass take all walks of an image. With one state, time goes into memory accesses; with
-// fewer vectors of channels than threads, some threads would have nothing to do.
+// Whether tasks of the forward pass take all walks of an image at once. With one state, time goes into memory accesses;
+// with fewer vectors of channels than threads, some threads would have nothing to do. That is accepted where walks are
+// added up, since the order in which they meet a token must not depend on the threads.
 bool walks_run_together(const Scan& scan, int width) {
   return scan.shared && scan.walks > 1 && scan.states > 1 &&
-         scan.batch * ceil_div(scan.channels, width) >= scan.threads;
+         (scan.sum_y || scan.batch * ceil_div(scan.channels, width) >= scan.threads);
 }
 
 // As few blocks, of this many channels, as keep all threads equally busy: long rows are read faster than short ones.
@@ -160,8 +171,9 @@ Division divide_forward(const Scan& scan, int width) {
   return Division(scan, scan.walks, block, stretch_for(scan, walks * ceil_div(scan.channels, block), 3));
 }
 
-Division divide_shared(const Scan& scan, int width) {
-  return Division(scan, 1, block_for(scan, scan.batch, width), ceil_div(scan.length, kTile) * kTile);
+// Tasks that take all walks.
+Division divide_images(const Scan& scan, int64_t block) {
+  return Division(scan, 1, block, ceil_div(scan.length, kTile) * kTile);
 }
 
 // Blocks depend on the shapes alone, and so do the sums over channels, whatever the number of threads. There are
@@ -169,7 +181,8 @@ Division divide_shared(const Scan& scan, int width) {
 // for B and C stay smaller than u.
 Division divide_backward(const Scan& scan, int width) {
   const int64_t walks = scan.batch * scan.walks, vectors = ceil_div(scan.channels, width);
-  const int64_t wanted = std::max(ceil_div(8, walks), ceil_div(vectors, 16));
+  const bool sums = scan.sum_grad_u || scan.sum_grad_delta;
+  const int64_t wanted = std::max(ceil_div(8, sums ? scan.batch : walks), ceil_div(vectors, 16));
   const int64_t most = std::max<int64_t>(1, std::min(vectors, scan.channels / (2 * scan.states)));
   const int64_t block = ceil_div(vectors, std::min(wanted, most)) * width;
   return Division(scan, scan.walks, block, stretch_for(scan, walks * ceil_div(scan.channels, block), 2));
@@ -215,17 +228,51 @@ struct Carry {
   }
 };
 
+// Where there are too few tasks for the threads unless walks run side by side, what they would add to an output goes
+// to rows of their own. These are added up afterwards, in the same order: the bits are the same.
 template <class T>
-void run_forward(const Scan& scan) {
+struct Terms {
+  const Scan& scan;
+  void* sums = nullptr;
+  std::unique_ptr<T[]> terms;
+
+  Terms(const Scan& scan, void*& output, Scan::Sum& sum) : scan(scan) {
+    if (sum != Scan::kSums) return;
+    terms.reset(new T[scan.batch * scan.length * scan.walks * scan.channels]());
+    sums = output, output = terms.get(), sum = Scan::kTerms;
+  }
+
+  void add_up() const {
+    const int64_t channels = scan.channels, rows = scan.batch * scan.length, grain = ceil_div(rows, scan.threads);
+    parallel_for(sums ? scan.threads : 0, scan, [&](int64_t i) {
+      const T* from = terms.get() + std::min(rows, i * grain) * scan.walks * channels;
+      for (int64_t row = i * grain; row < std::min(rows, (i + 1) * grain); ++row) {
+        T* to = (T*)sums + row * channels;
+        for (int64_t k = 0; k < scan.walks; ++k, from += channels)
+          for (int64_t d = 0; d < channels; ++d) to[d] += from[d];
+      }
+    });
+  }
+};
+
+template <class T>
+void run_forward(Scan scan) {
   const KernelFunctions kernel = kernel_for(scan);
+  const Division images = divide_images(scan, block_for(scan, scan.batch, kernel.width));
   if (walks_run_together(scan, kernel.width)) {
-    const Division division = divide_shared(scan, kernel.width);
-    parallel_for(division.tasks(), scan, [&](int64_t i) { kernel.forward_shared(scan, division.task(i)); });
+    parallel_for(images.tasks(), scan, [&](int64_t i) { kernel.forward_shared(scan, images.task(i)); });
     return;
   }
+  const auto run_walk = [&](const Task& task) { kernel.forward(scan, task, nullptr); };
+  if (scan.sum_y && images.tasks() >= scan.threads) {
+    parallel_for(images.tasks(), scan, [&](int64_t i) { images.for_each_walk(i, run_walk); });
+    return;
+  }
+  const Terms<T> terms(scan, scan.y, scan.sum_y);
   const Division division = divide_forward(scan, kernel.width);
   if (division.stretches == 1) {
-    parallel_for(division.tasks(), scan, [&](int64_t i) { kernel.forward(scan, division.task(i), nullptr); });
+    parallel_for(division.tasks(), scan, [&](int64_t i) { run_walk(division.task(i)); });
+    terms.add_up();
     return;
   }
   Carry<T> carry(division);
@@ -239,6 +286,7 @@ void run_forward(const Scan& scan) {
     const Task task = division.task(i);
     kernel.forward(scan, task, carry.state_of(task));
   });
+  terms.add_up();
 }
 
 // Adds `count` arrays of `size` elements, one after the other in memory.
@@ -252,9 +300,16 @@ void sum_partials(const std::vector<T>& partials, int64_t count, int64_t size, v
 }
 
 template <class T>
-void run_backward(const Scan& scan) {
+void run_backward(Scan scan) {
   const KernelFunctions kernel = kernel_for(scan);
-  const Division division = divide_backward(scan, kernel.width);
+  const Division by_walk = divide_backward(scan, kernel.width), images = divide_images(scan, by_walk.block);
+  const bool in_turn = (scan.sum_grad_u || scan.sum_grad_delta) && images.tasks() >= scan.threads;
+  const Division& division = in_turn ? images : by_walk;
+  std::optional<Terms<T>> terms_of_u, terms_of_delta;
+  if (!in_turn) {
+    terms_of_u.emplace(scan, scan.grad_u, scan.sum_grad_u);
+    terms_of_delta.emplace(scan, scan.grad_delta, scan.sum_grad_delta);
+  }
 
   Carry<T> carry(division);
   if (division.stretches > 1) {
@@ -274,9 +329,11 @@ void run_backward(const Scan& scan) {
   const Partials partials{grad_B.get(), grad_C.get(),           grad_A.data(),
                           grad_D.data(), grad_delta_bias.data(), grad_rest.data()};
   parallel_for(division.tasks(), scan, [&](int64_t i) {
-    const Task task = division.task(i);
-    kernel.backward(scan, task, division.stretches > 1 ? carry.state_of(task) : nullptr, partials);
+    division.for_each_walk(i, [&](const Task& task) {
+      kernel.backward(scan, task, division.stretches > 1 ? carry.state_of(task) : nullptr, partials);
+    });
   });
+  if (!in_turn) terms_of_u->add_up(), terms_of_delta->add_up();
 
   const int64_t grain = ceil_div(rows * scan.states, scan.threads);
   parallel_for(scan.threads, scan, [&](int64_t i) {

@@ -221,7 +221,7 @@ class Kernel {
   struct Rows {
     int length = 0;
     const Element *u[kTile], *delta[kTile], *grad_y[kTile];
-    Element *y[kTile], *grad_u[kTile], *grad_delta[kTile];
+    void *y[kTile], *grad_u[kTile], *grad_delta[kTile];
     int64_t source[kTile];
   };
 
@@ -318,8 +318,11 @@ class Kernel {
   const Element* input(const Tensor& x, int64_t token, int64_t walk) const {
     return (const Element*)x.data + task_.batch * x.batch_stride + token * x.token_stride + walk * x.walk_stride;
   }
-  int64_t output_row(int64_t token) const {  // of a contiguous (B, L, K, D)
-    return ((task_.batch * scan_.length + token) * scan_.walks + task_.walk) * scan_.channels;
+  void* output(void* x, Scan::Sum sum, int64_t token) const { return output(x, sum, token, task_.walk); }
+  void* output(void* x, Scan::Sum sum, int64_t token, int64_t walk) const {
+    const int64_t row = task_.batch * scan_.length + token, row_of_walk = row * scan_.walks + walk;
+    if (sum == Scan::kPerWalk) return (Element*)x + row_of_walk * scan_.channels;
+    return (T*)x + (sum == Scan::kSums ? row : row_of_walk) * scan_.channels;
   }
   T* saved_state(int64_t chunk) const { return saved_state(chunk, task_.walk); }
   T* saved_state(int64_t chunk, int64_t walk) const {  // (B, K, S, D, N)
@@ -364,9 +367,9 @@ class Kernel {
       rows.u[s] = input(scan_.u, i);
       rows.delta[s] = input(scan_.delta, j);
       rows.grad_y[s] = input(scan_.grad_y, i);
-      rows.y[s] = (Element*)scan_.y + output_row(i);
-      rows.grad_u[s] = (Element*)scan_.grad_u + output_row(i);
-      rows.grad_delta[s] = (Element*)scan_.grad_delta + output_row(j);
+      rows.y[s] = output(scan_.y, scan_.sum_y, i);
+      rows.grad_u[s] = output(scan_.grad_u, scan_.sum_grad_u, i);
+      rows.grad_delta[s] = output(scan_.grad_delta, scan_.sum_grad_delta, j);
     }
   }
 
@@ -397,7 +400,17 @@ class Kernel {
 
   // Asks for a vector's worth of a row. It may lie in two cache lines; the second is asked for with the next vector.
   static void prefetch(const Element* from) { __builtin_prefetch(from, 0, 2); }
-  static void prefetch_output(Element* to) { __builtin_prefetch(to, 1, 2); }
+  static void prefetch_output(void* row, bool add, int64_t c) {
+    __builtin_prefetch(add ? (void*)((T*)row + c) : (Element*)row + c, 1, 2);
+  }
+
+  // Writes channels from c on to an output's row, or adds them to it.
+  template <bool kPartial>
+  static void put(void* row, bool add, int64_t c, V x, int width) {
+    if (!add) return store_some<T, kPartial>((Element*)row + c, x, width);
+    T* to = (T*)row + c;
+    store_some<T, kPartial>(to, load_some<T, kPartial>(to, width) + x, width);
+  }
 
   V step_size(V raw) const { return scan_.softplus ? positive_part(raw) + log1p(exp_minus_abs(raw)) : raw; }
 
@@ -438,6 +451,7 @@ class Kernel {
     const Rows &now = this->now(), &next = this->next();
     const int64_t c = channel(v);
     const int width = lanes(v + kCount - 1), length = now.length;
+    const bool add = scan_.sum_y != Scan::kPerWalk;
     V local_state[kCount * kLocal], local_A[kCount * kLocal], bias[kCount], skip[kCount], rest[kCount], time[kCount];
     V* h = kStates ? local_state : states_of_all + v * states();
     const V* A = kStates ? local_A : A_ + v * states();
@@ -449,14 +463,13 @@ class Kernel {
       bias[i] = bias_[v + i], skip[i] = skip_[v + i], rest[i] = rest_[v + i], time[i] = V{};
     for (int s = 0; s < length; ++s) {
       const Element *delta_row = now.delta[s] + c, *u_row = now.u[s] + c;
-      Element* y_row = now.y[s] + c;
       const T gap = gap_[s];
       const T *B_s = B(s), *C_s = C(s);
 #pragma GCC unroll 4
       for (int i = 0; i < kCount; ++i) {
         prefetch(next.delta[s] + c + i * kWidth);
         prefetch(next.u[s] + c + i * kWidth);
-        if (kEmit) prefetch_output(next.y[s] + c + i * kWidth);
+        if (kEmit) prefetch_output(next.y[s], add, c + i * kWidth);
         const V u = load_some<T, kPartial>(u_row + i * kWidth, width);
         const V step = step_size(load_some<T, kPartial>(delta_row + i * kWidth, width) + bias[i]);
         const V elapsed = bounded(step + gap * rest[i]), drive = step * u;
@@ -467,7 +480,7 @@ class Kernel {
           if (kEmit) y += state * C_s[n];
         });
         if (kEmit)
-          store_some<T, kPartial>(y_row + i * kWidth, y, width);
+          put<kPartial>(now.y[s], add, c + i * kWidth, y, width);
         else
           time[i] += elapsed;
       }
@@ -549,6 +562,7 @@ class Kernel {
     const Rows &now = this->now(), &next = this->next();
     const int64_t c = channel(v);
     const int width = lanes(v), length = now.length, states = this->states();
+    const bool add_u = scan_.sum_grad_u != Scan::kPerWalk, add_delta = scan_.sum_grad_delta != Scan::kPerWalk;
     const V *const steps = tape.step, *const slopes = tape.slope;
     const V *decay = tape.decay + length * states, *before = tape.before + length * states;
     // Of the tile alone: rounding errors would grow with the length if single steps were added to the totals.
@@ -566,8 +580,8 @@ class Kernel {
       prefetch(next.delta[row] + place);
       prefetch(next.u[row] + place);
       prefetch(next.grad_y[row] + place);
-      prefetch_output(next.grad_u[row] + place);
-      prefetch_output(next.grad_delta[row] + place);
+      prefetch_output(next.grad_u[row], add_u, place);
+      prefetch_output(next.grad_delta[row], add_delta, place);
       place += kWidth;
       if (place >= task_.last_channel) place = task_.first_channel, --row;
       const V u = load_some<T, kPartial>(now.u[s] + c, width), dy = load_some<T, kPartial>(now.grad_y[s] + c, width);
@@ -584,8 +598,8 @@ class Kernel {
       });
       grad_elapsed *= (T)(1 / kLog2E);  // A holds log2(e) A
       const V grad_raw = (grad_drive * u + grad_elapsed) * slopes[s];
-      store_some<T, kPartial>(now.grad_u[s] + c, grad_drive * step + skip * dy, width);
-      store_some<T, kPartial>(now.grad_delta[s] + c, grad_raw, width);
+      put<kPartial>(now.grad_u[s], add_u, c, grad_drive * step + skip * dy, width);
+      put<kPartial>(now.grad_delta[s], add_delta, c, grad_raw, width);
       grad_D += dy * u;
       grad_bias += grad_raw;
       grad_rest += grad_elapsed * gap_[s];

@@ -44,7 +44,7 @@ class SharedKernel : private Kernel<T, Element, kStates> {
   // What a step is to one of the walks.
   struct Step {
     const Element* u;  // row
-    Element* y;        // row
+    void* y;           // row
     int32_t gap;
   };
 
@@ -100,7 +100,7 @@ class SharedKernel : private Kernel<T, Element, kStates> {
     for (int s = 0; s < now().length + kAhead; ++s) {
       const int64_t t = start + s < task_.stop ? start + s : start;
       const int64_t i = order ? order[t] : t, j = source ? source[t] : i;
-      Element* y = (Element*)scan_.y + ((b * scan_.length + i) * scan_.walks + k) * scan_.channels;
+      void* y = Base::output(scan_.y, scan_.sum_y, i, k);
       steps_[k * (kTile + kAhead) + s] = {Base::input(scan_.u, i, k), y, gap ? gap[t] : 0};
       if (s >= now().length) continue;
       const Element* from_B = Base::input(scan_.B, j, k);
@@ -142,6 +142,7 @@ class SharedKernel : private Kernel<T, Element, kStates> {
   void burst_forward(int64_t k, int64_t v, int first, int last) {
     const int64_t c = channel(v);
     const int width = kPartial ? lanes(v) : kWidth;
+    const bool add = scan_.sum_y != Scan::kPerWalk;
     const Step* steps = this->steps(k);
     const V skip = skip_[v], rest = rest_[v];
     const V *A = A_ + v * states(), *fades = fade_ + v * kLargest * states();
@@ -150,7 +151,7 @@ class SharedKernel : private Kernel<T, Element, kStates> {
     if (kStates) each_state([&](int n) __attribute__((always_inline)) { h[n] = state(k, v)[n]; });
     for (int s = first; s < last; ++s) {
       prefetch(steps[s + kAhead].u + c);
-      prefetch_output(steps[s + kAhead].y + c);
+      prefetch_output(steps[s + kAhead].y, add, c);
       const V u = load_some<T, kPartial>(steps[s].u + c, width);
       const V step = step_[s - first], drive = step * u;
       const V* decay = decay_ + (s - first) * states();
@@ -175,7 +176,7 @@ class SharedKernel : private Kernel<T, Element, kStates> {
           y += h[n] * C_s[n];
         });
       }
-      store_some<T, kPartial>(steps[s].y + c, y, width);
+      Base::template put<kPartial>(steps[s].y, add, c, y, width);
     }
     if (kStates) each_state([&](int n) __attribute__((always_inline)) { state(k, v)[n] = h[n]; });
   }
