@@ -408,7 +408,7 @@ class GroupedVSSS(nn.Module):
         )
         delta = convolve(self.dt_proj, dt.flatten(2).unflatten(1, x.shape[1:3]))
         y = selective_scan(
-            split_groups(x, self.num_groups).expand(-1, -1, NUM_WALKS, -1),
+            split_groups(x, self.num_groups),
             split_groups(delta),
             -torch.exp(self.A_log),
             B,
@@ -416,10 +416,10 @@ class GroupedVSSS(nn.Module):
             self.D,
             self.dt_bias,
             traversal=traversal,
+            sum_walks=self.num_groups == 1,
         )
-        if self.num_groups == 1:
-            y = y.sum(2, keepdim=True)
-        y = gated_norm(self.norm, GroupedLayerNorm, y, split_groups(gate, self.num_groups))
+        gate = split_groups(gate, self.num_groups)
+        y = gated_norm(self.norm, GroupedLayerNorm, y.view(gate.shape), gate)
         return convolve(self.out_proj, y.view(x.shape))
 
 

@@ -400,9 +400,9 @@ class PlainMambaMixer(nn.Module):
         # The projections of a token of value zero are their biases.
         rest = None if walks.traversal.gap is None else every_walk(F.softplus(step_bias), 0)
         direction = F.embedding(walks.arrival, self.direction_Bs).transpose(-3, -2)
-        y = selective_scan(
-            every_walk(x, 2),
-            every_walk(delta, 2),
+        return selective_scan(
+            x[:, :, None],
+            delta[:, :, None],
             every_walk(-torch.exp(self.A_log), 0),
             B[:, :, None] + direction.to(B.dtype),
             every_walk(C, 2),
@@ -410,8 +410,8 @@ class PlainMambaMixer(nn.Module):
             every_walk(step_bias, 0),
             traversal=walks.traversal,
             rest=rest,
+            sum_walks=True,
         )
-        return y.sum(2)
 
 
 def every_walk(x: Tensor, dim: int) -> Tensor:

@@ -230,7 +230,7 @@ class Vim(TokenBackbone):
     def dense_layout(self, grid: tuple[int, int], device: torch.device) -> LineLayout:
         """Both walks over the whole line."""
         length = grid[0] * grid[1]
-        return LineLayout(line_walks(length, device=device), length)
+        return LineLayout(line_walks(length, device=device), length, apart=self._ranks_one_walk())
 
     def pruned_layout(self, pruned: PrunedTokens) -> LineLayout:
         """Both walks over the tokens that are left."""
@@ -240,7 +240,7 @@ class Vim(TokenBackbone):
         length = pruned.grid[0] * pruned.grid[1]
         walks = line_walks(length, positions, with_gaps=alignment == "decay")
         table = neighbor_table(positions, (1, length), (1, 2 * VimMixer.conv_size - 1))
-        return LineLayout(walks, length, positions, table)
+        return LineLayout(walks, length, positions, table, self._ranks_one_walk())
 
     def num_kept(self, layer: int, num_tokens: int) -> int:
         """How many of ``num_tokens`` tokens a layer keeps; the class token does not count."""
@@ -248,12 +248,12 @@ class Vim(TokenBackbone):
         return super().num_kept(layer, num_tokens - spared) + spared
 
     def importance(self, y: Mixed, grid: tuple[int, int], pruned: Optional[PrunedTokens]) -> Tensor:
-        """Rank tokens by the sum of both walks, the class token before all others."""
-        if self.pruning.metric == MIRRORED_GATE:
+        """Rank tokens by the mean of both walks, the class token before all others."""
+        if self._ranks_one_walk():
             backwards = y.scanned[:, :, 1].detach() * y.gate.detach()
             importance = backwards.float().mean(-1).flip(1)
         else:
-            importance = super().importance(y.scanned.sum(2), grid, pruned)
+            importance = super().importance(y.scanned, grid, pruned)
         return self._spare_class_token(importance, grid, pruned)
 
     def match(
@@ -292,6 +292,9 @@ class Vim(TokenBackbone):
     def output_tokens(self, tokens: Tensor, y: Mixed) -> Tensor:
         """What leaves the backbone of what a layer returned."""
         return y.mixed if self.out_type == "mixer" else tokens
+
+    def _ranks_one_walk(self) -> bool:
+        return self.pruning is not None and self.pruning.metric == MIRRORED_GATE
 
     def _spare_class_token(
         self, importance: Tensor, grid: tuple[int, int], pruned: Optional[PrunedTokens]
@@ -336,12 +339,14 @@ class LineLayout(NamedTuple):
         length: Places on their line.
         positions: Their places, int64 ``(B, L)``; None where they fill the line.
         neighbors: With positions, the neighbour table of the convolution, both sides together.
+        apart: Whether the outputs of the two scans are wanted apart.
     """
 
     walks: Traversal
     length: int
     positions: Optional[Tensor] = None
     neighbors: Optional[Tensor] = None
+    apart: bool = False
 
     def convolve(self, conv: nn.Module, x: Tensor, backwards: bool) -> Tensor:
         """Apply a one-sided convolution to tokens ``(B, L, C)``; pruned places count as zero."""
@@ -368,7 +373,8 @@ class Mixed(NamedTuple):
 
     Attributes:
         mixed: Its output ``(B, L, dim)``.
-        scanned: The scans' outputs before the gate ``(B, L, 2, 2 * dim)``, forwards and backwards.
+        scanned: The mean of both scans' outputs before the gate ``(B, L, 2 * dim)``; if the layout wants them apart,
+            its terms ``(B, L, 2, 2 * dim)``, forwards and backwards.
         gate: ``(B, L, 2 * dim)``.
     """
 
@@ -464,8 +470,19 @@ class VimMixer(nn.Module):
         A, D, step_bias = (torch.stack(both) for both in per_walk)
         # The projections of a token of value zero are zero, so its step is the bias alone.
         rest = None if layout.walks.gap is None else F.softplus(step_bias)
-        y = selective_scan(u, delta, A, B, C, D, step_bias, traversal=layout.walks, rest=rest)
-        return Mixed(self.out_proj(y.mean(2) * gate), y, gate)
+        y = selective_scan(
+            u,
+            delta,
+            A,
+            B,
+            C / 2,  # halves of both outputs add up to their mean
+            D / 2,
+            step_bias,
+            traversal=layout.walks,
+            rest=rest,
+            sum_walks=not layout.apart,
+        )
+        return Mixed(self.out_proj((y.sum(2) if layout.apart else y) * gate), y, gate)
 
 
 class Branch(nn.Module):

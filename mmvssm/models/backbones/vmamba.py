@@ -217,7 +217,7 @@ class SS2D(nn.Module):
         )
         delta = convolve(self.dt_proj, dt.flatten(-2)).unflatten(-1, (NUM_WALKS, -1))
         y = selective_scan(
-            x.flatten(1, 2)[:, :, None].expand(-1, -1, NUM_WALKS, -1),
+            x.flatten(1, 2)[:, :, None],
             delta.flatten(1, 2),
             -torch.exp(self.A_log),
             B.flatten(1, 2),
@@ -225,8 +225,9 @@ class SS2D(nn.Module):
             self.D,
             self.dt_bias,
             traversal=traversal,
+            sum_walks=True,
         )
-        return self.out_proj(self.norm(y.sum(2))).view(*x.shape[:3], -1)
+        return self.out_proj(self.norm(y)).view(*x.shape[:3], -1)
 
 
 def _init_parameters(module: nn.Module) -> None:
