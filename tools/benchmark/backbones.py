@@ -2,6 +2,7 @@
 
 They run in turn in one process, on the same images. Ratios are to the first of each group: GroupMamba-T with Swin-T and
 ResNet-50; each of our backbones with Swin-T; PlainMamba-L1 with a ViT that uses torch's scaled_dot_product_attention.
+The groups walks-* compare sums over the walks inside the scan with sums by PyTorch after it.
 
 Examples:
     python tools/benchmark/backbones.py
@@ -11,6 +12,7 @@ Examples:
 import argparse
 from collections.abc import Callable
 from functools import partial
+from unittest import mock
 
 import torch
 from mmengine.registry import MODELS, init_default_scope
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 
 from mmvssm.errors import UserError, add_traceback_option, run_tool
 from mmvssm.models import GroupMamba, PlainMamba, PlainMambaAdapter, SpatialMamba, Vim, VMamba
+from mmvssm.ops import selective_scan
 
 GROUPS = {
     "groupmamba": dict(
@@ -64,6 +67,16 @@ GROUPS = {
         shapes=[(4, 224, 224), (1, 512, 512), (1, 1024, 1024)],
     ),
 }
+for backbone, arch in ((PlainMamba, "L1"), (VMamba, "T"), (Vim, "S")):
+    GROUPS[f"walks-{backbone.__name__.lower()}"] = dict(
+        models={
+            f"{backbone.__name__}-{arch}, summed outside": (
+                lambda backbone=backbone, arch=arch: SummedOutside(backbone(arch))
+            ),
+            f"{backbone.__name__}-{arch}": partial(backbone, arch),
+        },
+        shapes=[(1, 224, 224), (8, 224, 224), (1, 512, 512), (1, 800, 1280)],
+    )
 
 
 def library_model(name: str, **settings: object) -> nn.Module:
@@ -89,6 +102,29 @@ class PlainTransformer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(B, 3, H, W)`` to ``(B, L, 192)``."""
         return self.layers(self.patches(x).flatten(2).transpose(1, 2))
+
+
+class SummedOutside(nn.Module):
+    """A backbone that lets PyTorch sum over the walks, and in the backward pass over those that share values."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, x: Tensor) -> object:
+        """What the backbone returns."""
+        module = type(self.backbone).__module__
+        with mock.patch(f"{module}.selective_scan", scan_and_sum):
+            return self.backbone(x)
+
+
+def scan_and_sum(
+    u: Tensor, delta: Tensor, A: Tensor, *args: object, sum_walks: bool, **kwargs: object
+) -> Tensor:
+    """Compute the same as the scan, with a row for each walk."""
+    u, delta = (x.expand(-1, -1, A.shape[0], -1) for x in (u, delta))
+    y = selective_scan(u, delta, A, *args, **kwargs)
+    return y.sum(2) if sum_walks else y
 
 
 def parse_args() -> argparse.Namespace:
