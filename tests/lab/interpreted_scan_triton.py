@@ -55,7 +55,7 @@ def run(inputs, delta_softplus):
     grad_y = inputs.pop("grad_y")
     inputs = ScanInputs(**inputs, delta_softplus=delta_softplus)
     y, states = triton_launch.forward(inputs)
-    gradients = triton_launch.backward(grad_y, inputs, states)
+    gradients = triton_launch.backward(inputs.grad_of_each_walk(grad_y), inputs, states)
     return dict(y=y, **dict(zip(GRADIENTS, gradients)))
 
 

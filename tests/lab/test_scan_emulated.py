@@ -71,7 +71,7 @@ def run_on(capability, launches=None):
         with emulated_gpu(capability) as launched:
             y, states = triton_launch.forward(inputs)
             assert launched
-            gradients = triton_launch.backward(grad_y, inputs, states)
+            gradients = triton_launch.backward(inputs.grad_of_each_walk(grad_y), inputs, states)
         if launches is not None:
             launches.extend(launched)
         return dict(y=y, **dict(zip(GRADIENTS, gradients)))

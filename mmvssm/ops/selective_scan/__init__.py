@@ -122,8 +122,7 @@ def _scan_backward(grad_y, *inputs_and_states) -> tuple[Tensor, ...]:
         )
     others = dict(u=inputs.u, states=states)
     backend.check_devices("selective_scan_backward", "grad_y", grad_y, others)
-    if inputs.sum_walks:
-        grad_y = grad_y[:, :, None].expand(-1, -1, inputs.A.shape[0], -1)
+    grad_y = inputs.grad_of_each_walk(grad_y)
     return _backend(grad_y).backward(grad_y, inputs, states.view(inputs.states_shape))
 
 

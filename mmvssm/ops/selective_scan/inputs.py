@@ -79,6 +79,12 @@ class ScanInputs(NamedTuple):
         u, delta = (x.expand(-1, -1, self.A.shape[0], -1) for x in (self.u, self.delta))
         return self._replace(u=u, delta=delta)
 
+    def grad_of_each_walk(self, grad_y: Tensor) -> Tensor:
+        """Return the gradient of each walk's output ``(B, L, K, D)``, given that of ``y``, without a copy."""
+        if not self.sum_walks:
+            return grad_y
+        return grad_y[:, :, None].expand(-1, -1, self.A.shape[0], -1)
+
     def signature(self) -> tuple:
         """Hashable key of everything that checks and plans depend on: shapes, strides, dtypes and devices."""
         return tuple(

@@ -5,6 +5,8 @@
 ``triton_kernels_gradients.py`` for the backward pass of both. Kernels gather tokens in place. Sums across programs
 have a fixed order, so two runs agree bit for bit.
 
+Walks are summed by PyTorch: programs that add to one output would need a fixed order (see ``docs/benchmarks.md``).
+
 ``order`` and ``source`` are not checked: an entry outside the tokens reads or writes foreign memory.
 
 Launches depend only on shapes, strides and dtypes. We compute them once for each combination and cache them as

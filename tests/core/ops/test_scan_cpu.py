@@ -67,8 +67,9 @@ def as_float64(inputs):
 
 def compiled(inputs, grad_y):
     """Output and gradients by name."""
-    y, states = scan_cpu.forward(ScanInputs(**inputs))
-    grads = scan_cpu.backward(for_each_walk(grad_y, inputs), ScanInputs(**inputs), states)
+    scan = ScanInputs(**inputs)
+    y, states = scan_cpu.forward(scan)
+    grads = scan_cpu.backward(scan.grad_of_each_walk(grad_y), scan, states)
     for name, grad in zip(DIFFERENTIABLE, grads):
         x = inputs[name]
         assert grad.dtype == (inputs["u"] if x is None else x).dtype
@@ -76,13 +77,6 @@ def compiled(inputs, grad_y):
         assert grad.is_contiguous()
     assert y.dtype == inputs["u"].dtype and y.is_contiguous()
     return {"y": y, **{name: g for name, g in zip(DIFFERENTIABLE, grads) if g.numel()}}
-
-
-def for_each_walk(grad_y, inputs):
-    """What a backend gets: the gradient of a sum is that of each term."""
-    if not inputs.get("sum_walks"):
-        return grad_y
-    return grad_y[:, :, None].expand(-1, -1, inputs["A"].shape[0], -1)
 
 
 def definition(inputs, grad_y):
@@ -99,9 +93,9 @@ def definition(inputs, grad_y):
 def vectorised(inputs, grad_y):
     """The PyTorch backend in float64: faster than the definition, and tested against it elsewhere."""
     inputs = as_float64(inputs)
-    y, states = scan_torch.forward(ScanInputs(**inputs))
-    grad_y = for_each_walk(grad_y.double(), inputs)
-    grads = scan_torch.backward(grad_y, ScanInputs(**inputs), states)
+    scan = ScanInputs(**inputs)
+    y, states = scan_torch.forward(scan)
+    grads = scan_torch.backward(scan.grad_of_each_walk(grad_y.double()), scan, states)
     return {"y": y, **{name: g for name, g in zip(DIFFERENTIABLE, grads) if g.numel()}}
 
 
