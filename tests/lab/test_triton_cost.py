@@ -234,8 +234,9 @@ def test_waiting_counts_as_one_look_at_each_other_program():
 def test_what_is_expanded_counts_once():
     assert bytes_of(torch.empty(3, 1, 5).expand(3, 7, 5)) == 60
     inputs = make_inputs(PLAIN, 1, torch.bfloat16, "meta")
-    assert bytes_of(inputs.u) == 16000 * 384 * 2
-    assert inputs.u.shape == (1, 16000, 4, 384)
+    walks = inputs.for_each_walk()
+    assert bytes_of(walks.u) == bytes_of(inputs.u) == 16000 * 384 * 2
+    assert walks.u.shape == (1, 16000, 4, 384) and inputs.u.shape == (1, 16000, 1, 384)
 
 
 def test_operations_of_pytorch_count(monkeypatch):

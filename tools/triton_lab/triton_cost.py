@@ -21,7 +21,9 @@ predicted_share_of_copy_bandwidth
                            like these constants, and no measurement.
 
 Shapes: stage 1 of GroupMamba-T at 800x1280 for state 1 (4 walks of 16 channels over 64,000 tokens), and PlainMamba-L1
-at 1600x2560 for state 16 (4 walks of 384 channels over 16,000 tokens, which share all but B and order).
+at 1600x2560 for state 16 (4 walks of 384 channels over 16,000 tokens, which share all but B and order, and are summed).
+With --walks cross, stages 1 and 3 of VMamba-T at 800x1280, the latter with 16 states, for walks that share u alone and
+are summed. PyTorch sums outputs, and gradients of what walks share; the bytes count that.
 
 Example:
     python tools/triton_lab/triton_cost.py --json work_dirs/benchmark/triton_cost.json
@@ -47,7 +49,17 @@ import triton
 from offline import compile_launch, parameters
 from ptx_emulator import Counts, Program, count, parse, pointer
 from report import markdown
-from scan_inputs import PLAIN, STAGE_1, bytes_of, designs, least_bytes, make_inputs
+from scan_inputs import (
+    PLAIN,
+    STAGE_1,
+    V_STAGE_1,
+    V_STATES,
+    bytes_of,
+    designs,
+    elements,
+    least_bytes,
+    make_inputs,
+)
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -62,8 +74,8 @@ SAMPLES = 64
 """Programs of a launch that we execute to count iterations of its loops."""
 
 CAPABILITIES = (80, 90)
-SHAPES = {1: STAGE_1, 16: PLAIN}
-"""By the number of states."""
+SHAPES = {"own": {1: STAGE_1, 16: PLAIN}, "cross": {1: V_STAGE_1, 16: V_STATES}}
+"""By the option --walks and the number of states."""
 DTYPES = ("float32", "bfloat16")
 BATCHES = (1, 16)
 DIRECTIONS = ("forward", "backward")
@@ -85,7 +97,8 @@ def record(inputs: ScanInputs) -> dict[str, Call]:
     with _recorded() as forward:
         y, states = triton_launch.forward(inputs)
     with _recorded() as backward:
-        triton_launch.backward(torch.empty_like(y), inputs, states)
+        grad_y = inputs.grad_of_each_walk(torch.empty_like(y))
+        triton_launch.backward(grad_y, inputs, states)
     least = least_bytes(inputs)
     return {
         direction: Call(launches, traffic.bytes, least[direction])
@@ -501,7 +514,8 @@ def rows_of(args: argparse.Namespace) -> Iterator[dict[str, object]]:
         for dtype in args.dtype:
             for batch in args.batch:
                 for design, chosen in designs(d_state).items():
-                    inputs = make_inputs(SHAPES[d_state], batch, getattr(torch, dtype), "meta")
+                    shape = SHAPES[args.walks][d_state]
+                    inputs = make_inputs(shape, batch, getattr(torch, dtype), "meta")
                     with chosen():
                         calls = record(inputs)
                     if design != "default":  # the designs differ in the forward pass only
@@ -511,8 +525,8 @@ def rows_of(args: argparse.Namespace) -> Iterator[dict[str, object]]:
                             yield dict(
                                 **dict(triton=triton.__version__, capability=capability),
                                 **dict(d_state=d_state, dtype=dtype, direction=direction),
-                                **dict(design=design, batch=batch, shape=list(inputs.u.shape)),
-                                **add_up(call, inputs.u.numel(), d_state, capability),
+                                **dict(design=design, batch=batch, shape=list(inputs.delta.shape)),
+                                **add_up(call, elements(inputs), d_state, capability),
                             )
 
 
@@ -522,9 +536,10 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
+    parser.add_argument("--walks", default="own", choices=list(SHAPES), help="see above")
     for name, values in (
         ("capability", CAPABILITIES),
-        ("d-state", tuple(SHAPES)),
+        ("d-state", tuple(SHAPES["own"])),
         ("dtype", DTYPES),
         ("batch", BATCHES),
     ):
