@@ -31,13 +31,14 @@ def test_parts_come_in_the_order_in_which_they_are_useful():
     assert list(gpu_check.PARTS) == [
         *("versions", "bandwidth", "primitives", "compile", "tests", "sanitizer", "times"),
         *("profiler", "capture", "mamba_ssm", "backbones", "look_back"),
+        *("more_times", "training"),
     ]
     assert gpu_check.TOTAL_SECONDS < 8 * 60
 
 
 def test_every_part_has_its_time_however_long_the_others_take():
-    ends = gpu_check.part_ends(gpu_check.PARTS)
-    assert list(ends) == list(gpu_check.PARTS)
+    ends = gpu_check.part_ends(gpu_check.FIRST_PARTS)
+    assert list(ends) == list(gpu_check.FIRST_PARTS) == list(gpu_check.PARTS)[:-2]
     before = 0
     for name, end in ends.items():
         assert end - before >= gpu_check.PARTS[name].seconds
@@ -81,7 +82,7 @@ def test_every_part_at_small_sizes(tmp_path):
     assert done.returncode == 0, done.stderr
     results = json.loads((out / "gpu_check.json").read_text())
     statuses = {name: result["status"] for name, result in results.items()}
-    assert list(statuses) == list(gpu_check.PARTS)
+    assert list(statuses) == list(gpu_check.FIRST_PARTS)
     assert set(statuses.values()) <= {"ok", "skipped"}, done.stdout
     for name in (
         *("versions", "bandwidth", "primitives", "compile", "tests", "sanitizer", "times"),
@@ -103,6 +104,41 @@ def test_every_part_at_small_sizes(tmp_path):
     assert table.splitlines()[0] == f"# GPU check on {versions['device']}"
     assert re.search(r"\| mamba_ssm +\|", table)
     assert table in done.stdout
+
+
+@pytest.mark.nightly
+def test_the_parts_that_are_to_be_named_at_small_sizes(tmp_path):
+    done = run_tool(tmp_path, "--device", "cpu", "--only", "more_times", "training")
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / "gpu_check.json").read_text())
+    rows = results["more_times"]["rows"]
+    timed = [row for row in rows if "forward_ms" in row]
+    assert len(rows) == 2 * len(timed) > 0  # compiled before
+    assert {row["what"].split(", ")[-1] for row in timed} == {"bfloat16", "float32", "float16"}
+    steps = {row["what"].split(",")[0]: row for row in results["training"]["rows"]}
+    for step in ("evaluation", "training"):
+        assert steps[step]["VMamba-T_to_swin_t"] > 0
+
+
+def test_all_backbones_are_timed_before_any_is_compiled():
+    pytest.importorskip("mmdet")
+    import backbones
+
+    runs = gpu_check.training_runs("cuda")
+    assert [options[-1] for options in runs[:2]] == ["bfloat16", "float16"]
+    compiled = runs[2:]
+    assert all("--compile" in options for options in compiled)
+    _, *ours = backbones.GROUPS["all"]["models"]
+    assert [options[-2:] for options in compiled] == [["Swin-T", name] for name in ours]
+
+
+def test_other_shapes_and_dtypes_are_timed_only_if_named():
+    first, more = gpu_check.timed_inputs("cuda"), gpu_check.more_timed_inputs("cuda")
+    assert len(more) == len(set(more)) == 26 and not set(first) & set(more)
+    walks = {(shape.kind, shape.d_state) for shape, _, _ in (*first, *more)}
+    assert walks == {("groups", 1), ("snake", 16), ("cross", 1), ("cross", 16), ("line", 16)}
+    dtypes = [dtype for _, _, dtype in more]
+    assert dtypes == [torch.bfloat16] * 6 + [torch.float32] * 6 + [torch.float16] * 14
 
 
 @pytest.mark.nightly
@@ -385,12 +421,12 @@ def test_primitives_are_tried_in_the_tiles_that_are_launched():
     from mmvssm.ops.triton_launcher import recorded_launches
 
     scanned, others = set(), set()
-    for shape in gpu_check._shapes("cuda"):
+    for shape in gpu_check._shapes("cuda") + gpu_check._more_shapes("cuda"):
         for batch, design in itertools.product((1, 16), designs(shape.d_state).values()):
             inputs = make_inputs(shape, batch, torch.float32, "meta")
             with design(), recorded_launches() as launches:
                 y, states = triton_launch.forward(inputs)
-                triton_launch.backward(y, inputs, states)
+                triton_launch.backward(inputs.grad_of_each_walk(y), inputs, states)
             for launch in launches:
                 values, warps = launch.arguments, launch.options["num_warps"]
                 if "CHANNELS" in values:
@@ -427,9 +463,9 @@ def test_cases_that_show_something_new_come_first():
 
 def test_every_shape_is_timed_in_float32_before_any_is_in_bfloat16():
     timed = gpu_check.timed_inputs("cuda")
-    assert len(timed) == len(set(timed)) == 12
-    assert {dtype for _, _, dtype in timed[:6]} == {torch.float32}
-    assert len({(shape, batch) for shape, batch, _ in timed[:6]}) == 6
+    assert len(timed) == len(set(timed)) == 16
+    assert {dtype for _, _, dtype in timed[:8]} == {torch.float32}
+    assert len({(shape, batch) for shape, batch, _ in timed[:8]}) == 8
 
 
 @pytest.fixture
@@ -517,7 +553,7 @@ def test_whatever_is_launched_later_is_compiled_before():
         f"single pass {gpu_check._label(shape, 1, torch.float32)}"
         for shape in gpu_check.single_pass_shapes("cuda")
     }
-    assert len(shapes) == 2
+    assert len(shapes) == 3
     assert timed | cases | look_back | shapes <= jobs
     others = jobs - timed - cases - look_back - shapes
     if gpu_check._missing_for_backbones():

@@ -133,6 +133,7 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--group", nargs="+", default=list(GROUPS), choices=list(GROUPS))
+    parser.add_argument("--model", nargs="+", metavar="NAME", help="only these of the groups")
     parser.add_argument(
         "--shape", type=int, nargs=3, action="append", metavar=("B", "H", "W"), help="repeatable"
     )
@@ -149,6 +150,10 @@ def parse_args() -> argparse.Namespace:
     add_traceback_option(parser)
     args = parser.parse_args()
     args.threads = torch.get_num_threads()
+    known = {name for group in args.group for name in GROUPS[group]["models"]}
+    unknown = set(args.model or ()) - known
+    if unknown:
+        raise UserError(f"no such model: {', '.join(unknown)}; known: {', '.join(sorted(known))}")
     return args
 
 
@@ -212,8 +217,12 @@ def main() -> None:
     table = markdown_table(["model", "input", "pass", "best (ms)", "ratio", "peak memory (MB)"])
     for group in args.group:
         torch.manual_seed(0)
-        models = {name: build().to(args.device) for name, build in GROUPS[group]["models"].items()}
-        first = next(iter(models))
+        models = {
+            name: build().to(args.device)
+            for name, build in GROUPS[group]["models"].items()
+            if args.model is None or name in args.model
+        }
+        first = next(iter(models), None)
         for shape in args.shape or GROUPS[group]["shapes"]:
             x = torch.rand(shape[0], 3, *shape[1:], device=args.device)
             for name, step in steps.items():

@@ -13,15 +13,20 @@ Parts, in this order:
     compile      all kernels that the other parts launch, in one process per core
     tests        the operators against their definition, forward and backward
     sanitizer    compute-sanitizer's memcheck and racecheck on small scans
-    times        on the GPU and in Python, three shapes, 1 and 16 images, float32 and bfloat16
+    times        on the GPU and in Python, four shapes, 1 and 16 images, float32 and bfloat16
     profiler     ncu's instruction counts and those of triton_cost.py
     capture      CUDA graphs, torch.compile, another stream, equal bits in repeated runs
     mamba_ssm    the same scans with mamba-ssm's CUDA kernels
     backbones    times of backbones and of Swin-T, if mmdet is installed
     look_back    the single pass, which waits for other programs, launched 10,000 times
 
+Two more run only if named, each in as much time as all of the above:
+    more_times   times of what the others leave out: more walks and states in all dtypes, and float16
+    training     training steps of all backbones beside Swin-T, plain, in float16, and through torch.compile
+
 Examples:
     python tools/benchmark/gpu_check.py --out work_dirs/gpu_check
+    python tools/benchmark/gpu_check.py --out work_dirs/gpu_training --only training
     python tools/benchmark/gpu_check.py --out work_dirs/gpu_check --mamba-source ../mamba
     python tools/benchmark/gpu_check.py --out work_dirs/gpu_check --device cpu    # the same flow at small sizes
 """
@@ -94,7 +99,7 @@ def run_parts(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """
     begin = time.monotonic()
     results = {}
-    for name, end in part_ends(args.only or PARTS).items():
+    for name, end in part_ends(args.only or FIRST_PARTS).items():
         print(f"{name} ...", end=" ", flush=True)
         start = time.monotonic()
         limit = begin + end - start
@@ -437,9 +442,12 @@ class Job(NamedTuple):
 
 def check_compile(report: Report, args: argparse.Namespace) -> None:
     """Run the calls of the other parts once, so that they find every kernel in Triton's cache on disk."""
-    jobs = compile_jobs(args.device)
+    run_jobs(compile_jobs(args.device), _processes(args.device), report, args.device)
+
+
+def _processes(device: str) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    run_jobs(jobs, min(cores, 16) if args.device != "cpu" else 2, report, args.device)
+    return min(cores, 16) if device != "cpu" else 2
 
 
 def compile_jobs(device: str) -> list[Job]:
@@ -620,7 +628,9 @@ def _run_scan(inputs: dict, delta_softplus: bool) -> dict:
     from mmvssm.ops import Traversal, selective_scan
 
     inputs = {
-        name: x.detach().requires_grad_() if x is not None and x.is_floating_point() else x
+        name: x.detach().requires_grad_()
+        if isinstance(x, torch.Tensor) and x.is_floating_point()
+        else x
         for name, x in inputs.items()
     }
     leaves = {name: inputs[name] for name in GRADIENTS if inputs[name] is not None}
@@ -699,21 +709,41 @@ def _cuda_tool(name: str) -> Optional[str]:
 
 
 def _shapes(device: str) -> list:
-    from scan_inputs import PLAIN, STAGE_1, STAGE_3, Shape
+    from scan_inputs import PLAIN, STAGE_1, STAGE_3, V_STAGE_1, Shape
 
     return (
-        [STAGE_1, STAGE_3, PLAIN]
+        [STAGE_1, STAGE_3, PLAIN, V_STAGE_1]
         if device != "cpu"
-        else [Shape((6, 9), 5, 1), Shape((5, 8), 6, 16)]
+        else [Shape((6, 9), 5, 1), Shape((5, 8), 6, 16, "snake"), Shape((4, 7), 3, 1, "cross")]
     )
+
+
+def _more_shapes(device: str) -> list:
+    from scan_inputs import V_STAGE_3, V_STATES, VIM, Shape
+
+    return [V_STATES, VIM, V_STAGE_3] if device != "cpu" else [Shape((4, 7), 3, 2, "line")]
 
 
 def check_times(report: Report, args: argparse.Namespace) -> None:
     """Measure milliseconds on the GPU, microseconds in Python, and the ratio to a copy of the least bytes."""
+    _time_scans(report, args, timed_inputs(args.device))
+
+
+def check_more_times(report: Report, args: argparse.Namespace) -> None:
+    """Measure the same of further scans, after compiling them in one process per core."""
+    timed = more_timed_inputs(args.device)
+    jobs = [
+        Job(f"compiled: scan {_label(*each)}", _run_passes, (*each, args.device)) for each in timed
+    ]
+    run_jobs(jobs, _processes(args.device), report, args.device)
+    _time_scans(report, args, timed)
+
+
+def _time_scans(report: Report, args: argparse.Namespace, scans: Sequence[tuple]) -> None:
     from scan_inputs import least_bytes, make_inputs
 
     bandwidth = _copy_bandwidth(800 if args.device != "cpu" else 4, args.device)
-    for timed in timed_inputs(args.device):
+    for timed in scans:
         least = least_bytes(make_inputs(*timed, "meta"))
 
         def measure(timed=timed, least=least) -> dict[str, object]:
@@ -742,12 +772,29 @@ def timed_inputs(device: str) -> list[tuple[Any, int, Any]]:
     ]
 
 
+def more_timed_inputs(device: str) -> list[tuple[Any, int, Any]]:
+    """Yield the same of the other shapes, in bfloat16 first, then of all shapes in float16."""
+    import torch
+
+    batches = (1, 16) if device != "cpu" else (1,)
+    more, shapes = _more_shapes(device), _shapes(device)
+    chosen = ((torch.bfloat16, more), (torch.float32, more), (torch.float16, shapes + more))
+    return [
+        (shape, batch, dtype)
+        for dtype, some in chosen
+        for batch, shape in itertools.product(batches, some)
+    ]
+
+
 def _label(shape: object, batch: int, dtype: object) -> str:
     return f"{batch} x {shape}, {str(dtype).removeprefix('torch.')}"
 
 
 def _passes(inputs) -> tuple[Callable, Callable]:
-    """Return the operator's forward and backward pass, without autograd's overhead."""
+    """Return the operator's forward and backward pass, without autograd's overhead.
+
+    The latter finds in ``grad_y`` whether walks were summed, the last of the inputs.
+    """
     import torch
 
     operator = torch.ops.mmvssm
@@ -756,7 +803,7 @@ def _passes(inputs) -> tuple[Callable, Callable]:
     grad_y = torch.randn_like(y)
     return (
         lambda: operator.selective_scan(*inputs),
-        lambda: operator.selective_scan_backward(grad_y, *inputs, states),
+        lambda: operator.selective_scan_backward(grad_y, *inputs[:-1], states),
     )
 
 
@@ -984,7 +1031,8 @@ def check_mamba_ssm(report: Report, args: argparse.Namespace) -> None:
     for timed in timed_inputs(args.device):
 
         def measure(timed=timed) -> dict[str, object]:
-            inputs = make_inputs(*timed, args.device)
+            inputs = make_inputs(*timed, args.device).for_each_walk()
+            inputs = inputs._replace(sum_walks=False)  # mamba-ssm does not sum walks
             ours = [_time(call, args.device) for call in _passes(inputs)]
             expected = torch.ops.mmvssm.selective_scan(*inputs)[0].double().cpu()
             y, passes = _mamba_passes(kernels, inputs)
@@ -1149,26 +1197,65 @@ def mamba_commands(
 
 def check_backbones(report: Report, args: argparse.Namespace) -> None:
     """Compare GroupMamba-T with Swin-T and ResNet-50, by backbones.py."""
-    missing = _missing_for_backbones()
-    if missing:
-        raise Skipped(f"{' and '.join(missing)} is not installed")
-    out = args.out / "backbones_runs.json"
-    command = [sys.executable, str(HERE / "backbones.py"), "--group", "groupmamba", "--no-memory"]
-    command += ["--device", args.device, "--out", str(out)]
-    for shape in _backbone_shapes(args.device):
-        command += ["--shape", *map(str, shape)]
+    _require_backbones()
     if args.device == "cpu":
         runs = [["--runs", "1", "--no-training"]]
     else:
         runs = [["--runs", "10", "--dtype", dtype] for dtype in ("float32", "bfloat16")]
     for options in runs:
-        subprocess.run([*command, *options], check=True, env=_environment())
-        for record in json.loads(out.read_text())["records"]:
-            best = {name: min(seconds) for name, seconds in record["seconds"].items()}
-            what = f"{record['step']}, {'x'.join(map(str, record['shape']))} {options[-1]}"
-            figures = {f"{name}_ms": round(seconds * 1e3, 2) for name, seconds in best.items()}
-            ratio = round(best["GroupMamba-T"] / best["Swin-T"], 2)
-            report.add(what, **figures, ratio_to_swin_t=ratio)
+        _time_backbones(report, args, "groupmamba", _backbone_shapes(args.device), options)
+
+
+def check_training(report: Report, args: argparse.Namespace) -> None:
+    """Compare all backbones with Swin-T; what takes longest comes last, one backbone at a time."""
+    _require_backbones()
+    shapes = [(16, 224, 224), (2, 512, 512)] if args.device != "cpu" else [(1, 32, 32)]
+    for options in training_runs(args.device):
+        run = partial(_time_backbones, report, args, "all", shapes, options)
+        attempt(report, f"backbones.py {' '.join(options)}", run)
+
+
+def training_runs(device: str) -> list[list[str]]:
+    """Return options of backbones.py, of what matters most first."""
+    if device == "cpu":
+        return [["--runs", "1", "--model", "Swin-T", "VMamba-T"]]
+    import backbones
+
+    first, *ours = backbones.GROUPS["all"]["models"]
+    plain = [["--runs", "10", "--dtype", dtype] for dtype in ("bfloat16", "float16")]
+    compiled = ["--runs", "10", "--compile", "--dtype", "bfloat16", "--model", first]
+    return [*plain, *([*compiled, name] for name in ours)]
+
+
+def _time_backbones(
+    report: Report,
+    args: argparse.Namespace,
+    group: str,
+    shapes: Sequence[tuple[int, int, int]],
+    options: Sequence[str],
+) -> dict[str, object]:
+    """Report milliseconds of a group of backbones.py, and ratios to Swin-T."""
+    out = args.out / "backbones_runs.json"
+    command = [sys.executable, str(HERE / "backbones.py"), "--group", group, "--no-memory"]
+    command += ["--device", args.device, "--out", str(out), *options]
+    for shape in shapes:
+        command += ["--shape", *map(str, shape)]
+    start = time.monotonic()
+    subprocess.run(command, check=True, env=_environment())
+    for record in json.loads(out.read_text())["records"]:
+        best = {name: min(seconds) for name, seconds in record["seconds"].items()}
+        figures = {f"{name}_ms": round(seconds * 1e3, 2) for name, seconds in best.items()}
+        for name in best.keys() - {"Swin-T"}:
+            figures[f"{name}_to_swin_t"] = round(best[name] / best["Swin-T"], 2)
+        size = "x".join(map(str, record["shape"]))
+        report.add(f"{record['step']}, {size} {' '.join(options)}", **figures)
+    return dict(seconds=round(time.monotonic() - start, 1))
+
+
+def _require_backbones() -> None:
+    missing = _missing_for_backbones()
+    if missing:
+        raise Skipped(f"{' and '.join(missing)} is not installed")
 
 
 def _missing_for_backbones() -> list[str]:
@@ -1303,7 +1390,11 @@ PARTS = {
     "mamba_ssm": Part(check_mamba_ssm, 25),
     "backbones": Part(check_backbones, 40),
     "look_back": Part(check_look_back, 25),
+    "more_times": Part(check_more_times, TOTAL_SECONDS),
+    "training": Part(check_training, TOTAL_SECONDS),
 }
+FIRST_PARTS = tuple(PARTS)[:-2]
+"""Those that run without ``--only``."""
 
 
 def main() -> int:
