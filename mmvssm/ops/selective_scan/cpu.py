@@ -142,9 +142,10 @@ class _Scan(backend.KernelArguments):
 
     def output_rows(self, name: str, shape: tuple[int, ...], summed: bool) -> Tensor:
         """Allocate tokens that the library writes, or those to which it adds what is summed over the walks."""
-        setattr(self, f"sum_{name}", summed)
-        x = self.output(name, shape, self.wide_dtype if summed else self.element_dtype)
-        return x.zero_() if summed else x
+        if not summed:
+            return self.output(name, shape, self.element_dtype)
+        setattr(self, f"sum_{name}", True)
+        return self.output(name, shape, self.wide_dtype).zero_()
 
     def input_index(self, name: str, x: Tensor) -> None:
         """Store an index ``(K, L)`` or ``(B, K, L)``."""

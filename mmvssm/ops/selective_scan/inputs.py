@@ -76,7 +76,10 @@ class ScanInputs(NamedTuple):
 
     def for_each_walk(self) -> ScanInputs:
         """Return the same with ``u`` and ``delta (B, L, K, D)``, without a copy."""
-        u, delta = (x.expand(-1, -1, self.A.shape[0], -1) for x in (self.u, self.delta))
+        walks = self.A.shape[0]
+        if self.u.shape[2] == self.delta.shape[2] == walks:
+            return self
+        u, delta = (x.expand(-1, -1, walks, -1) for x in (self.u, self.delta))
         return self._replace(u=u, delta=delta)
 
     def grad_of_each_walk(self, grad_y: Tensor) -> Tensor:

@@ -181,8 +181,7 @@ Division divide_images(const Scan& scan, int64_t block) {
 // for B and C stay smaller than u.
 Division divide_backward(const Scan& scan, int width) {
   const int64_t walks = scan.batch * scan.walks, vectors = ceil_div(scan.channels, width);
-  const bool sums = scan.sum_grad_u || scan.sum_grad_delta;
-  const int64_t wanted = std::max(ceil_div(8, sums ? scan.batch : walks), ceil_div(vectors, 16));
+  const int64_t wanted = std::max(ceil_div(8, walks), ceil_div(vectors, 16));
   const int64_t most = std::max<int64_t>(1, std::min(vectors, scan.channels / (2 * scan.states)));
   const int64_t block = ceil_div(vectors, std::min(wanted, most)) * width;
   return Division(scan, scan.walks, block, stretch_for(scan, walks * ceil_div(scan.channels, block), 2));

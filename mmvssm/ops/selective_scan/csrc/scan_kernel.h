@@ -175,12 +175,13 @@ class Kernel {
 
   // Runs the task's steps from the state `entry` (zero if null), writing y and, if there is place, the saved states.
   static void forward(const Scan& scan, const Task& task, const void* entry) {
-    Kernel(scan, task).template walk_forward<true>((const T*)entry, nullptr, nullptr);
+    scan.sum_y ? Kernel(scan, task).template walk_forward<true, true>((const T*)entry, nullptr, nullptr)
+               : Kernel(scan, task).template walk_forward<true, false>((const T*)entry, nullptr, nullptr);
   }
 
   // Runs them from a zero state for nothing but the state in which they end and the time that passes, per channel.
   static void forward_carry(const Scan& scan, const Task& task, void* end, void* elapsed) {
-    Kernel(scan, task).template walk_forward<false>(nullptr, (T*)end, (T*)elapsed);
+    Kernel(scan, task).template walk_forward<false, false>(nullptr, (T*)end, (T*)elapsed);
   }
 
   // Differentiates the task's steps, `adjoint` being the gradient at the state in which they end (zero if null).
@@ -423,7 +424,8 @@ class Kernel {
     return positive_part(raw) + log1p(z);
   }
 
-  template <bool kEmit>
+  // With kAdd, walks add to y.
+  template <bool kEmit, bool kAdd>
   void walk_forward(const T* entry, T* end, T* elapsed_sum) {
     Buffer<V> state(vectors_ * states()), time(vectors_);
     for (int64_t v = 0; v < vectors_ && entry; ++v)
@@ -435,7 +437,7 @@ class Kernel {
         store_matrix<T>(to, state + v * states(), states(), lanes(v));
       }
       each_group([&](int64_t v, auto count, auto partial) {
-        tile_forward<kEmit, decltype(count)::value, decltype(partial)::value>(v, state, time);
+        tile_forward<kEmit, kAdd, decltype(count)::value, decltype(partial)::value>(v, state, time);
       });
       leave_tile();
     }
@@ -446,12 +448,11 @@ class Kernel {
   }
 
   // kCount vectors of channels from v on take the tile's steps.
-  template <bool kEmit, int kCount, bool kPartial>
+  template <bool kEmit, bool kAdd, int kCount, bool kPartial>
   void tile_forward(int64_t v, V* states_of_all, V* times) const {
     const Rows &now = this->now(), &next = this->next();
     const int64_t c = channel(v);
     const int width = lanes(v + kCount - 1), length = now.length;
-    const bool add = scan_.sum_y != Scan::kPerWalk;
     V local_state[kCount * kLocal], local_A[kCount * kLocal], bias[kCount], skip[kCount], rest[kCount], time[kCount];
     V* h = kStates ? local_state : states_of_all + v * states();
     const V* A = kStates ? local_A : A_ + v * states();
@@ -469,7 +470,7 @@ class Kernel {
       for (int i = 0; i < kCount; ++i) {
         prefetch(next.delta[s] + c + i * kWidth);
         prefetch(next.u[s] + c + i * kWidth);
-        if (kEmit) prefetch_output(next.y[s], add, c + i * kWidth);
+        if (kEmit) prefetch_output(next.y[s], kAdd, c + i * kWidth);
         const V u = load_some<T, kPartial>(u_row + i * kWidth, width);
         const V step = step_size(load_some<T, kPartial>(delta_row + i * kWidth, width) + bias[i]);
         const V elapsed = bounded(step + gap * rest[i]), drive = step * u;
@@ -480,7 +481,7 @@ class Kernel {
           if (kEmit) y += state * C_s[n];
         });
         if (kEmit)
-          put<kPartial>(now.y[s], add, c + i * kWidth, y, width);
+          put<kPartial>(now.y[s], kAdd, c + i * kWidth, y, width);
         else
           time[i] += elapsed;
       }
@@ -562,7 +563,7 @@ class Kernel {
     const Rows &now = this->now(), &next = this->next();
     const int64_t c = channel(v);
     const int width = lanes(v), length = now.length, states = this->states();
-    const bool add_u = scan_.sum_grad_u != Scan::kPerWalk, add_delta = scan_.sum_grad_delta != Scan::kPerWalk;
+    const bool add_u = scan_.sum_grad_u, add_delta = scan_.sum_grad_delta;
     const V *const steps = tape.step, *const slopes = tape.slope;
     const V *decay = tape.decay + length * states, *before = tape.before + length * states;
     // Of the tile alone: rounding errors would grow with the length if single steps were added to the totals.

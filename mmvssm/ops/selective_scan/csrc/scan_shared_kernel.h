@@ -142,7 +142,7 @@ class SharedKernel : private Kernel<T, Element, kStates> {
   void burst_forward(int64_t k, int64_t v, int first, int last) {
     const int64_t c = channel(v);
     const int width = kPartial ? lanes(v) : kWidth;
-    const bool add = scan_.sum_y != Scan::kPerWalk;
+    const bool add = scan_.sum_y;
     const Step* steps = this->steps(k);
     const V skip = skip_[v], rest = rest_[v];
     const V *A = A_ + v * states(), *fades = fade_ + v * kLargest * states();
