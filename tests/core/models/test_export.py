@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.export import Dim
 
-from mmvssm.models import GroupMamba, PlainMamba, TokenRestoration
+from mmvssm.models import GroupMamba, PlainMamba, TokenRestoration, VMamba
+from support.tiny_backbones import V
 
 GROUPMAMBA = dict(
     stem_hidden_dim=4, embed_dims=(16, 16, 16, 16), depths=(1, 1, 1, 1), mlp_ratios=(1, 1, 1, 1)
@@ -46,6 +47,12 @@ def check(program, model):
 @pytest.mark.nightly
 def test_groupmamba():
     model = GroupMamba(GROUPMAMBA, out_indices=(0, 3))
+    check(export(model).module(), model)
+
+
+@pytest.mark.slow
+def test_vmamba():
+    model = VMamba(V, out_indices=(0, 3))
     check(export(model).module(), model)
 
 

@@ -80,6 +80,10 @@ SPATIAL = """
 arch = dict(_delete_=True, embed_dims=[16] * 4, depths=[1] * 4, mlp_ratio=2)
 model["backbone"].update(type="mmvssm.SpatialMamba", arch=arch)
 """
+VMAMBA = """
+arch = dict(_delete_=True, embed_dims=[16] * 4, depths=[1] * 4, ssm_ratio=1, mlp_ratio=2)
+model["backbone"].update(type="mmvssm.VMamba", arch=arch)
+"""
 VIM = (
     PLAIN
     + """
@@ -100,6 +104,7 @@ SEGMENTERS = dict(
     segformer=f"_base_ = '{tiny_configs.CONFIGS}/groupmamba_segformer_shapes.py'",
     spatialmamba=tiny_configs.SEGMENTER + SPATIAL,
     vim=VIM,
+    vmamba=tiny_configs.SEGMENTER + VMAMBA,
 )
 
 
