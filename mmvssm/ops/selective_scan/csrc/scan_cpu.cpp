@@ -242,8 +242,9 @@ struct Terms {
   }
 
   void add_up() const {
+    if (!sums) return;
     const int64_t channels = scan.channels, rows = scan.batch * scan.length, grain = ceil_div(rows, scan.threads);
-    parallel_for(sums ? scan.threads : 0, scan, [&](int64_t i) {
+    parallel_for(scan.threads, scan, [&](int64_t i) {
       const T* from = terms.get() + std::min(rows, i * grain) * scan.walks * channels;
       for (int64_t row = i * grain; row < std::min(rows, (i + 1) * grain); ++row) {
         T* to = (T*)sums + row * channels;
