@@ -17,7 +17,8 @@ from mmvssm.export.scan_function import DOMAIN, INPUTS, NAME, OPTIONAL, scan_fun
 from mmvssm.ops.selective_scan.naive import selective_scan_naive
 from support.onnx_models import model_of, session
 
-CASES = [case for case in scan_cases.CASES if case.dtype == torch.float32]
+# Sums over walks are ReduceSum after the function, as tests of whole models show.
+CASES = [c for c in scan_cases.CASES if c.dtype == torch.float32 and not c.sum_walks]
 CASES += [
     scan_cases.Case(2, 1, 4, 3, 1),
     scan_cases.Case(1, 600, 2, 2, 3),
