@@ -139,7 +139,7 @@ def test_equal_flops(task):
                 cost = cost_of(config_of(data_set, name), data_set.shape)
                 savings[key] = 1 - cost["backbone"].flops / full
             assert savings[key] == pytest.approx(arm.saving, abs=0.015), name
-    assert len(savings) == 6
+    assert len(savings) == 7
 
 
 @pytest.mark.parametrize("task", TASKS)

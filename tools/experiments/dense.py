@@ -200,6 +200,7 @@ _PRUNINGS: dict[str, dict[str, Any]] = {
     "filled with zeros": dict(neck=dict(fill="zero")),
     "earlier layers": dict(layers=(0, 1, 2), keep_ratio=(0.65, 0.6, 0.7)),
     "later layers": dict(layers=(1, 3), keep_ratio=(0.4, 0.4)),
+    "rejoining": dict(layers=(0, 2), keep_ratio=(0.3, 0.6), rejoin=7),
     "25 %": dict(saving=0.25, keep_ratio=(0.8, 0.75, 0.75)),
     "55 %": dict(saving=0.55, layers=(0, 1, 2), keep_ratio=(0.25, 0.5, 0.5)),
 }
