@@ -14,9 +14,11 @@ pytest.importorskip("mmdet")
 pytest.importorskip("mmseg")
 
 import dense
+import dense_campaign
 import dense_report
 import predictions
-from dense import ARMS, BACKBONES, DATA_SETS, Backbone, Campaign, config_of
+from dense_arms import ARMS, BACKBONES, Backbone
+from dense_campaign import DATA_SETS, Campaign, config_of
 from dense_report import cost_of
 from results import NOT_TUNED
 
@@ -123,7 +125,7 @@ def test_equal_flops(task):
     costs = {
         arm: cost_of(config_of(data_set, arm), data_set.shape)
         for arm in ARMS
-        if arm in BACKBONES and dense._is_installed(arm)
+        if arm in BACKBONES and dense_campaign._is_installed(arm)
     }
     total = costs["GroupMamba"]["total"].flops
     assert {arm: cost["total"].flops / total for arm, cost in costs.items()} == pytest.approx(
@@ -200,7 +202,7 @@ def test_commands(roots, tmp_path):
 
 
 def test_an_arm_whose_package_is_missing_is_left_out(roots, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(dense, "find_spec", lambda name: None)
+    monkeypatch.setattr(dense_campaign, "find_spec", lambda name: None)
     found = campaign(roots, tmp_path, arms=["ConvNeXt", "Swin"])
     assert found.arms == ["Swin"]
     assert "ConvNeXt is left out: it needs mmpretrain" in capsys.readouterr().out

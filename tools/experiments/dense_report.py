@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Optional
+from typing import Any, Callable, Optional
 
 import numpy as np
 import torch
+from dense_campaign import Campaign
 from matplotlib.figure import Figure
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
@@ -32,9 +33,6 @@ sys.path[:0] = [str(REPO / "tools" / part) for part in ("benchmark", "analysis_t
 
 from get_flops import run_once  # noqa: E402
 from timing import about, markdown_table, peak_memory, time_side_by_side, write_json  # noqa: E402
-
-if TYPE_CHECKING:
-    from dense import Campaign
 
 STEPS = ("image", "step")
 """What is measured: the test of one image, and a training step."""
