@@ -29,6 +29,8 @@ _ROWS = (  # name,r,g,b with perhaps more after a colon, and r g b name
 )
 _MOST_COLOURS = 64  # in maps without a table; more come from smoothing or compression
 _MOST_BLURRED = 0.1  # share of pixels between 0 and 255 in a mask saved as JPEG
+_NOT_A_CLASS = {"void", "unlabelled", "unlabeled", "ignore"}  # names in tables, in any case
+_IGNORED = 255  # mmseg's ignore_index
 _BLACK, _WHITE = 0, 0xFFFFFF
 _BINARY = {_BLACK: "background", _WHITE: "foreground"}
 
@@ -76,10 +78,14 @@ def prepare_maps(
                 write_whole(folder / f"{split}.txt", "\n".join(lines))
         if kind:
             known = colours or _count_colours(every)
+            ignored = [name for name in known.values() if name.casefold() in _NOT_A_CLASS]
+            names = [name for name in known.values() if name not in ignored]
+            labels = {c: _IGNORED if n in ignored else names.index(n) for c, n in known.items()}
             jobs = [(source, str(folder / target)) for part in maps for source, target in part]
-            _for_each(partial(_write_map, colours=list(known)), jobs)
+            _for_each(partial(_write_map, labels=labels), jobs)
             about["note"] += f"; {kind} became class numbers"
-            about["classes"] = list(known.values())
+            about["note"] += f", pixels of {shown(ignored)} are ignored" if ignored else ""
+            about["classes"] = names
         return about
 
     images = list_files(os.path.join(root, layout.images["train"])) if drawn else []
@@ -181,17 +187,17 @@ def _count_colours(paths: Sequence[str]) -> dict[int, str]:
     return {code: "background" if code == _BLACK else f"#{code:06x}" for code in sorted(found)}
 
 
-def _write_map(job: tuple[str, str], colours: Sequence[int]) -> None:
-    """Write the class numbers of a map of colours to a file."""
+def _write_map(job: tuple[str, str], labels: dict[int, int]) -> None:
+    """Write the labels of the colours of a map to a file."""
     source, target = job
-    codes, order = _codes_in(source), np.argsort(colours)
-    known = np.array(colours)[order]
+    codes, known = _codes_in(source), np.array(sorted(labels))
     places = np.searchsorted(known, codes).clip(max=len(known) - 1)
     strange = codes[known[places] != codes]
     if strange.size:
         raise ValueError(f"the colour {strange[0]:#08x}, of no class")
     os.makedirs(os.path.dirname(target), exist_ok=True)
-    Image.fromarray(order[places].astype(np.uint8)).save(target)
+    of_places = np.array([labels[code] for code in known.tolist()], np.uint8)
+    Image.fromarray(of_places[places]).save(target)
 
 
 def _for_each(function: Callable[[Any], Any], jobs: Sequence[Any]) -> list[Any]:

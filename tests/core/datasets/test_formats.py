@@ -472,6 +472,19 @@ def test_colours_are_numbered_by_their_table(root, table, text):
     assert (written_map(cfg) == np.array([2, 1, 0])[LABELS]).all()
 
 
+@pytest.mark.parametrize("name", ["Void", "unlabelled"])
+def test_what_a_table_calls_void_is_ignored(root, name):
+    write_maps(root, COLOURS[LABELS])
+    write(root / "class_dict.csv", f"name,r,g,b\nsky,5,6,7\n{name},200,0,10\nbuilding,0,0,0\n")
+    cfg = segmenter()
+    line = applied(cfg, root)
+    assert (
+        "2 classes (sky, building), 0 is 'sky'" in line and f"pixels of {name} are ignored" in line
+    )
+    assert cfg.model.decode_head.num_classes == 2
+    assert (written_map(cfg) == np.array([1, 255, 0])[LABELS]).all()
+
+
 def test_colours_are_counted_without_a_table(root):
     write_maps(root, COLOURS[LABELS])
     cfg = segmenter()
