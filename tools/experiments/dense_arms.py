@@ -118,6 +118,7 @@ class Arm:
         tuned: Whether it trains; otherwise it is ``start`` evaluated with these options.
         length: Length of its training, in those of :attr:`DataSet.length`.
         saving: Share of the backbone's FLOPs that its pruning is to save.
+        taught: Weights of the losses by which it learns from ``start``, see ``candidates.Distilled``.
         seeds: Default seeds.
     """
 
@@ -127,6 +128,7 @@ class Arm:
     tuned: bool = True
     length: float = 1.0
     saving: float = 0.0
+    taught: dict[str, float] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0,)
 
 
@@ -138,7 +140,12 @@ DEFAULT = dict(layers=(0, 2, 4), keep_ratio=(0.6, 0.5, 0.65))
 
 
 def pruned(
-    saving: float = 0.4, neck: Optional[dict[str, Any]] = None, tuned: bool = True, **options: Any
+    saving: float = 0.4,
+    neck: Optional[dict[str, Any]] = None,
+    candidate: Optional[dict[str, Any]] = None,
+    taught: Optional[dict[str, float]] = None,
+    tuned: bool = True,
+    **options: Any,
 ) -> Arm:
     """Return a pruned PlainMamba that starts from the dense one.
 
@@ -147,14 +154,25 @@ def pruned(
     Args:
         saving: See :class:`Arm`.
         neck: Settings of ``TokenRestoration``; it fills with the last values by default.
+        candidate: Settings of ``candidates.CandidatePlainMamba`` that differ from PlainMamba's.
+        taught: See :class:`Arm`.
         tuned: See :class:`Arm`.
         options: Settings of the pruning that differ from :data:`DEFAULT`.
     """
     settings = {"model.backbone.pruning": {**DEFAULT, **options}}
     settings.update({f"model.neck.0.{key}": value for key, value in (neck or {}).items()})
-    return Arm("PlainMamba", settings, "PlainMamba", tuned, saving=saving, **TUNING)
+    if candidate:
+        settings["model.backbone.type"] = "mmvssm.CandidatePlainMamba"
+        settings.update({f"model.backbone.{key}": value for key, value in candidate.items()})
+    return Arm(
+        *("PlainMamba", settings, "PlainMamba", tuned),
+        saving=saving,
+        taught=taught or {},
+        **TUNING,
+    )
 
 
+_REJOINING = dict(layers=(0, 2), keep_ratio=(0.3, 0.6), rejoin=7)
 _PRUNINGS: dict[str, dict[str, Any]] = {
     "decay": {},
     "hold": dict(alignment="hold"),
@@ -164,7 +182,12 @@ _PRUNINGS: dict[str, dict[str, Any]] = {
     "filled with zeros": dict(neck=dict(fill="zero")),
     "earlier layers": dict(layers=(0, 1, 2), keep_ratio=(0.65, 0.6, 0.7)),
     "later layers": dict(layers=(1, 3), keep_ratio=(0.4, 0.4)),
-    "rejoining": dict(layers=(0, 2), keep_ratio=(0.3, 0.6), rejoin=7),
+    "rejoining": _REJOINING,
+    "by the update": dict(candidate=dict(score="update")),
+    "by step size": dict(candidate=dict(score="step")),
+    "by what is written": dict(candidate=dict(score="write")),
+    "mean over layers": dict(candidate=dict(over_layers=True)),
+    "units of 2x2": dict(candidate=dict(unit=2)),
     "25 %": dict(saving=0.25, keep_ratio=(0.8, 0.75, 0.75)),
     "55 %": dict(saving=0.55, layers=(0, 1, 2), keep_ratio=(0.25, 0.5, 0.5)),
 }
@@ -191,4 +214,6 @@ ARMS = {
     },
     # Untuned, what is learned would be random.
     "pruned, learned filling": pruned(neck=_LEARNED_FILLING),
+    "pruned, taught": pruned(taught=dict(map_weight=1.0)),
+    "pruned, rejoining, taught": pruned(taught=dict(map_weight=1.0), **_REJOINING),
 }

@@ -207,6 +207,9 @@ class Campaign:
         self.data_set = DATA_SETS[args.task]
         self.out = Path(args.out or f"work_dirs/dense/{args.task}").absolute()
         self.length = args.length
+        # Runs import candidates.py.
+        paths = [str(REPO / "tools/experiments"), os.environ.get("PYTHONPATH")]
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         self.seeds = args.seeds
         self.data = self.data_set.find(Path(args.data_root).absolute(), self.out)
         settle(self.out, dict(task=args.task, length=args.length, images=self.data.num_images))
@@ -273,6 +276,8 @@ class Campaign:
             evaluator[key] = str(folder / outputs[key])
         if ARMS[arm].start and ARMS[arm].tuned:
             cfg.load_from = str(self.weights(ARMS[arm].start, seed))
+        if ARMS[arm].taught:
+            cfg.model.teacher = cfg.load_from
         cfg.randomness = dict(seed=seed)
         # Beside the folder, since a test writes elsewhere if its config is in its work dir.
         path = folder.with_name(f"{folder.name}.py")
@@ -342,6 +347,11 @@ def config_of(data_set: DataSet, arm: str) -> Config:
     if ARMS[arm].start:
         cfg.optim_wrapper.optimizer.lr /= 3
     cfg.merge_from_dict(ARMS[arm].options)
+    taught = ARMS[arm].taught
+    if taught:
+        cfg.model.update(type=f"mmvssm.Distilled{cfg.model.type}", teacher="", **taught)
+    if taught or "Candidate" in cfg.model.backbone.type:
+        cfg.custom_imports.imports.append("candidates")
     return cfg
 
 

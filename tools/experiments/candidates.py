@@ -1,0 +1,195 @@
+"""Candidates for a better pruning, which dense.py compares: other importances, units of tokens, a dense teacher."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Optional
+
+import torch
+import torch.nn.functional as F
+from mmdet.models.detectors import FasterRCNN
+from mmengine.runner import load_checkpoint
+from mmseg.models.segmentors import EncoderDecoder
+from torch import Tensor, nn
+
+from mmvssm.models import PlainMamba
+from mmvssm.models.backbones.plain_mamba import Layout, PlainMambaMixer
+from mmvssm.models.pruning import PrunedTokens, select
+from mmvssm.registry import MODELS
+
+SCORES = ("update", "step", "write")
+
+
+@MODELS.register_module()
+class CandidatePlainMamba(PlainMamba):
+    """PlainMamba with another importance of tokens.
+
+    Args:
+        score: ``'update'``, the norm of what the mixer adds to a token, which a dropped token misses; ``'step'``, the
+            mean step size; ``'write'``, what a token writes into the hidden state, without the decay that it meets
+            there; None, the method's own.
+        over_layers: Whether to average the score over all layers since the last pruning.
+        unit: Tokens are kept or dropped in squares of so many by so many (STORM).
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        score: Optional[str] = None,
+        over_layers: bool = False,
+        unit: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if score not in (None, *SCORES):
+            raise ValueError(f"CandidatePlainMamba: unknown score {score!r}; known are {SCORES}.")
+        self.score, self.over_layers, self.unit = score, over_layers, unit
+        self._scores: list[Tensor] = []
+        for layer in self.layers:
+            layer.mixer.__class__ = _ScoringMixer
+            layer.mixer.report = self._report
+
+    def _report(self, mixer: _ScoringMixer, found: dict[str, Tensor]) -> None:
+        if self.pruning is not None and self.pruning.keep_ratios:
+            score = found["y"] if self.score is None else found[self.score]
+            if self.score is None:
+                score = self.pruning.importance(score, self.training)
+            self._scores.append(score.detach().float())
+
+    def forward(self, x: Tensor) -> Any:
+        """As :meth:`PlainMamba.forward`."""
+        self._scores.clear()
+        return super().forward(x)
+
+    def importance(
+        self, y: Tensor, grid: tuple[int, int], pruned: Optional[PrunedTokens]
+    ) -> Tensor:
+        """Importance ``(B, L)``."""
+        scores = self._scores if self.over_layers else self._scores[-1:]
+        importance = torch.stack(scores).mean(0)
+        self._scores.clear()
+        return importance
+
+    def choose(
+        self,
+        importance: Tensor,
+        num_kept: int,
+        pruned: Optional[PrunedTokens],
+        grid: tuple[int, int],
+    ) -> tuple[Tensor, Tensor]:
+        """Choose tokens, by the mean of their unit."""
+        if self.unit > 1:
+            importance = _mean_of_units(importance, pruned, grid, self.unit)
+        return select(importance, num_kept)
+
+
+class _ScoringMixer(PlainMambaMixer):
+    """Reports scores of its tokens to the backbone."""
+
+    def forward(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        out, y = super().forward(x, layout)
+        self.report(self, dict(self._found, update=out.norm(dim=-1), y=y))
+        return out, y
+
+    def scan(self, x: Tensor, delta: Tensor, B: Tensor, C: Tensor, walks: Any) -> Tensor:
+        with torch.no_grad():
+            bias = self.dt_proj.bias * (2 if self.double_step_bias else 1)
+            step = F.softplus(delta + bias)
+            write = (step * x).abs().mean(-1) * B.norm(dim=-1)
+            self._found = dict(step=step.mean(-1), write=write)
+        return super().scan(x, delta, B, C, walks)
+
+
+def _mean_of_units(
+    importance: Tensor, pruned: Optional[PrunedTokens], grid: tuple[int, int], unit: int
+) -> Tensor:
+    batch, count = importance.shape
+    positions = torch.arange(count, device=importance.device).expand(batch, count)
+    positions = positions if pruned is None else pruned.positions
+    columns = math.ceil(grid[1] / unit)
+    which = positions // grid[1] // unit * columns + positions % grid[1] // unit
+    units = math.ceil(grid[0] / unit) * columns
+    finite = importance.isfinite()
+    sums = importance.new_zeros(batch, units).scatter_add(1, which, importance.where(finite, 0))
+    counts = importance.new_zeros(batch, units).scatter_add(1, which, finite.to(importance.dtype))
+    means = (sums / counts.clamp(min=1)).gather(1, which)
+    # Units in one order, so that those at the border of the choice are not mixed.
+    means = means + 1e-9 * which
+    return means.where(finite, importance)
+
+
+class Distilled:
+    """A model that also learns the maps and logits of its dense self.
+
+    Args:
+        teacher: Checkpoint of the dense model.
+        map_weight: Weight of the squared difference of the maps behind the neck, in units of the teacher's variance.
+        logit_weight: Weight of the divergence from the teacher's classes; segmenters only.
+        temperature: Of the latter.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        teacher: str,
+        map_weight: float = 1.0,
+        logit_weight: float = 0.0,
+        temperature: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        settings = dict(kwargs, backbone=dict(kwargs["backbone"], pruning=None))
+        self.path, self.map_weight, self.logit_weight = teacher, map_weight, logit_weight
+        self.temperature = temperature
+        self.__dict__["teacher"] = self.plain_class(*args, **settings)  # no part of the checkpoint
+        self.__dict__["seen"] = {}
+        self._loaded = False
+
+    def init_weights(self) -> None:
+        """Initialise the student, and load the teacher."""
+        super().init_weights()
+        load_checkpoint(self.teacher, self.path, map_location="cpu", strict=True)
+        self.teacher.eval().requires_grad_(False)
+
+    def extract_feat(self, inputs: Tensor) -> Sequence[Tensor]:
+        """Maps, which are noted."""
+        self.seen["maps"] = super().extract_feat(inputs)
+        return self.seen["maps"]
+
+    def loss(self, inputs: Tensor, data_samples: Any) -> dict[str, Any]:
+        """The model's own losses, and those of distillation."""
+        with_logits = bool(self.logit_weight)
+        hook = self.decode_head.conv_seg.register_forward_hook(self._note) if with_logits else None
+        losses = super().loss(inputs, data_samples)
+        if hook:
+            hook.remove()
+        with torch.no_grad():
+            expected = self.teacher.to(inputs.device).extract_feat(inputs)
+            logits = self.teacher.decode_head(expected) if with_logits else None
+        if self.map_weight:
+            errors = [F.mse_loss(m, e) / e.var() for m, e in zip(self.seen["maps"], expected)]
+            losses["loss_maps"] = self.map_weight * sum(errors) / len(errors)
+        if with_logits:
+            t = self.temperature
+            student, teacher = (F.log_softmax(x / t, 1) for x in (self.seen["logits"], logits))
+            divergence = F.kl_div(student, teacher, log_target=True, reduction="none").sum(1)
+            losses["loss_logits"] = self.logit_weight * t * t * divergence.mean()
+        return losses
+
+    def _note(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        self.seen["logits"] = output
+
+
+@MODELS.register_module()
+class DistilledEncoderDecoder(Distilled, EncoderDecoder):
+    """mmseg's ``EncoderDecoder`` with a teacher."""
+
+    plain_class = EncoderDecoder
+
+
+@MODELS.register_module()
+class DistilledFasterRCNN(Distilled, FasterRCNN):
+    """mmdet's ``FasterRCNN`` with a teacher."""
+
+    plain_class = FasterRCNN
