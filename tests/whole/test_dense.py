@@ -350,6 +350,7 @@ ARGUMENTS = ("--seeds", "0", "--length", "1")
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_campaign(roots, tmp_path, monkeypatch, capsys):
     """A training, and a pruned model that starts from it; nothing runs the second time."""
     arguments = (*ARGUMENTS, "--no-time", "--arms", "pruned, decay, not tuned")

@@ -57,6 +57,7 @@ def test_vmamba():
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_plainmamba_saved_and_loaded(tmp_path):
     model = PlainMamba(PLAINMAMBA, img_size=48, out_indices=(0, 1))
     torch.export.save(export(model), tmp_path / "plainmamba.pt2")

@@ -316,9 +316,8 @@ def test_attention_in_a_graph_is_that_of_mmcv():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "pruning", [None, pytest.param(dict(layers=(1,), keep_ratio=0.5), marks=pytest.mark.nightly)]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("pruning", [None, dict(layers=(1,), keep_ratio=0.5)])
 def test_export_with_dynamic_sizes(pruning):
     """Of any height and width. The batch is fixed: PyTorch proves nothing of an image alone."""
     model = build(pruning=pruning).eval()

@@ -329,6 +329,7 @@ def test_compile_fullgraph(gradients):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_export_with_dynamic_sizes():
     torch.manual_seed(0)
     model = SpatialMamba(MINI, out_indices=(0, 3)).eval()

@@ -502,12 +502,9 @@ def test_compile_fullgraph(out_type, pruning):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "pruning",
-    [
-        pytest.param(None, marks=pytest.mark.nightly),
-        PRUNING,
-        pytest.param(dict(layers=(0, 1), keep_ratio=0.6, rejoin=3), marks=pytest.mark.nightly),
-    ],
+    [None, PRUNING, dict(layers=(0, 1), keep_ratio=0.6, rejoin=3)],
 )
+@pytest.mark.nightly
 def test_export_with_dynamic_sizes(pruning):
     model = build(pruning, out_indices=(0, 4))
     model = nn.Sequential(model, MODELS.build(dict(type="mmvssm.TokenRestoration")))
