@@ -50,12 +50,12 @@ class CandidatePlainMamba(PlainMamba):
             layer.mixer.__class__ = _ScoringMixer
             layer.mixer.report = self._report
 
-    def _report(self, mixer: _ScoringMixer, found: dict[str, Tensor]) -> None:
-        if self.pruning is not None and self.pruning.keep_ratios:
-            score = found["y"] if self.score is None else found[self.score]
-            if self.score is None:
-                score = self.pruning.importance(score, self.training)
-            self._scores.append(score.detach().float())
+    def _report(self, y: Tensor, scores: dict[str, Tensor]) -> None:
+        if self.pruning is None:
+            return
+        known = self.score is not None
+        score = scores[self.score] if known else self.pruning.importance(y, self.training)
+        self._scores.append(score.detach().float())
 
     def forward(self, x: Tensor) -> Any:
         """As :meth:`PlainMamba.forward`."""
@@ -85,11 +85,11 @@ class CandidatePlainMamba(PlainMamba):
 
 
 class _ScoringMixer(PlainMambaMixer):
-    """Reports scores of its tokens to the backbone."""
+    """Reports scores of its tokens ``(B, L)`` to the backbone."""
 
     def forward(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         out, y = super().forward(x, layout)
-        self.report(self, dict(self._found, update=out.norm(dim=-1), y=y))
+        self.report(y, dict(self._found, update=out.norm(dim=-1)))
         return out, y
 
     def scan(self, x: Tensor, delta: Tensor, B: Tensor, C: Tensor, walks: Any) -> Tensor:
@@ -114,9 +114,7 @@ def _mean_of_units(
     sums = importance.new_zeros(batch, units).scatter_add(1, which, importance.where(finite, 0))
     counts = importance.new_zeros(batch, units).scatter_add(1, which, finite.to(importance.dtype))
     means = (sums / counts.clamp(min=1)).gather(1, which)
-    # Units in one order, so that those at the border of the choice are not mixed.
-    means = means + 1e-9 * which
-    return means.where(finite, importance)
+    return means.where(finite, importance)  # padding stays the first to go
 
 
 class Distilled:
@@ -144,7 +142,6 @@ class Distilled:
         self.temperature = temperature
         self.__dict__["teacher"] = self.plain_class(*args, **settings)  # no part of the checkpoint
         self.__dict__["seen"] = {}
-        self._loaded = False
 
     def init_weights(self) -> None:
         """Initialise the student, and load the teacher."""
