@@ -4,7 +4,7 @@ The cells of 640x480 images are found at 320x240. ``--data-root`` reads the data
 layout; without it, ``data/bccd`` has to be in COCO's.
 """
 
-_base_ = "./groupmamba_maskrcnn_shapes.py"
+_base_ = "./groupmamba_fasterrcnn_shapes.py"
 
 # Data.
 prepare_data = None
@@ -46,14 +46,9 @@ test_evaluator = val_evaluator
 # Model.
 embed_dims = [48, 96, 160, 256]
 model = dict(
-    type="FasterRCNN",
     backbone=dict(arch=dict(embed_dims=embed_dims, depths=[1, 1, 3, 1])),
     neck=dict(in_channels=embed_dims),
-    roi_head=dict(
-        bbox_head=dict(num_classes=num_classes),
-        mask_roi_extractor=None,
-        mask_head=None,
-    ),
+    roi_head=dict(bbox_head=dict(num_classes=num_classes)),
 )
 
 # Schedule.
