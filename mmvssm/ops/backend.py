@@ -146,6 +146,12 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+def lowered_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a convolution or a linear layer on a CPU takes a tensor: autocast's, if that is on."""
+    lowers = torch.is_autocast_enabled("cpu") and x.dtype == torch.float32
+    return torch.get_autocast_dtype("cpu") if lowers else x.dtype
+
+
 def check_devices(operator: str, x_name: str, x: Tensor, others: Mapping[str, object]) -> None:
     """Check that all tensors of an operator are on one device.
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import gradients_of
+from .backend import gradients_of, lowered_dtype
 from .sparse_depthwise_conv import cpu, neighbor_table
 
 
@@ -33,7 +33,7 @@ def depthwise_conv(
     """
     # PyTorch is as fast for kernels up to 3.
     if weight.shape[-1] > 3 and _needs_our_gradients(x, weight):
-        return _DepthwiseConv.apply(x, weight, bias, grid)
+        return _with_our_gradients(x, weight, bias, grid)
     return _convolve(x, weight, bias, grid)
 
 
@@ -55,7 +55,7 @@ def line_conv(
         ``(B, L, C)``.
     """
     if _needs_our_gradients(x, weight):
-        return _DepthwiseConv.apply(x, centred(weight, backwards), bias, (1, x.shape[1]))
+        return _with_our_gradients(x, centred(weight, backwards), bias, (1, x.shape[1]))
     weight = weight.flip(-1) if backwards else weight
     reach = weight.shape[-1] - 1
     # On channels-last memory a convolution of two dimensions takes a sixth of the time of conv1d.
@@ -80,13 +80,21 @@ def centred(weight: Tensor, backwards: bool = False) -> Tensor:
 def _needs_our_gradients(x: Tensor, weight: Tensor) -> bool:
     return (
         x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
+        and {lowered_dtype(x), lowered_dtype(weight)} in ({torch.float32}, {torch.bfloat16})
         and torch.is_grad_enabled()
         and (x.requires_grad or weight.requires_grad)
-        and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and cpu.available()
     )
+
+
+def _with_our_gradients(
+    x: Tensor, weight: Tensor, bias: Optional[Tensor], grid: tuple[int, int]
+) -> Tensor:
+    dtype = lowered_dtype(x)
+    tensors = (x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    with torch.autocast("cpu", enabled=False):
+        return _DepthwiseConv.apply(*tensors, grid)
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Optional[Tensor], grid: tuple[int, int]) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import has_tangent
+from .backend import has_tangent, lowered_dtype
 from .sparse_depthwise_conv import cpu
 
 
@@ -32,13 +32,18 @@ def dilated_conv(x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int])
     fast = (
         not torch.compiler.is_compiling()
         and x.device.type == "cpu"
-        and all(x.dtype == weight.dtype for weight in weights)
-        and not torch.is_autocast_enabled("cpu")
+        and all(lowered_dtype(x) == lowered_dtype(weight) for weight in weights)
         and cpu.available()
         and not has_tangent(x, *weights)
     )
     if not fast:
         return _one_by_one(x, weights, dilations)
+    x, *weights = (tensor.to(lowered_dtype(tensor)) for tensor in (x, *weights))
+    with torch.autocast("cpu", enabled=False):
+        return _merged(x, weights, dilations)
+
+
+def _merged(x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int]) -> Tensor:
     taps = [tap for dilation in dilations for tap in _taps(dilation)]
     offsets = sorted(set(taps))
     places = torch.tensor([offsets.index(tap) for tap in taps])

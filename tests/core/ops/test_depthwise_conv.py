@@ -45,9 +45,16 @@ def test_large_kernels_have_fast_gradients_on_a_cpu():
     assert "DepthwiseConv" in type(y.grad_fn).__name__
     with torch.no_grad():
         assert torch.equal(depthwise_conv(x, weight, (2, 3)), y)
-    # bfloat16 under autocast, and other dtypes, are PyTorch's.
+    expected = torch.autograd.grad(y, [x, weight], torch.ones_like(y))
     with torch.autocast("cpu", torch.bfloat16):
-        assert depthwise_conv(x, weight, (2, 3)).dtype == torch.bfloat16
+        y = depthwise_conv(x, weight, (2, 3))
+        lowered = [torch.autograd.grad(y, [x, weight], torch.ones_like(y))]
+        y = line_conv(x, weight[:, :, 3], backwards=True)
+    assert y.dtype == torch.bfloat16 and "DepthwiseConv" in type(y.grad_fn).__name__
+    for actual, wanted in zip(*lowered, expected):
+        assert actual.dtype == torch.float32
+        torch.testing.assert_close(actual, wanted, atol=0.05, rtol=0.02)
+    # Other dtypes are PyTorch's.
     assert depthwise_conv(x.double(), weight.double(), (2, 3)).dtype == torch.float64
 
 

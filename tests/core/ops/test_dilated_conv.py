@@ -51,4 +51,7 @@ def test_a_cpu_takes_the_compiled_kernel(monkeypatch):
         dilated_conv(x, weights, (1, 3)).sum().backward()
     assert x.grad.isfinite().all()
     with torch.autocast("cpu", torch.bfloat16):
-        assert dilated_conv(x, weights, (1, 3)).dtype == torch.bfloat16
+        y = dilated_conv(x, weights, (1, 3))
+    y.float().sum().backward()
+    assert y.dtype == torch.bfloat16 and x.grad.dtype == torch.float32
+    torch.testing.assert_close(y.float(), by_hand(x, weights, (1, 3)), atol=0.1, rtol=0.05)
