@@ -26,6 +26,7 @@ CPU_KERNEL = Extension(
         "mmvssm/ops/selective_scan/csrc/scan_avx2.cpp",  # those that take longest come first
         "mmvssm/ops/selective_scan/csrc/scan_avx512.cpp",
         "mmvssm/ops/sparse_depthwise_conv/csrc/sparse_depthwise_conv_cpu.cpp",
+        "mmvssm/ops/conv_act/csrc/conv_act_cpu.cpp",
         "mmvssm/ops/selective_scan/csrc/scan_baseline.cpp",
         "mmvssm/ops/selective_scan/csrc/scan_cpu.cpp",
         "mmvssm/ops/selective_scan/csrc/scan_onnxruntime.cpp",

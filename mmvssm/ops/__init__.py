@@ -6,9 +6,11 @@ defines the contract. The other modules speed up CPUs by processing maps in piec
 
 from .backend import onnxruntime_library
 from .chunks import in_chunks
+from .conv_act import conv_act
 from .conv_ffn import conv_ffn
 from .depthwise_conv import centred, depthwise_conv, line_conv
 from .dilated_conv import dilated_conv
+from .linear import linear
 from .selective_scan import selective_scan
 from .selective_scan.traversal import (
     SnakeWalks,
@@ -23,6 +25,7 @@ __all__ = [
     "SnakeWalks",
     "Traversal",
     "centred",
+    "conv_act",
     "conv_ffn",
     "cross_traversal",
     "depthwise_conv",
@@ -30,6 +33,7 @@ __all__ = [
     "in_chunks",
     "line_conv",
     "line_walks",
+    "linear",
     "neighbor_table",
     "onnxruntime_library",
     "selective_scan",

@@ -6,15 +6,18 @@ whose hidden layer fits the cache. The backward pass recomputes the hidden layer
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
-from typing import NamedTuple, Optional
+from collections.abc import Iterable, Iterator
+from typing import Optional
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from .backend import gradients_of
+from .backend import gradients_of, has_tangent
+from .conv_act import conv_act, conv_act_gradients
+from .linear import linear, matmul, weight_gradient
 
 BAND_BYTES = 3 << 20
 """Approximate bytes of a band's hidden layer."""
@@ -54,7 +57,8 @@ def conv_ffn(
     if (
         torch.compiler.is_compiling()
         or x.device.type != "cpu"
-        or _hidden_bytes(x, weight1) <= (WHOLE_BANDS * BAND_BYTES)
+        or _hidden_bytes(x, weight1) <= WHOLE_BANDS * BAND_BYTES
+        or has_tangent(x, weight1, bias1, conv_weight, conv_bias, weight2, bias2)
     ):
         return _whole(x, weight1, bias1, conv_weight, conv_bias, weight2, bias2)
     tensors = (x, weight1, bias1, conv_weight, conv_bias, weight2, bias2)
@@ -63,156 +67,129 @@ def conv_ffn(
         dtype = torch.get_autocast_dtype("cpu")
     store = torch.is_grad_enabled() and _hidden_bytes(x, weight1) <= STORED_BANDS * BAND_BYTES
     with torch.autocast("cpu", enabled=False):
-        return _InBands.apply(store, *(tensor.to(dtype) for tensor in tensors))
+        y, _ = torch.ops.mmvssm.conv_ffn(*(tensor.to(dtype) for tensor in tensors), store)
+    return y
 
 
 def _whole(x, weight1, bias1, conv_weight, conv_bias, weight2, bias2) -> Tensor:
-    hidden = F.linear(x, weight1, bias1).permute(0, 3, 1, 2)
-    hidden = F.conv2d(hidden, conv_weight, conv_bias, padding=1, groups=conv_weight.shape[0])
-    return F.linear(F.gelu(hidden.permute(0, 2, 3, 1)), weight2, bias2)
+    hidden = conv_act(linear(x, weight1, bias1), conv_weight, conv_bias, "gelu")
+    return linear(hidden, weight2, bias2)
 
 
 def _hidden_bytes(x: Tensor, weight1: Tensor) -> int:
     return x.shape[:3].numel() * weight1.shape[0] * x.element_size()
 
 
-class _InBands(torch.autograd.Function):
-    """The network in bands. Backward keeps the inputs and, if ``store``, the first linear layer's output."""
-
-    @staticmethod
-    def forward(ctx, store, x, weight1, bias1, conv_weight, conv_bias, weight2, bias2):
-        stored = x.new_empty(*x.shape[:3], weight1.shape[0]) if store else None
-        parameters = (weight1, bias1, conv_weight, conv_bias, weight2, bias2)
-        ctx.save_for_backward(x, stored, *parameters)
-        x = x.contiguous()
-        y = torch.empty_like(x)
-        for i, (image, output) in enumerate(zip(x.split(1), y.split(1))):
-            linear = _Linear(image, weight1, bias1, stored[i : i + 1] if store else None)
-            bands = _bands(linear, conv_weight, conv_bias)
-            for top, bottom, _, convolved in bands:
-                torch.ops.aten.gelu.out(convolved, out=convolved)
-                output_rows = _rows(output[:, top:bottom])
-                torch.addmm(bias2, _rows(convolved), weight2.t(), out=output_rows)
-        return y
-
-    @staticmethod
-    def backward(ctx, grad_y):
-        x, stored, *parameters = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return None, *gradients_of(_whole, (x, *parameters), grad_y)
-        weight1, bias1, conv_weight, conv_bias, weight2, _ = parameters
-        x, grad_y = x.contiguous(), grad_y.contiguous()
-        grad_x = torch.empty_like(x)
-        # Sums over bands, in float32 or wider.
-        wide = torch.promote_types(x.dtype, torch.float32)
-        parameters = (weight1, bias1, conv_weight, conv_bias, weight2, weight2[:, 0])
-        totals = [torch.zeros_like(p, dtype=wide) for p in parameters]
-        grad_weight1, grad_bias1, grad_conv_weight, grad_conv_bias, grad_weight2, grad_bias2 = (
-            totals
-        )
-        for i, (image, image_grad, output_grad) in enumerate(
-            zip(x.split(1), grad_x.split(1), grad_y.split(1))
-        ):
-            height = image.shape[1]
-            carried = 0  # gradient from the band above at the two rows of `hidden` that both use
-            known = None if stored is None else stored[i : i + 1]
-            linear = _Linear(image, weight1, bias1, known, known is not None)
-            bands = _bands(linear, conv_weight, conv_bias)
-            for top, bottom, hidden, convolved in bands:
-                if top == 0:
-                    work = torch.empty_like(convolved)
-                band = work[:, : bottom - top]
-                grad = _rows(output_grad[:, top:bottom])
-                torch.ops.aten.gelu.out(convolved, out=band)
-                _add_product(grad_weight2, grad.t(), _rows(band))
-                grad_bias2 += grad.sum(0)
-                torch.mm(grad, weight2, out=_rows(band))
-                torch.ops.aten.gelu_backward.grad_input(band, convolved, grad_input=band)
-                grad, band_grad_weight, band_grad_bias = torch.ops.aten.convolution_backward(
-                    band.permute(0, 3, 1, 2),
-                    hidden.permute(0, 3, 1, 2),
-                    conv_weight,
-                    conv_bias.shape,
-                    *((1, 1), (0, 1), (1, 1)),  # stride, padding, dilation
-                    *(False, (0, 0), conv_bias.shape[0]),  # not transposed; groups
-                    (True, True, True),
-                )
-                grad_conv_weight += band_grad_weight
-                grad_conv_bias += band_grad_bias
-                grad = grad.permute(0, 2, 3, 1).contiguous()  # rows top - 1 to bottom
-                grad[:, :2] += carried
-                carried = grad[:, -2:].clone()
-                # The next band completes the gradients of the last two rows.
-                first, last = max(top - 1, 0), bottom if bottom == height else bottom - 1
-                grad = _rows(grad[:, first - top + 1 : last - top + 1])
-                torch.mm(grad, weight1, out=_rows(image_grad[:, first:last]))
-                _add_product(grad_weight1, grad.t(), _rows(image[:, first:last]))
-                grad_bias1 += grad.sum(0)
-        return None, grad_x, *(total.to(x.dtype) for total in totals)
+@torch.library.custom_op("mmvssm::conv_ffn", mutates_args=())
+def _in_bands(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    store: bool,
+) -> tuple[Tensor, Tensor]:
+    """The network in bands; and, if ``store``, the first linear layer's output for the backward pass."""
+    x = x.contiguous()
+    stored = linear(x, weight1, bias1) if store else None
+    y = torch.empty_like(x)
+    for image, known, output in zip(x.split(1), _images(stored), y.split(1)):
+        for top, bottom, hidden, padding in _bands(image, weight1, bias1, known):
+            hidden = conv_act(hidden, conv_weight, conv_bias, "gelu", padding)
+            output[:, top:bottom] = linear(hidden, weight2, bias2)
+    return y, x.new_empty(0) if stored is None else stored
 
 
-class _Linear(NamedTuple):
-    """The first linear layer on one image ``(1, H, W, dim)``."""
+@_in_bands.register_fake
+def _(x, weight1, bias1, conv_weight, conv_bias, weight2, bias2, store):
+    hidden = (*x.shape[:3], weight1.shape[0])
+    return torch.empty_like(x), x.new_empty(hidden if store else 0)
 
-    image: Tensor
-    weight: Tensor
-    bias: Tensor
-    stored: Optional[Tensor]  # (1, H, W, hidden_dim): buffer for its output
-    known: bool = False  # whether the buffer is filled already
 
-    def __call__(self, first: int, last: int, out: Tensor) -> None:
-        """Write the output for rows ``first`` to ``last`` into the first rows of ``out``."""
-        if first == last:
-            return
-        out = out[:, : last - first]
-        to = out if self.stored is None else self.stored[:, first:last]
-        if not self.known:
-            rows = _rows(self.image[:, first:last])
-            torch.addmm(self.bias, rows, self.weight.t(), out=_rows(to))
-        if self.stored is not None:
-            out.copy_(to)
+def _save_for_backward(ctx, inputs, output) -> None:
+    *tensors, ctx.store = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, *([output[1]] if ctx.store else []))
+
+
+def _differentiate(ctx, grad_y: Tensor, _: Optional[Tensor]):
+    x, *parameters = ctx.saved_tensors
+    stored = parameters.pop() if ctx.store else None
+    if torch.is_grad_enabled():
+        return *gradients_of(_whole, (x, *parameters), grad_y), None
+    x = x.contiguous()
+    weight1, bias1, conv_weight, conv_bias, weight2, _ = parameters
+    grad_y = grad_y.contiguous()
+    grad_x = torch.empty_like(x)
+    # Sums over bands, in float32 or wider.
+    wide = torch.promote_types(x.dtype, torch.float32)
+    parameters = (weight1, bias1, conv_weight, conv_bias, weight2, weight2[:, 0])
+    totals = [torch.zeros_like(p, dtype=wide) for p in parameters]
+    grad_weight1, grad_bias1, grad_conv_weight, grad_conv_bias, grad_weight2, grad_bias2 = totals
+    for image, known, image_grad, output_grad in zip(
+        x.split(1), _images(stored), grad_x.split(1), grad_y.split(1)
+    ):
+        height = image.shape[1]
+        carried = 0  # gradient from the band above at the two rows of `hidden` that both use
+        for top, bottom, hidden, padding in _bands(image, weight1, bias1, known):
+            grad = _rows(output_grad[:, top:bottom])
+            grad_activated = matmul(grad, weight2).view(1, bottom - top, *hidden.shape[2:])
+            grad_hidden, band_grad_weight, band_grad_bias, activated = conv_act_gradients(
+                grad_activated, hidden, conv_weight, conv_bias, "gelu", padding
+            )
+            grad_weight2 += weight_gradient(grad, _rows(activated))
+            grad_bias2 += grad.sum(0)
+            grad_conv_weight += band_grad_weight
+            grad_conv_bias += band_grad_bias
+            grad_hidden[:, :2] += carried
+            carried = grad_hidden[:, -2:].clone()
+            # The next band completes the gradients of the last two rows.
+            first, last = max(top - 1, 0), bottom if bottom == height else bottom - 1
+            grad = _rows(grad_hidden[:, : last - first])
+            image_grad[:, first:last] = matmul(grad, weight1).view(1, last - first, *x.shape[2:])
+            grad_weight1 += weight_gradient(grad, _rows(image[:, first:last]))
+            grad_bias1 += grad.sum(0)
+    return grad_x, *(total.to(x.dtype) for total in totals), None
+
+
+_in_bands.register_autograd(_differentiate, setup_context=_save_for_backward)
+
+
+@register_flop_formula(torch.ops.mmvssm.conv_ffn)
+def _flops(x_shape, weight1_shape, *args, out_shape=None, **kwargs) -> int:
+    """Two for each multiply-add, without the rows that two bands compute."""
+    hidden_dim, dim = weight1_shape
+    return 2 * math.prod(x_shape[:3]) * hidden_dim * (2 * dim + 9)
+
+
+def _images(stored: Optional[Tensor]) -> Iterable[Optional[Tensor]]:
+    return itertools.repeat(None) if stored is None else stored.split(1)
 
 
 def _bands(
-    linear: _Linear, conv_weight: Tensor, conv_bias: Tensor
-) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """Run the first linear layer and the convolution band by band, each row once.
+    image: Tensor, weight: Tensor, bias: Tensor, known: Optional[Tensor]
+) -> Iterator[tuple[int, int, Tensor, tuple[int, int]]]:
+    """Run the first linear layer on an image ``(1, H, W, C)`` band by band.
 
     Yields:
-        ``top`` and ``bottom`` row of the band; the convolution's input at rows ``top - 1`` to ``bottom``, zero outside
-        the map and overwritten by the next band; and its output at the band's rows.
+        ``top`` and ``bottom`` row of a band; the layer's output, or that part of ``known``, at rows ``top - 1`` to
+        ``bottom``, as far as the image has them; and the number of those that it lacks, above and below.
     """
-    height, width = linear.image.shape[1:3]
-    hidden_dim = conv_bias.shape[0]
-    hidden_bytes = height * width * hidden_dim * conv_bias.element_size()
-    bands = min(max(round(hidden_bytes / BAND_BYTES), 1), height)
+    height = image.shape[1]
+    bands = min(max(round(_hidden_bytes(image, weight) / BAND_BYTES), 1), height)
     rows = math.ceil(height / bands)  # bands of about equal size
-    buffer = linear.image.new_zeros(1, rows + 2, width, hidden_dim)
-    linear(0, 1, buffer[:, 1:])
     for top in range(0, height, rows):
         bottom = min(top + rows, height)
-        linear(top + 1, min(bottom + 1, height), buffer[:, 2:])
-        hidden = buffer[:, : bottom - top + 2]
-        if bottom == height:
-            hidden[:, -1] = 0
-        convolved = F.conv2d(
-            hidden.permute(0, 3, 1, 2),
-            conv_weight,
-            conv_bias,
-            padding=(0, 1),
-            groups=hidden_dim,
-        )
-        yield top, bottom, hidden, convolved.permute(0, 2, 3, 1).contiguous()
-        buffer[:, :2] = hidden[:, -2:].clone()
+        first, last = max(top - 1, 0), min(bottom + 1, height)
+        rows_above, rows_below = int(top == 0), int(bottom == height)
+        if known is None:
+            yield top, bottom, linear(image[:, first:last], weight, bias), (rows_above, rows_below)
+        else:
+            yield top, bottom, known[:, first:last], (rows_above, rows_below)
 
 
 def _rows(x: Tensor) -> Tensor:
     """View ``(..., C)`` as a matrix."""
     return x.view(-1, x.shape[-1])
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    else:
-        total += a @ b

@@ -57,7 +57,7 @@ def source(tmp_path):
     kernels = list((folder / "mmvssm" / "ops").rglob("*.cpp"))
     for kernel in kernels:
         kernel.write_text(STAND_IN if kernel.stem == "scan_cpu" else "")
-    assert len(kernels) == 6
+    assert len(kernels) == 7
     return folder
 
 

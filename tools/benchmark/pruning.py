@@ -28,7 +28,7 @@ from mmvssm.models.pruning import PrunedTokens
 BACKBONES = {kind.__name__: kind for kind in (PlainMamba, PlainMambaAdapter, Vim)}
 SHAPES = [(4, 224, 224), (1, 512, 512), (1, 800, 1280)]
 KINDS = {
-    "linear layers": ("aten::addmm", "aten::mm", "aten::bmm"),
+    "linear layers": ("aten::addmm", "aten::mm", "aten::bmm", "mkldnn::_linear_pointwise"),
     "scan": ("mmvssm::selective_scan",),
     "depthwise and other convolutions": (
         "aten::mkldnn_convolution",

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from ...ops import conv_ffn, dilated_conv, in_chunks
+from ... import ops
+from ...ops import conv_act, conv_ffn, dilated_conv, in_chunks
 from .common import convolve
 
 
@@ -108,6 +109,19 @@ def conv_norm(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     return conv._conv_forward(x, weight, bias)
 
 
+def linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """What a linear layer makes of ``x (..., in_features)``, see :func:`mmvssm.ops.linear`."""
+    return ops.linear(x, layer.weight, layer.bias) if is_plain(layer, nn.Linear) else layer(x)
+
+
+def mlp(layers: nn.Module, x: Tensor) -> Tensor:
+    """Linear layer, activation, linear layer."""
+    if not is_plain(layers, nn.Sequential):
+        return layers(x)
+    fc1, activation, fc2 = layers
+    return linear(fc2, activation(linear(fc1, x)))
+
+
 def feed_forward(fc1: nn.Module, conv: nn.Module, fc2: nn.Module, x: Tensor) -> Tensor:
     """Linear layer, depthwise convolution, GELU, linear layer on a map ``(B, H, W, C)``, see :func:`conv_ffn`."""
     layers = (fc1, conv, fc2)
@@ -121,6 +135,14 @@ def feed_forward(fc1: nn.Module, conv: nn.Module, fc2: nn.Module, x: Tensor) -> 
     if not plain:
         return fc2(F.gelu(convolve(conv, fc1(x))))
     return conv_ffn(x, *(p for layer in layers for p in (layer.weight, layer.bias)))
+
+
+def conv_silu(conv: nn.Module, x: Tensor) -> Tensor:
+    """``silu(conv(x))`` of maps ``(B, H, W, C)``, where ``conv`` is depthwise and 3x3, see :func:`conv_act`."""
+    plain = is_plain_depthwise(conv) and conv.kernel_size == (3, 3)
+    if torch.compiler.is_compiling() or not plain:
+        return F.silu(convolve(conv, x))
+    return conv_act(x, conv.weight, conv.bias, "silu")
 
 
 def modulated_norm(norm: nn.Module, scanned: Tensor, affinity: Tensor, x: Tensor) -> Tensor:
@@ -177,11 +199,11 @@ def fused_states(convs: nn.ModuleList, alpha: Tensor, x: Tensor) -> Tensor:
     return dilated_conv(x, weights, [conv.dilation[0] for conv in convs])
 
 
-def linear_without_bias(linear: nn.Module, x: Tensor) -> Tensor:
+def linear_without_bias(layer: nn.Module, x: Tensor) -> Tensor:
     """What a linear layer makes of ``x (..., in_features)``, less its bias."""
-    if is_plain(linear, nn.Linear):
-        return F.linear(x, linear.weight)
-    return linear(x) - bias_of(linear, x.shape[-1], x)
+    if is_plain(layer, nn.Linear):
+        return ops.linear(x, layer.weight)
+    return layer(x) - bias_of(layer, x.shape[-1], x)
 
 
 def bias_of(linear: nn.Module, in_features: int, like: Tensor) -> Tensor:

@@ -32,7 +32,14 @@ from .common import (
     resolve_arch,
     resolve_out_indices,
 )
-from .fast_paths import feed_forward, folded_stem, gated_norm, modulated_norm
+from .fast_paths import (
+    conv_silu,
+    feed_forward,
+    folded_stem,
+    gated_norm,
+    linear,
+    modulated_norm,
+)
 
 NUM_GROUPS = 4
 """Groups of channels, one for each direction of the scan (paper, section 3.2)."""
@@ -357,7 +364,7 @@ class ModulatedGroupMamba(nn.Module):
             affinity = self.affinity(x.mean((1, 2), keepdim=True)) * self.skip_scale
         scanned = self.scan(x, traversal)
         # The same norm once more, as published.
-        return self.proj(modulated_norm(self.norm, scanned, affinity, x))
+        return linear(self.proj, modulated_norm(self.norm, scanned, affinity, x))
 
 
 class GroupedVSSS(nn.Module):
@@ -402,7 +409,7 @@ class GroupedVSSS(nn.Module):
     def forward(self, x: Tensor, traversal: Traversal) -> Tensor:
         """``(B, H, W, dim)`` to the same shape."""
         gate = convolve(self.gate_proj, x)
-        x = F.silu(convolve(self.conv, convolve(self.in_proj, x)))
+        x = conv_silu(self.conv, convolve(self.in_proj, x))
         dt, B, C = split_groups(convolve(self.x_proj, x)).split(
             (self.dt_rank, self.d_state, self.d_state), dim=-1
         )

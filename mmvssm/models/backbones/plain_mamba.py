@@ -36,7 +36,7 @@ from .common import (
     resolve_arch,
     resolve_out_indices,
 )
-from .fast_paths import bias_of, is_plain_depthwise, linear_without_bias
+from .fast_paths import bias_of, is_plain_depthwise, linear, linear_without_bias
 from .token_backbone import TokenBackbone, as_output
 
 NUM_WALKS = 4
@@ -376,12 +376,12 @@ class PlainMambaMixer(nn.Module):
         Returns:
             ``(B, L, dim)``, and the scan's output before the gate, summed over the walks, ``(B, L, 2 * dim)``.
         """
-        gate = F.silu(self.gate_proj(x))
-        x = F.silu(layout.convolve(self.conv, self.in_proj(x)))
-        dt, B, C = self.x_proj(x).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
+        gate = F.silu(linear(self.gate_proj, x))
+        x = F.silu(layout.convolve(self.conv, linear(self.in_proj, x)))
+        dt, B, C = linear(self.x_proj, x).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
         delta = linear_without_bias(self.dt_proj, dt)
         y = self.scan(x, delta, B, C, layout.walks)
-        return self.out_proj(y * gate), y
+        return linear(self.out_proj, y * gate), y
 
     def scan(self, x: Tensor, delta: Tensor, B: Tensor, C: Tensor, walks: SnakeWalks) -> Tensor:
         """Scan along the four walks, which share all but the direction in B, and sum.

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from ...registry import MODELS
 from ..pruning import with_dropped
 from .common import init_parameters
+from .fast_paths import linear
 from .plain_mamba import PlainMamba
 from .token_backbone import LayerState, TokenStream
 
@@ -378,9 +379,9 @@ class PyramidFFN(nn.Module):
 
     def forward(self, pyramid: Pyramid) -> Tensor:
         """The pyramid's tokens ``(B, L, C)`` to the same shape."""
-        hidden = pyramid._replace(tokens=self.fc1(pyramid.tokens))
+        hidden = pyramid._replace(tokens=linear(self.fc1, pyramid.tokens))
         levels = [self.conv(level).flatten(2).transpose(1, 2) for level in hidden.maps()]
-        return self.fc2(F.gelu(torch.cat(levels, 1)))
+        return linear(self.fc2, F.gelu(torch.cat(levels, 1)))
 
 
 def reference_points(grids: Sequence[tuple[int, int]], like: Tensor) -> Tensor:
@@ -459,7 +460,7 @@ def _attend_in_graph(
     offsets = attention.sampling_offsets(query).unflatten(-1, (heads, levels, -1, 2))
     weights = attention.attention_weights(query).unflatten(-1, (heads, -1)).softmax(-1)
     weights = weights.unflatten(-1, (levels, -1))
-    values = attention.value_proj(values).unflatten(-1, (heads, -1))
+    values = linear(attention.value_proj, values).unflatten(-1, (heads, -1))
     read = []
     sizes = [height * width for height, width in grids]
     for level, (part, (height, width)) in enumerate(zip(values.split(sizes, 1), grids)):
@@ -471,7 +472,7 @@ def _attend_in_graph(
         weight = weights[..., level, :].transpose(1, 2).flatten(0, 1)[:, None]
         read.append((sampled * weight).sum(-1))
     read = sum(read).unflatten(0, (-1, heads)).flatten(1, 2)
-    return attention.output_proj(read.transpose(1, 2))
+    return linear(attention.output_proj, read.transpose(1, 2))
 
 
 def _full_map(stream: TokenStream) -> Tensor:

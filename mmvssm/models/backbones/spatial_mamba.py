@@ -27,7 +27,7 @@ from .common import (
     init_step_size_bias,
     resolve_out_indices,
 )
-from .fast_paths import conv_norm, fused_states
+from .fast_paths import conv_norm, conv_silu, fused_states, linear, mlp
 from .staged_backbone import StagedBackbone, resolve_staged_arch
 
 DILATIONS = (1, 3, 5)
@@ -193,7 +193,7 @@ class Block(nn.Module):
         x = x + convolve(self.pos1, x)
         x = x + self.drop_path(self.mixer(self.norm1(x)))
         x = x + convolve(self.pos2, x)
-        return x + self.drop_path(self.ffn(self.norm2(x)))
+        return x + self.drop_path(mlp(self.ffn, self.norm2(x)))
 
 
 class StructureAwareSSM(nn.Module):
@@ -225,10 +225,10 @@ class StructureAwareSSM(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, H, W, dim)`` to the same shape."""
-        x, gate = self.in_proj(x).chunk(2, dim=-1)
-        x = F.silu(convolve(self.conv, x))
-        dt, B, C = self.x_proj(x).split((self.dt_rank, 1, 1), dim=-1)
-        u, delta, B = (t.flatten(1, 2)[:, :, None] for t in (x, self.dt_proj(dt), B))
+        x, gate = linear(self.in_proj, x).chunk(2, dim=-1)
+        x = conv_silu(self.conv, x)
+        dt, B, C = linear(self.x_proj, x).split((self.dt_rank, 1, 1), dim=-1)
+        u, delta, B = (t.flatten(1, 2)[:, :, None] for t in (x, linear(self.dt_proj, dt), B))
         # With one state and an output projection of ones, the scan's output is its state.
         states = selective_scan(
             u,
@@ -240,7 +240,7 @@ class StructureAwareSSM(nn.Module):
         )
         states = self.fusion(states.view(x.shape))
         y = C * states + self.D * x
-        return self.out_proj(self.norm(y) * F.silu(gate))
+        return linear(self.out_proj, self.norm(y) * F.silu(gate))
 
 
 class StateFusion(nn.Module):

@@ -34,7 +34,7 @@ from .common import (
     resolve_arch,
     resolve_out_indices,
 )
-from .fast_paths import bias_of, is_plain, linear_without_bias
+from .fast_paths import bias_of, is_plain, linear, linear_without_bias
 from .token_backbone import LayerState, TokenBackbone, TokenStream, as_output
 
 OUT_TYPES = ("residual", "mixer", "cls_token")
@@ -462,8 +462,8 @@ class VimMixer(nn.Module):
 
     def forward(self, x: Tensor, layout: LineLayout) -> Mixed:
         """Mix tokens ``(B, L, dim)``."""
-        gate = F.silu(self.gate_proj(x))
-        x = self.in_proj(x)
+        gate = F.silu(linear(self.gate_proj, x))
+        x = linear(self.in_proj, x)
         per_token = zip(*(branch(x, layout) for branch in self.branches))
         u, delta, B, C = (torch.stack(both, 2) for both in per_token)
         per_walk = zip(*(branch.scan_parameters(x) for branch in self.branches))
@@ -482,7 +482,8 @@ class VimMixer(nn.Module):
             rest=rest,
             sum_walks=not layout.apart,
         )
-        return Mixed(self.out_proj((y.sum(2) if layout.apart else y) * gate), y, gate)
+        out = linear(self.out_proj, (y.sum(2) if layout.apart else y) * gate)
+        return Mixed(out, y, gate)
 
 
 class Branch(nn.Module):
@@ -508,7 +509,7 @@ class Branch(nn.Module):
     def forward(self, x: Tensor, layout: LineLayout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What the scan reads for each token: ``u`` and ``delta (B, L, inner)``, ``B`` and ``C (B, L, d_state)``."""
         u = F.silu(layout.convolve(self.conv, x, self.backwards))
-        dt, B, C = self.x_proj(u).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
+        dt, B, C = linear(self.x_proj, u).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
         return u, linear_without_bias(self.dt_proj, dt), B, C
 
     def scan_parameters(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:

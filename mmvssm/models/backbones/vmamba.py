@@ -28,6 +28,7 @@ from .common import (
     init_step_size_bias,
     resolve_out_indices,
 )
+from .fast_paths import conv_silu, linear, mlp
 from .staged_backbone import StagedBackbone, resolve_staged_arch
 
 NUM_WALKS = 4
@@ -163,7 +164,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, traversal: Traversal) -> Tensor:
         """``(B, H, W, dim)`` to the same shape."""
         x = x + self.drop_path(self.mixer(self.norm1(x), traversal))
-        return x + self.drop_path(self.ffn(self.norm2(x)))
+        return x + self.drop_path(mlp(self.ffn, self.norm2(x)))
 
 
 class SS2D(nn.Module):
@@ -209,9 +210,9 @@ class SS2D(nn.Module):
 
     def forward(self, x: Tensor, traversal: Traversal) -> Tensor:
         """``(B, H, W, dim)`` to the same shape."""
-        x = F.silu(convolve(self.conv, self.in_proj(x)))
+        x = conv_silu(self.conv, linear(self.in_proj, x))
         dt, B, C = (
-            self.x_proj(x)
+            linear(self.x_proj, x)
             .unflatten(-1, (NUM_WALKS, -1))
             .split((self.dt_rank, self.d_state, self.d_state), dim=-1)
         )
@@ -227,7 +228,7 @@ class SS2D(nn.Module):
             traversal=traversal,
             sum_walks=True,
         )
-        return self.out_proj(self.norm(y)).view(*x.shape[:3], -1)
+        return linear(self.out_proj, self.norm(y)).view(*x.shape[:3], -1)
 
 
 def _init_parameters(module: nn.Module) -> None:
