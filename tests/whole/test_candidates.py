@@ -13,7 +13,7 @@ from mmengine.registry import init_default_scope
 from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
 
-from mmvssm.models import PlainMamba
+from mmvssm.models import PlainMamba, TokenRestoration
 from mmvssm.registry import MODELS
 
 MINI = dict(
@@ -77,6 +77,42 @@ def test_a_mean_over_layers_covers_those_since_the_last_pruning():
     first = plain.pruning.importance(y)
     expected = (first + single[1].importance) / 2
     torch.testing.assert_close(states[1].importance, expected, atol=1e-5, rtol=1e-4)
+
+
+def budget(count):
+    """Maps of images by a shared budget, and the dense model's, restored after the usual pruning, of each image."""
+    torch.manual_seed(0)
+    settings = dict(pruning=PRUNING, out_indices=(0, 2, 4, 5))
+    shared = candidates.BudgetCandidate(MINI, 64, **settings).eval()
+    plain = PlainMamba(MINI, 64, **settings).eval()
+    plain.load_state_dict(shared.state_dict())
+    x = torch.randn(count, 3, 64, 80)
+    return shared, x, shared(x), TokenRestoration()(plain(x))
+
+
+def test_one_image_has_the_whole_budget():
+    _, _, actual, expected = budget(1)
+    for a, e in zip(actual, expected):
+        torch.testing.assert_close(a, e)
+
+
+def test_images_share_a_budget(monkeypatch):
+    model, x, _, _ = budget(3)
+    x[0] = x[0].mean((1, 2), keepdim=True)  # nothing to see there
+    counts = []
+    layout = model.pruned_layout
+    monkeypatch.setattr(
+        model,
+        "pruned_layout",
+        lambda pruned: counts.append(pruned.tokens.shape[1]) or layout(pruned),
+    )
+    maps = model(x)
+    first, second = counts[:3], counts[3:]
+    assert sum(first) == 3 * 40 and sum(second) == 3 * 20  # of 80 tokens each
+    assert len(set(first)) > 1 and min(first) >= 8
+    assert [m.shape for m in maps] == [(3, 16, 8, 10)] * 4
+    sum(m.square().mean() for m in model.train()(x)).backward()
+    assert all(p.grad is not None for p in model.layers.parameters())
 
 
 @pytest.mark.slow

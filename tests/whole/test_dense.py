@@ -17,7 +17,7 @@ import dense
 import dense_campaign
 import dense_report
 import predictions
-from dense_arms import ARMS, BACKBONES, Backbone
+from dense_arms import ARMS, BACKBONES, DENSE, Backbone
 from dense_campaign import DATA_SETS, Campaign, config_of
 from dense_report import cost_of
 from results import NOT_TUNED
@@ -104,13 +104,13 @@ def test_arms_start_from_what_is_trained():
             assert start.tuned and start.backbone == arm.backbone
             assert set(arm.seeds) <= set(start.seeds)
         else:
-            assert arm.tuned and not arm.options
+            assert arm.tuned and (not arm.options or name == "pruned from the start")
         assert name.endswith(NOT_TUNED) == (not arm.tuned)
         if name.endswith(NOT_TUNED):
             assert ARMS[name.removesuffix(NOT_TUNED)].options == arm.options
     tuned = [arm for arm in ARMS.values() if arm.start and arm.tuned]
     assert {arm.length for arm in tuned} == {ARMS["dense, trained on"].length}
-    assert [len(ARMS[name].seeds) for name in ("GroupMamba", "ResNet-18", "PlainMamba")] == [
+    assert [len(ARMS[name].seeds) for name in ("GroupMamba", "ResNet-18", DENSE)] == [
         3,
         3,
         2,
@@ -164,7 +164,7 @@ def test_trained_on_one_split_and_tested_once_on_another(roots, tmp_path, task):
     found = campaign(roots, tmp_path / "out", task)
     assert found.data.num_images == dict(train=NUM_TRAIN, test=NUM_TEST)
     cfg = Config.fromfile(found.write_config("pruned, hold", 1))
-    assert cfg.load_from == str(found.weights("PlainMamba", 1))
+    assert cfg.load_from == str(found.weights(DENSE, 1))
     assert cfg.randomness.seed == 1 and cfg.model.backbone.pruning.alignment == "hold"
     assert cfg.default_hooks.checkpoint.save_best is None
     length = cfg.train_cfg.max_iters if task == "camvid" else cfg.train_cfg.max_epochs
@@ -188,16 +188,16 @@ def test_commands(roots, tmp_path):
     tasks = campaign(roots, tmp_path, seeds=[0, 3]).tasks
     assert len({task.folder for task in tasks.values()}) == len(tasks)
     trained, tested = tasks["pruned, hold", 3], tasks["pruned, hold, not tuned", 3]
-    assert trained.after == tested.after == ("PlainMamba, seed 3",)
+    assert trained.after == tested.after == (f"{DENSE}, seed 3",)
     assert Path(trained.command[1]).name == "train.py" and trained.command[-2:] == (
         "--iters",
-        "400",
+        "600",
     )
     assert Path(tested.command[1]).name == "test.py"
-    assert tested.command[-1] == str(tasks["PlainMamba", 3].weights)
-    assert tasks["GroupMamba, long", 0].command[-1] == "5000"
+    assert tested.command[-1] == str(tasks[DENSE, 3].weights)
+    assert tasks["GroupMamba, long", 0].command[-1] == "7500"
     few = campaign(roots, tmp_path / "few", arms=["pruned, none"], length=2)
-    assert list(few.tasks) == [(arm, s) for s in (0, 1) for arm in ("PlainMamba", "pruned, none")]
+    assert list(few.tasks) == [(arm, s) for s in (0, 1) for arm in (DENSE, "pruned, none")]
     assert few.tasks["pruned, none", 0].command[-1] == "2"
 
 
@@ -307,7 +307,7 @@ def test_results_count_wherever_their_runs_were(one):
     path.parent.mkdir(parents=True)
     path.write_text('{"mIoU": 40.0, "seconds": 3}')
     assert one.results("Swin")["runs"] == [dict(seed=0, mIoU=40.0, seconds=3)]
-    assert one.results("Swin")["iterations"] == 1000 and one.results("Vim")["runs"] == []
+    assert one.results("Swin")["iterations"] == 1500 and one.results("Vim")["runs"] == []
 
 
 def test_nothing_to_report(one):
@@ -358,11 +358,11 @@ def test_a_campaign(roots, tmp_path, monkeypatch, capsys):
     output = capsys.readouterr().out
     assert "[2 of 2] pruned, decay, not tuned, seed 0: mIoU" in output
     arms = json.loads((tmp_path / "results.json").read_text())["arms"]
-    (trained,) = arms["PlainMamba"]["runs"]
+    (trained,) = arms[DENSE]["runs"]
     assert trained["mIoU"] == pytest.approx(
         np.mean([v for k, v in trained.items() if k.startswith("IoU of")])
     )
-    assert arms["PlainMamba"]["iterations"] == 1
+    assert arms[DENSE]["iterations"] == 1
     assert (tmp_path / "predictions.jpg").stat().st_size > 10_000
     assert (tmp_path / "table.md").read_text() in output
     run(monkeypatch, roots, tmp_path, "camvid", *arguments)
@@ -379,11 +379,11 @@ def test_a_campaign_with_times_whose_weights_get_lost(roots, tmp_path, monkeypat
     metric = DATA_SETS[task].metric
     assert f"[3 of 3] pruned, merging, seed 0: {metric}" in output
     found = json.loads((tmp_path / "results.json").read_text())["arms"]
-    assert set(found) == {"GroupMamba", "PlainMamba", "pruned, merging"}
+    assert set(found) == {"GroupMamba", DENSE, "pruned, merging"}
     for result in found.values():
         for step in dense_report.STEPS:
             assert result[f"milliseconds a {step}"] > 0 and result[f"megabytes a {step}"] > 0
-    assert found["pruned, merging"]["backbone_flops"] < found["PlainMamba"]["backbone_flops"]
+    assert found["pruned, merging"]["backbone_flops"] < found[DENSE]["backbone_flops"]
     for name in ("time.png", "predictions.jpg"):
         assert (tmp_path / name).stat().st_size > 10_000
     interrupted = tmp_path / "GroupMamba/seed0"
@@ -404,7 +404,7 @@ def test_a_campaign_with_times_whose_weights_get_lost(roots, tmp_path, monkeypat
     more = (*ARGUMENTS, "--no-time", "--arms", "GroupMamba", "pruned, hold", "pruned, merging")
     run(monkeypatch, roots, tmp_path, task, *more)
     output = capsys.readouterr().out
-    assert "PlainMamba, seed 0 runs again" in output and "GroupMamba, seed 0 runs" not in output
+    assert f"{DENSE}, seed 0 runs again" in output and "GroupMamba, seed 0 runs" not in output
     again = json.loads((tmp_path / "results.json").read_text())["arms"]
-    assert again["PlainMamba"]["runs"] == found["PlainMamba"]["runs"]
+    assert again[DENSE]["runs"] == found[DENSE]["runs"]
     assert again["pruned, hold"]["runs"]

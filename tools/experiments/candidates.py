@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from mmvssm.models import PlainMamba
 from mmvssm.models.backbones.plain_mamba import Layout, PlainMambaMixer
-from mmvssm.models.pruning import PrunedTokens, select
+from mmvssm.models.backbones.token_backbone import LayerState, as_output
+from mmvssm.models.pruning import PrunedTokens, drop_tokens, select, with_dropped
 from mmvssm.registry import MODELS
 
 SCORES = ("update", "step", "write")
@@ -82,6 +83,67 @@ class CandidatePlainMamba(PlainMamba):
         if self.unit > 1:
             importance = _mean_of_units(importance, pruned, grid, self.unit)
         return select(importance, num_kept)
+
+
+@MODELS.register_module()
+class BudgetCandidate(PlainMamba):
+    """PlainMamba whose images share the tokens that a batch may keep: an image with more to see keeps more.
+
+    Every image runs by itself, since their numbers of tokens differ, and comes back as maps.
+    """
+
+    def forward(self, x: Tensor) -> Any:
+        """Maps ``(B, embed_dims, h, w)``, in which dropped tokens have their last values."""
+        whole = self.embed(x)
+        # Up to the first pruning layer together: BatchNorm in the first layer counts whole batches.
+        streams, maps = [whole], []
+        for i, layer in enumerate(self.layers):
+            results = [layer(s.tokens, s.layout, self.with_cp) for s in streams]
+            if i in self.out_indices:
+                maps.append(
+                    torch.cat([self._map(i, out, s) for s, (out, _) in zip(streams, results)])
+                )
+            if i in self.pruning.keep_ratios:
+                streams, results = self._by_image(streams, results)
+                streams = self._prune(i, streams, results)
+            else:
+                streams = [s._replace(tokens=out) for s, (out, _) in zip(streams, results)]
+        return self.pack(maps)
+
+    def _by_image(self, streams: list, results: list) -> tuple[list, list]:
+        if len(streams) > 1:
+            return streams, results
+        (stream,), ((tokens, y),) = streams, results
+        images = [stream._replace(padding=padding[None]) for padding in stream.padding]
+        return images, [(tokens[b : b + 1], y[b : b + 1]) for b in range(len(images))]
+
+    def _prune(self, i: int, streams: list, results: list) -> list:
+        scores = []
+        for stream, (_, y) in zip(streams, results):
+            pruned = stream.pruned
+            padding = stream.padding
+            if pruned is not None:
+                padding = padding.gather(1, pruned.positions)
+            score = self.pruning.importance(y, self.training).masked_fill(padding, -math.inf)
+            least = score.topk(math.ceil(score.shape[1] / 10)).indices
+            scores.append(score.scatter(1, least, math.inf))  # at least a tenth of each image
+        total = sum(score.shape[1] for score in scores)
+        num_kept = len(scores) * self.num_kept(i, total // len(scores))
+        kept, _ = select(torch.cat(scores, 1), num_kept)
+        counts = torch.bincount(
+            torch.repeat_interleave(torch.tensor([s.shape[1] for s in scores]))[kept[0]],
+            minlength=len(scores),
+        )
+        found = []
+        for stream, (tokens, _), score, count in zip(streams, results, scores, counts.tolist()):
+            pruned = drop_tokens(tokens, stream.pruned, stream.grid, *select(score, count))
+            layout = self.pruned_layout(pruned)
+            found.append(stream._replace(tokens=pruned.tokens, layout=layout, pruned=pruned))
+        return found
+
+    def _map(self, i: int, tokens: Tensor, stream: Any) -> Tensor:
+        out = as_output(LayerState(tokens, stream.grid, stream.pruned), self.norms[str(i)])
+        return out if isinstance(out, Tensor) else with_dropped(out.tokens, out).contiguous()
 
 
 class _ScoringMixer(PlainMambaMixer):

@@ -1,6 +1,6 @@
 """The backbones and prunings that dense.py compares."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Optional
 
 from results import NOT_TUNED
@@ -132,6 +132,9 @@ class Arm:
     seeds: tuple[int, ...] = (0,)
 
 
+DENSE = "PlainMamba, long"
+"""What is pruned. It trains longer, so that tuning does not end what training had left to do."""
+
 TUNING = dict(length=0.4, seeds=(0, 1))
 """Fine-tuning is shorter, with a third of the learning rate; so is the dense model that is trained on."""
 
@@ -147,14 +150,15 @@ def pruned(
     tuned: bool = True,
     **options: Any,
 ) -> Arm:
-    """Return a pruned PlainMamba that starts from the dense one.
+    """Return a pruned PlainMamba that starts from :data:`DENSE`.
 
-    None of them warms up, since ``alignment='none'`` packs only certain numbers of tokens.
+    None of them warms up unless it says so, since ``alignment='none'`` packs only certain numbers of tokens.
 
     Args:
         saving: See :class:`Arm`.
         neck: Settings of ``TokenRestoration``; it fills with the last values by default.
-        candidate: Settings of ``candidates.CandidatePlainMamba`` that differ from PlainMamba's.
+        candidate: Settings of ``candidates.CandidatePlainMamba``, or of another type there, that differ from
+            PlainMamba's.
         taught: See :class:`Arm`.
         tuned: See :class:`Arm`.
         options: Settings of the pruning that differ from :data:`DEFAULT`.
@@ -165,7 +169,7 @@ def pruned(
         settings["model.backbone.type"] = "mmvssm.CandidatePlainMamba"
         settings.update({f"model.backbone.{key}": value for key, value in candidate.items()})
     return Arm(
-        *("PlainMamba", settings, "PlainMamba", tuned),
+        *("PlainMamba", settings, DENSE, tuned),
         saving=saving,
         taught=taught or {},
         **TUNING,
@@ -188,32 +192,39 @@ _PRUNINGS: dict[str, dict[str, Any]] = {
     "by what is written": dict(candidate=dict(score="write")),
     "mean over layers": dict(candidate=dict(over_layers=True)),
     "units of 2x2": dict(candidate=dict(unit=2)),
+    "shared budget": dict(candidate=dict(type="mmvssm.BudgetCandidate")),
     "25 %": dict(saving=0.25, keep_ratio=(0.8, 0.75, 0.75)),
     "55 %": dict(saving=0.55, layers=(0, 1, 2), keep_ratio=(0.25, 0.5, 0.5)),
 }
 """Arguments of :func:`pruned` that differ from the method's."""
 
-_LEARNED_FILLING = dict(fill="mask_token", refine=True, in_channels=56)
+_REFINED = dict(refine=True, in_channels=56)
+# tools/train.py shortens it with the training: to 200 iterations on CamVid, 188 on BCCD.
+_WARM_UP = dict(custom_hooks=[dict(type="mmvssm.KeepRatioWarmup", num_iters=500)])
 _THREE = (0, 1, 2)
 ARMS = {
     "GroupMamba": Arm("GroupMamba", seeds=_THREE),
     "VMamba": Arm("VMamba", seeds=_THREE),
     "Spatial-Mamba": Arm("Spatial-Mamba", seeds=_THREE),
     "ResNet-18": Arm("ResNet-18", seeds=_THREE),
-    "PlainMamba": Arm("PlainMamba", seeds=(0, 1)),
+    "PlainMamba": Arm("PlainMamba"),
     "PlainMamba-Adapter": Arm("PlainMamba-Adapter"),
     "Vim": Arm("Vim"),
     "Swin": Arm("Swin"),
     "ConvNeXt": Arm("ConvNeXt"),
     "GroupMamba, long": Arm("GroupMamba", length=5.0),
-    "dense, trained on": Arm("PlainMamba", start="PlainMamba", **TUNING),
+    DENSE: Arm("PlainMamba", length=2.5, seeds=(0, 1)),
+    "dense, trained on": Arm("PlainMamba", start=DENSE, **TUNING),
     **{
         f"pruned, {name}{NOT_TUNED * (not tuned)}": pruned(tuned=tuned, **options)
         for name, options in _PRUNINGS.items()
         for tuned in (True, False)
     },
     # Untuned, what is learned would be random.
-    "pruned, learned filling": pruned(neck=_LEARNED_FILLING),
+    "pruned, learned filling": pruned(neck=dict(fill="mask_token", **_REFINED)),
+    "pruned, refined filling": pruned(neck=_REFINED),
+    "pruned, warming up": replace(pruned(), options={**pruned().options, **_WARM_UP}),
+    "pruned from the start": replace(pruned(), start=None, length=2.9),
     "pruned, taught": pruned(taught=dict(map_weight=1.0)),
     "pruned, rejoining, taught": pruned(taught=dict(map_weight=1.0), **_REJOINING),
 }

@@ -13,6 +13,7 @@ from typing import Any, Callable, Optional
 
 import numpy as np
 import torch
+from dense_arms import ARMS, DENSE
 from dense_campaign import Campaign
 from matplotlib.figure import Figure
 from mmengine.config import Config
@@ -37,7 +38,7 @@ from timing import about, markdown_table, peak_memory, time_side_by_side, write_
 STEPS = ("image", "step")
 """What is measured: the test of one image, and a training step."""
 
-SHOWN = ("GroupMamba", "ResNet-18", "PlainMamba", "pruned, decay")
+SHOWN = ("GroupMamba", "ResNet-18", DENSE, "pruned, decay")
 """Arms whose predictions are drawn; the last of those that are there chooses the images."""
 
 _EACH = 2  # of the best and of the worst images
@@ -196,8 +197,8 @@ def draw(results: dict[str, dict[str, Any]], metric: str) -> Figure:
         for arm, result in results.items()
         if "milliseconds a image" in result
     }
-    pruning = [arm for arm in timed if arm.startswith(("pruned", "dense")) or arm == "PlainMamba"]
-    backbones = [arm for arm in timed if arm not in pruning or arm == "PlainMamba"]
+    pruning = [arm for arm in timed if arm == DENSE or ARMS[arm].start]
+    backbones = [arm for arm in timed if arm not in pruning]
     parts = ((backbones, "backbones"), (pruning, "PlainMamba, dense and pruned"))
     for axes, (arms, title) in zip(figure.subplots(1, 2), parts):
         plot_against_time(axes, {arm: timed[arm] for arm in arms}, metric)
