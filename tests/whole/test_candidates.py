@@ -14,6 +14,7 @@ from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
 
 from mmvssm.models import PlainMamba, TokenRestoration
+from mmvssm.models.pruning import with_dropped
 from mmvssm.registry import MODELS
 
 MINI = dict(
@@ -113,6 +114,49 @@ def test_images_share_a_budget(monkeypatch):
     assert [m.shape for m in maps] == [(3, 16, 8, 10)] * 4
     sum(m.square().mean() for m in model.train()(x)).backward()
     assert all(p.grad is not None for p in model.layers.parameters())
+
+
+def following(**pruning):
+    torch.manual_seed(0)
+    settings = dict(pruning={**PRUNING, **pruning}, out_indices=(0, 2, 4, 5))
+    model = candidates.FollowingCandidate(MINI, 64, **settings).eval()
+    plain = PlainMamba(MINI, 64, **settings).eval()
+    plain.load_state_dict(model.state_dict())
+    return model, plain
+
+
+@pytest.mark.parametrize("pruning", [{}, dict(reduction="merge")])
+def test_followers_change_as_kept_tokens_around_them(pruning):
+    model, plain = following(**pruning)
+    x = torch.randn(2, 3, 64, 80)
+    for actual, expected in zip(model(x), plain(x)):
+        if isinstance(actual, torch.Tensor):
+            assert torch.equal(actual, expected)
+            continue
+        assert torch.equal(actual.tokens, expected.tokens)
+        assert torch.equal(actual.departed_positions, expected.departed_positions)
+        assert not torch.allclose(actual.departed, expected.departed)
+    if pruning:
+        return
+    # If all kept tokens change by the same, so do the dropped ones, over several prunings.
+    for layer in model.layers:
+        layer.forward = lambda x, layout, with_cp: (x + 1, torch.zeros_like(x))
+    states = list(model.walk_layers(x))
+    embedded = model.embed(x).tokens
+    for i, state in enumerate(states):
+        tokens = state.tokens
+        if state.pruned is not None:
+            tokens = with_dropped(tokens, state.pruned).flatten(2).transpose(1, 2)
+        torch.testing.assert_close(tokens, embedded + i + 1)
+
+
+def test_followers_rejoin():
+    model, plain = following(layers=(0, 1), rejoin=4)
+    x = torch.randn(1, 3, 64, 80)
+    actual, expected = model(x), plain(x)
+    assert torch.is_tensor(actual[-1]) and actual[-1].shape == expected[-1].shape
+    assert not torch.allclose(actual[-1], expected[-1])
+    model.train()(x)[-1].sum().backward()
 
 
 @pytest.mark.slow

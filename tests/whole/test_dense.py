@@ -195,7 +195,7 @@ def test_commands(roots, tmp_path):
     )
     assert Path(tested.command[1]).name == "test.py"
     assert tested.command[-1] == str(tasks[DENSE, 3].weights)
-    assert tasks["GroupMamba, long", 0].command[-1] == "7500"
+    assert tasks["GroupMamba, long", 0].command[-1] == "6000"
     few = campaign(roots, tmp_path / "few", arms=["pruned, none"], length=2)
     assert list(few.tasks) == [(arm, s) for s in (0, 1) for arm in (DENSE, "pruned, none")]
     assert few.tasks["pruned, none", 0].command[-1] == "2"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Optional
 
 import torch
@@ -16,7 +17,14 @@ from torch import Tensor, nn
 from mmvssm.models import PlainMamba
 from mmvssm.models.backbones.plain_mamba import Layout, PlainMambaMixer
 from mmvssm.models.backbones.token_backbone import LayerState, as_output
-from mmvssm.models.pruning import PrunedTokens, drop_tokens, select, with_dropped
+from mmvssm.models.pruning import (
+    PrunedTokens,
+    drop_tokens,
+    restore_map,
+    select,
+    take,
+    with_dropped,
+)
 from mmvssm.registry import MODELS
 
 SCORES = ("update", "step", "write")
@@ -144,6 +152,47 @@ class BudgetCandidate(PlainMamba):
     def _map(self, i: int, tokens: Tensor, stream: Any) -> Tensor:
         out = as_output(LayerState(tokens, stream.grid, stream.pruned), self.norms[str(i)])
         return out if isinstance(out, Tensor) else with_dropped(out.tokens, out).contiguous()
+
+
+@MODELS.register_module()
+class FollowingCandidate(PlainMamba):
+    """PlainMamba whose dropped tokens follow the others: they change by what kept tokens around them change by."""
+
+    def walk_layers(self, x: Tensor) -> Iterator[LayerState]:
+        """As :meth:`TokenBackbone.walk_layers`; last values of dropped tokens are brought up to the layer."""
+        stream, start = (
+            self.embed(x),
+            None,
+        )  # what the tokens of the stream were when the last ones were dropped
+        for i in range(len(self.layers)):
+            if i == self.pruning.rejoin and start is not None:
+                followed = _follow(stream.pruned, stream.tokens - start)
+                stream, start = stream._replace(pruned=followed), None
+            before = stream.pruned
+            state, stream = self.run_layer(i, stream)
+            if start is not None:
+                state = state._replace(pruned=_follow(before, state.tokens - start))
+            if i in self.pruning.keep_ratios and stream.pruned is not None:
+                if start is not None:
+                    newly = stream.pruned.departed[:, before.departed.shape[1] :]
+                    departed = torch.cat([state.pruned.departed, newly], 1)
+                    stream = stream._replace(pruned=replace(stream.pruned, departed=departed))
+                start = stream.tokens
+            yield state
+
+
+def _follow(pruned: PrunedTokens, change: Tensor) -> PrunedTokens:
+    """Add to dropped tokens the mean change of kept ones in the smallest of some windows that has any."""
+    grid, positions = pruned.grid, pruned.positions
+    changes = restore_map(change, positions, grid)
+    there = restore_map(torch.ones_like(change[..., :1]), positions, grid)
+    total, found = changes.mean((2, 3), keepdim=True), there.mean((2, 3), keepdim=True)
+    spread = (total / found).expand_as(changes)
+    for size in (15, 7, 3):
+        total, found = (F.avg_pool2d(m, size, 1, size // 2) for m in (changes, there))
+        spread = torch.where(found > 0, total / found.clamp(min=1e-6), spread)
+    spread = take(spread.flatten(2).transpose(1, 2), pruned.departed_positions)
+    return replace(pruned, departed=pruned.departed + spread)
 
 
 class _ScoringMixer(PlainMambaMixer):

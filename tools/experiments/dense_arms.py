@@ -177,6 +177,7 @@ def pruned(
 
 
 _REJOINING = dict(layers=(0, 2), keep_ratio=(0.3, 0.6), rejoin=7)
+_FOLLOWING = dict(candidate=dict(type="mmvssm.FollowingCandidate"))
 _PRUNINGS: dict[str, dict[str, Any]] = {
     "decay": {},
     "hold": dict(alignment="hold"),
@@ -187,6 +188,10 @@ _PRUNINGS: dict[str, dict[str, Any]] = {
     "earlier layers": dict(layers=(0, 1, 2), keep_ratio=(0.65, 0.6, 0.7)),
     "later layers": dict(layers=(1, 3), keep_ratio=(0.4, 0.4)),
     "rejoining": _REJOINING,
+    "following": _FOLLOWING,
+    "merging, following": dict(reduction="merge", **_FOLLOWING),
+    "rejoining, following": {**_REJOINING, **_FOLLOWING},
+    "random choice, following": dict(metric="random", **_FOLLOWING),
     "by the update": dict(candidate=dict(score="update")),
     "by step size": dict(candidate=dict(score="step")),
     "by what is written": dict(candidate=dict(score="write")),
@@ -212,7 +217,7 @@ ARMS = {
     "Vim": Arm("Vim"),
     "Swin": Arm("Swin"),
     "ConvNeXt": Arm("ConvNeXt"),
-    "GroupMamba, long": Arm("GroupMamba", length=5.0),
+    "GroupMamba, long": Arm("GroupMamba", length=4.0),
     DENSE: Arm("PlainMamba", length=2.5, seeds=(0, 1)),
     "dense, trained on": Arm("PlainMamba", start=DENSE, **TUNING),
     **{
