@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Optional
 
 import torch
@@ -63,9 +64,17 @@ def _product(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
 def _uses_onednn(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> bool:
     if torch.compiler.is_compiling() or x.device.type != "cpu":
         return False
+    # What does not fit is PyTorch's to refuse or to broadcast.
+    fits = (
+        x.dim() > 1
+        and weight.dim() == 2
+        and x.shape[-1] == weight.shape[1]
+        and (bias is None or bias.shape == weight.shape[:1])
+    )
     tensors = [tensor for tensor in (x, weight, bias) if tensor is not None]
     return (
-        x.numel() * weight.shape[0] >= LEAST_WORK
+        fits
+        and x.numel() * weight.shape[0] >= LEAST_WORK
         and all(tensor.dtype == torch.float32 for tensor in tensors)
         and not torch.is_autocast_enabled("cpu")
         and _has_onednn()
@@ -82,7 +91,8 @@ def _has_onednn() -> bool:
         return False
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
-    a, b = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(4, 3)
+    # Whatever the defaults are when mmvssm is imported.
+    a, b = (torch.arange(3 * n, dtype=torch.float32, device="cpu").view(n, 3) for n in (2, 4))
     try:
         return torch.equal(_product(a, b, None), a @ b.t())
     except Exception:  # whatever another version of it raises
@@ -114,7 +124,4 @@ if _has_onednn() and torch.ops.mkldnn._linear_pointwise not in flop_registry:
     @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
     def _flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
         """Two for each multiply-add, as PyTorch counts matrix products."""
-        rows = 1
-        for size in x_shape[:-1]:
-            rows *= size
-        return 2 * rows * x_shape[-1] * weight_shape[0]
+        return 2 * math.prod(x_shape) * weight_shape[0]

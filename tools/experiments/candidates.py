@@ -102,9 +102,8 @@ class BudgetCandidate(PlainMamba):
 
     def forward(self, x: Tensor) -> Any:
         """Maps ``(B, embed_dims, h, w)``, in which dropped tokens have their last values."""
-        whole = self.embed(x)
         # Up to the first pruning layer together: BatchNorm in the first layer counts whole batches.
-        streams, maps = [whole], []
+        streams, maps = [self.embed(x)], []
         for i, layer in enumerate(self.layers):
             results = [layer(s.tokens, s.layout, self.with_cp) for s in streams]
             if i in self.out_indices:
@@ -133,8 +132,8 @@ class BudgetCandidate(PlainMamba):
             if pruned is not None:
                 padding = padding.gather(1, pruned.positions)
             score = self.pruning.importance(y, self.training).masked_fill(padding, -math.inf)
-            least = score.topk(math.ceil(score.shape[1] / 10)).indices
-            scores.append(score.scatter(1, least, math.inf))  # at least a tenth of each image
+            best = score.topk(math.ceil(score.shape[1] / 10)).indices
+            scores.append(score.scatter(1, best, math.inf))  # every image keeps a tenth at least
         total = sum(score.shape[1] for score in scores)
         num_kept = len(scores) * self.num_kept(i, total // len(scores))
         kept, _ = select(torch.cat(scores, 1), num_kept)
@@ -160,10 +159,8 @@ class FollowingCandidate(PlainMamba):
 
     def walk_layers(self, x: Tensor) -> Iterator[LayerState]:
         """As :meth:`TokenBackbone.walk_layers`; last values of dropped tokens are brought up to the layer."""
-        stream, start = (
-            self.embed(x),
-            None,
-        )  # what the tokens of the stream were when the last ones were dropped
+        stream = self.embed(x)
+        start = None  # what the tokens of the stream were when the last ones were dropped
         for i in range(len(self.layers)):
             if i == self.pruning.rejoin and start is not None:
                 followed = _follow(stream.pruned, stream.tokens - start)

@@ -204,7 +204,7 @@ _PRUNINGS: dict[str, dict[str, Any]] = {
 """Arguments of :func:`pruned` that differ from the method's."""
 
 _REFINED = dict(refine=True, in_channels=56)
-# tools/train.py shortens it with the training: to 200 iterations on CamVid, 188 on BCCD.
+# tools/train.py shortens it with the training, to a third of it.
 _WARM_UP = dict(custom_hooks=[dict(type="mmvssm.KeepRatioWarmup", num_iters=500)])
 _THREE = (0, 1, 2)
 ARMS = {

@@ -197,7 +197,7 @@ def draw(results: dict[str, dict[str, Any]], metric: str) -> Figure:
         for arm, result in results.items()
         if "milliseconds a image" in result
     }
-    pruning = [arm for arm in timed if arm == DENSE or ARMS[arm].start]
+    pruning = [a for a in timed if a == DENSE or ARMS[a].start or ARMS[a].saving]
     backbones = [arm for arm in timed if arm not in pruning]
     parts = ((backbones, "backbones"), (pruning, "PlainMamba, dense and pruned"))
     for axes, (arms, title) in zip(figure.subplots(1, 2), parts):

@@ -84,6 +84,30 @@ def test_another_torch_without_the_operator_is_no_obstacle(monkeypatch):
     assert module._has_onednn()
 
 
+@pytest.mark.parametrize(
+    "x, weight, bias",
+    [
+        (torch.zeros(4, 5), torch.zeros(3, 6), None),
+        (torch.zeros(4, 6), torch.zeros(3, 5), None),
+        (torch.zeros(4, 5), torch.zeros(3, 5), torch.zeros(4)),
+        (torch.zeros(4, 5), torch.zeros(1, 3, 5), None),
+    ],
+)
+@pytest.mark.parametrize("grad", [False, True])
+def test_what_does_not_fit_is_pytorch_s_to_refuse(x, weight, bias, grad):
+    with pytest.raises(RuntimeError):
+        linear(x, weight.requires_grad_(grad), bias)
+    with pytest.raises(RuntimeError):
+        module.matmul(torch.zeros(4, 5), torch.zeros(6, 3))
+
+
+def test_one_row_and_a_shared_bias():
+    x, weight = torch.randn(5), torch.randn(3, 5, requires_grad=True)
+    assert torch.equal(linear(x, weight), F.linear(x, weight))
+    x, bias = torch.randn(4, 5), torch.randn(1)
+    assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
+
+
 def test_flops_are_those_of_a_linear_layer():
     leaves = example((4, 6, 5), 3)
     counts = []
