@@ -141,7 +141,7 @@ def test_equal_flops(task):
                 cost = cost_of(config_of(data_set, name), data_set.shape)
                 savings[key] = 1 - cost["backbone"].flops / full
             assert savings[key] == pytest.approx(arm.saving, abs=0.015), name
-    assert len(savings) == 7
+    assert len(savings) == 8
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -310,6 +310,45 @@ def test_results_count_wherever_their_runs_were(one):
     assert one.results("Swin")["iterations"] == 1500 and one.results("Vim")["runs"] == []
 
 
+def test_runs_of_another_machine_count(one, tmp_path):
+    mine = one.folder("Swin", 0) / "result.json"
+    mine.parent.mkdir(parents=True)
+    mine.write_text('{"mIoU": 40.0, "seconds": 3}')
+    arms = {
+        arm: dict(
+            iterations=one.results(arm)["iterations"],
+            options=ARMS[arm].options,
+            runs=[dict(seed=0, mIoU=41.0, seconds=4), dict(seed=7, mIoU=42.0, seconds=4)],
+        )
+        for arm in ("Swin", "Vim", "pruned, decay")
+    }
+    path = tmp_path / "theirs.json"
+    path.write_text(json.dumps(dict(arms=arms)))
+    one.take(path)
+    assert [run["mIoU"] for run in one.results("Swin")["runs"]] == [40.0]
+    for arm in ("Vim", "pruned, decay"):
+        assert one.results(arm)["runs"] == [dict(seed=0, mIoU=41.0, seconds=4)]
+    assert one.results("GroupMamba")["runs"] == []
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("{}", "is not a results.json that this tool wrote"),
+        (
+            '{"arms": {"Vim": {"iterations": 7, "options": {}, "runs": [{"seed": 0}]}}}',
+            r"has Vim with 7 iterations and \{\}, not 1500 and \{\}",
+        ),
+    ],
+)
+def test_other_results_are_not_taken(one, tmp_path, text, words):
+    path = tmp_path / "theirs.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=words):
+        one.take(path)
+    assert one.results("Vim")["runs"] == []
+
+
 def test_nothing_to_report(one):
     with pytest.raises(UserError, match=r"no run in .*out is finished; run without --report"):
         dense_report.report(one, time=False)
@@ -366,6 +405,9 @@ def test_a_campaign(roots, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "predictions.jpg").stat().st_size > 10_000
     assert (tmp_path / "table.md").read_text() in output
     run(monkeypatch, roots, tmp_path, "camvid", *arguments)
+    assert "2 of 2 runs were done before" in capsys.readouterr().out
+    taken = ("--take", str(tmp_path / "results.json"))
+    run(monkeypatch, roots, tmp_path / "elsewhere", "camvid", *arguments, *taken)
     assert "2 of 2 runs were done before" in capsys.readouterr().out
 
 

@@ -19,7 +19,7 @@ from mmvssm.errors import UserError, user_mistakes
 from mmvssm.files import read_json, read_text, write_whole
 from mmvssm.run.setup import print_once
 
-_RESULT, _OUTPUT, _PARTS, _ORIGIN = "result.json", "output.txt", "seconds.txt", "origin.json"
+RESULT, _OUTPUT, _PARTS, _ORIGIN = "result.json", "output.txt", "seconds.txt", "origin.json"
 _AGAIN = "result_again.json"
 _LOOK_EVERY = 0.2  # seconds
 _TELL_EVERY = 300.0
@@ -54,7 +54,7 @@ class Task:
     @property
     def result(self) -> Optional[dict[str, Any]]:
         """The result of ``finish`` and the ``seconds`` that the processes took; None before."""
-        path = self.folder / _RESULT
+        path = self.folder / RESULT
         with damaged(path):
             result = read_json(path, dict) if path.exists() else None
             if result is not None:
@@ -256,7 +256,7 @@ def _write_result(task: Task) -> dict[str, Any]:
     result = task.finish(task.folder)
     result["seconds"] = _seconds(task)
     # What came from the first run's weights keeps its origin.
-    name = _AGAIN if (task.folder / _RESULT).exists() else _RESULT
+    name = _AGAIN if (task.folder / RESULT).exists() else RESULT
     write_whole(task.folder / name, json.dumps(result) + "\n")
     return result
 

@@ -5,7 +5,8 @@ evaluate its last weights on the test split: backbones at about equal FLOPs of t
 schedule and augmentation; and PlainMamba pruned in different ways. Results are a table, results.json and pictures.
 
 The same command skips finished runs and resumes interrupted ones. Finished runs count wherever they ran: copy their
-folders to --out. Of a run whose weights are gone we keep the result, and train again only if other arms start from it.
+folders to --out, or name the results.json of another machine with --take. Of a run whose weights are gone we keep the
+result, and train again only if other arms start from it.
 
 Examples:
     python tools/experiments/dense.py --data-root path/to/camvid --task camvid --jobs 2
@@ -13,6 +14,7 @@ Examples:
 """
 
 import argparse
+from pathlib import Path
 
 from campaign import run_tasks
 from dense_arms import ARMS
@@ -57,6 +59,9 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--no-time", action="store_true", help="do not measure time and memory")
     parser.add_argument(
+        "--take", metavar="FILE", help="results.json whose runs count where --out has none"
+    )
+    parser.add_argument(
         "--report", action="store_true", help="run nothing, report what is finished"
     )
     add_traceback_option(parser)
@@ -80,6 +85,8 @@ def main() -> None:
     """Run the tool."""
     args = parse_args()
     campaign = Campaign(args)
+    if args.take:
+        campaign.take(Path(args.take))
     if not args.report:
         run_tasks(list(campaign.tasks.values()), args.jobs)
     report(campaign, time=not args.no_time)

@@ -1,6 +1,7 @@
 """The data sets and runs of dense.py."""
 
 import argparse
+import json
 import math
 import os
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import numpy as np
-from campaign import Task, settle, with_requirements
+from campaign import RESULT, Task, settle, with_requirements
 from dense_arms import ARMS, BACKBONES, Backbone
 from mmengine.config import Config, ConfigDict
 from mmseg.evaluation import IoUMetric
@@ -22,8 +23,8 @@ from predictions import BOXES, MAPS, evaluate_boxes, score_boxes, score_maps, se
 
 from mmvssm.datasets.formats import prepare_instances
 from mmvssm.datasets.layouts import Layout, list_files, only_suffix
-from mmvssm.errors import UserError
-from mmvssm.files import read_json
+from mmvssm.errors import UserError, user_mistakes
+from mmvssm.files import read_json, write_whole
 from mmvssm.run.setup import print_once
 
 REPO = Path(__file__).resolve().parents[2]
@@ -257,6 +258,30 @@ class Campaign:
                 )
             runs.append(dict(seed=seed, **result))
         return dict(runs=runs, iterations=self._iterations(arm), options=ARMS[arm].options)
+
+    def take(self, path: Path) -> None:
+        """Count the runs in another campaign's results.json, where we have none of the same arm and seed.
+
+        Raises:
+            UserError: If the file is damaged, or an arm has other settings there.
+        """
+        with user_mistakes(f"{path} is not a results.json that this tool wrote"):
+            arms = dict(read_json(path, dict)["arms"])
+            # As JSON, in which tuples are lists.
+            found = {arm: (r["iterations"], r["options"]) for arm, r in arms.items()}
+            runs = {(arm, run["seed"]): run for arm, r in arms.items() for run in r["runs"]}
+        for (arm, seed), run in runs.items():
+            task = self.tasks.get((arm, seed))
+            if task is None or task.result is not None:
+                continue
+            ours = json.loads(json.dumps((self._iterations(arm), ARMS[arm].options)))
+            if list(found[arm]) != ours:
+                raise UserError(
+                    f"{path} has {arm} with {found[arm][0]} iterations and {found[arm][1]}, not {ours[0]} and {ours[1]}"
+                )
+            task.folder.mkdir(parents=True, exist_ok=True)
+            result = {key: value for key, value in run.items() if key != "seed"}
+            write_whole(task.folder / RESULT, json.dumps(result) + "\n")
 
     def _iterations(self, arm: str) -> int:
         batches = 1
