@@ -68,6 +68,32 @@ def test_units_stay_together():
     assert set(torch.nn.functional.avg_pool2d(kept.view(1, 8, 8), 2).unique().tolist()) == {0, 1}
 
 
+def test_spread_tokens_leave_no_square_without_one():
+    model, plain = pair(spread=True)
+    x = torch.randn(2, 3, 64, 64)
+    x[1, :, 48:] = 0  # padding
+    for found, by_rank in ((s, p) for s, p in zip(model.walk_layers(x), plain.walk_layers(x))):
+        if found.pruned is None:
+            continue
+        kept, ranked = found.pruned.positions, by_rank.pruned.positions
+        assert kept.shape == ranked.shape
+        counts = torch.zeros(2, 64).scatter(1, kept, 1.0).view(2, 1, 8, 8)
+        side = 2 if kept.shape[1] >= 16 else 3
+        squares = torch.nn.functional.max_pool2d(counts, side, ceil_mode=True)
+        assert squares[0].all() and squares[1, 0, : 6 // side].all()
+        # What squares do not claim goes by rank, and padding goes first.
+        assert counts[1, 0, 6:].sum() == 0
+
+
+def test_without_room_for_squares_of_two_the_squares_grow():
+    importance = torch.arange(12.0)[None]
+    order = candidates._best_of_squares_first(importance, 2, None, (3, 4))
+    assert order.topk(2).indices.tolist() == [
+        [11, 10]
+    ]  # squares of 3: columns 0 to 2, and column 3
+    assert candidates._best_of_squares_first(torch.zeros(1, 1), 1, None, (1, 1)).shape == (1, 1)
+
+
 def test_a_mean_over_layers_covers_those_since_the_last_pruning():
     model, plain = pair(over_layers=True)
     x = torch.randn(2, 3, 64, 80)

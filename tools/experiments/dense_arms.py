@@ -178,6 +178,9 @@ def pruned(
 
 _REJOINING = dict(layers=(0, 2), keep_ratio=(0.3, 0.6), rejoin=7)
 _FOLLOWING = dict(candidate=dict(type="mmvssm.FollowingCandidate"))
+# The four maps go to strides 4, 8, 16 and 32: the later a layer, the fewer tokens its map needs.
+_PYRAMID = dict(layers=(1, 3, 5), keep_ratio=(0.45, 0.4, 0.35))
+_SPREAD = dict(candidate=dict(spread=True))
 _PRUNINGS: dict[str, dict[str, Any]] = {
     "decay": {},
     "hold": dict(alignment="hold"),
@@ -198,6 +201,14 @@ _PRUNINGS: dict[str, dict[str, Any]] = {
     "mean over layers": dict(candidate=dict(over_layers=True)),
     "units of 2x2": dict(candidate=dict(unit=2)),
     "shared budget": dict(candidate=dict(type="mmvssm.BudgetCandidate")),
+    "pyramid": _PYRAMID,
+    "pyramid, spread": {**_PYRAMID, **_SPREAD},
+    "pyramid, following": {**_PYRAMID, **_FOLLOWING},
+    "pyramid, spread, following": {
+        **_PYRAMID,
+        "candidate": {**_SPREAD["candidate"], **_FOLLOWING["candidate"]},
+    },
+    "pyramid, random choice": dict(metric="random", **_PYRAMID),
     "25 %": dict(saving=0.25, keep_ratio=(0.8, 0.75, 0.75)),
     "55 %": dict(saving=0.55, layers=(0, 1, 2), keep_ratio=(0.25, 0.5, 0.5)),
 }
