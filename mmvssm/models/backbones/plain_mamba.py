@@ -36,7 +36,7 @@ from .common import (
     resolve_arch,
     resolve_out_indices,
 )
-from .fast_paths import bias_of, is_plain_depthwise, linear, linear_without_bias
+from .fast_paths import bias_of, folded_stem, is_plain_depthwise, linear, linear_without_bias
 from .token_backbone import TokenBackbone, as_output
 
 NUM_WALKS = 4
@@ -285,7 +285,7 @@ class ConvPatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """``(B, in_channels, H, W)`` to ``(B, h * w, dim)`` and ``(h, w)``."""
-        x = self.convs(x.contiguous(memory_format=torch.channels_last))
+        x = folded_stem(self.convs, x.contiguous(memory_format=torch.channels_last))
         # Not by mmcv's padding="corner": it compares sizes, which torch.export would fix.
         right, bottom = -x.shape[3] % self.stride, -x.shape[2] % self.stride
         if torch.compiler.is_compiling() or right or bottom:

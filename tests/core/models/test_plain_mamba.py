@@ -141,6 +141,23 @@ def test_any_input_size(size, batch):
         assert feature_map.is_contiguous() and feature_map.isfinite().all()
 
 
+def test_embedding_without_gradients_is_the_same():
+    """BatchNorm with fixed statistics is then made part of the convolutions."""
+    torch.manual_seed(0)
+    embed = PlainMamba(MINI | dict(num_convs_patch_embed=2)).double().eval().patch_embed
+    for module in embed.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for tensor in (module.running_mean, module.weight.data, module.bias.data):
+                tensor.normal_()
+            module.running_var.uniform_(0.5, 2)
+    x = torch.randn(2, 3, 35, 48, dtype=torch.float64)
+    expected, grid = embed(x)
+    with torch.no_grad():
+        tokens, same_grid = embed(x)
+    torch.testing.assert_close(tokens, expected, atol=1e-12, rtol=1e-12)
+    assert same_grid == grid
+
+
 def test_registered_in_every_scope():
     with DefaultScope.overwrite_default_scope("mmengine"):
         model = MODELS.build(dict(type="mmvssm.PlainMamba", arch=MINI))
