@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from ...registry import MODELS
 from ..pruning import with_dropped
 from .common import init_parameters
-from .fast_paths import linear
+from .fast_paths import folded_stem, linear
 from .plain_mamba import PlainMamba
 from .token_backbone import LayerState, TokenStream
 
@@ -268,10 +268,10 @@ class SpatialPriorModule(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """``(B, in_channels, H, W)`` to four maps with ``dim`` channels, at strides 4, 8, 16 and 32."""
-        c1 = self.stem(x)
-        c2 = self.conv2(c1)
-        c3 = self.conv3(c2)
-        c4 = self.conv4(c3)
+        c1 = self.stem[-1](folded_stem(self.stem[:-1], x))
+        c2 = folded_stem(self.conv2, c1)
+        c3 = folded_stem(self.conv3, c2)
+        c4 = folded_stem(self.conv4, c3)
         return self.fc1(c1), self.fc2(c2), self.fc3(c3), self.fc4(c4)
 
 
