@@ -233,7 +233,7 @@ def resized(model, grid):
 
 
 def test_position_embeddings_follow_the_grid_where_all_has_to_be_deterministic():
-    """On a GPU the backward pass of bicubic interpolation is not, and PyTorch refuses it."""
+    """On a GPU the backward pass of PyTorch's bicubic interpolation is not, and PyTorch refuses it."""
     model = build()
     x = torch.randn(1, 3, 24, 40)
     expected = model(x)
@@ -247,6 +247,14 @@ def test_position_embeddings_follow_the_grid_where_all_has_to_be_deterministic()
         torch.use_deterministic_algorithms(False)
     assert all(map(torch.equal, maps, expected))
     torch.testing.assert_close(model.pos_embed.grad, gradient)
+
+
+def test_position_embeddings_of_another_grid_stay_exact_under_autocast():
+    model = build()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = model._pos_embed_for((5, 7))
+    torch.testing.assert_close(actual.detach(), resized(model, (5, 7)))
+    assert torch.autograd.grad(actual.sum(), model.pos_embed)[0].isfinite().all()
 
 
 def load(target, source, anonymous):
