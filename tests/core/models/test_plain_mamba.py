@@ -102,14 +102,16 @@ def test_published_parameters_and_flops(arch, parameters, gflops, scan_gflops):
         assert saved == pytest.approx(0.416, abs=0.005)
 
 
-def flops_by_hand(arch, height, width, tokens):
-    """``tokens``: how many each layer has."""
+def flops_by_hand(arch, height, width, tokens, embedded=6):
+    """``tokens``: how many each layer has; ``embedded``: rows and columns of the position embedding."""
     dim, state = arch["embed_dims"], arch["d_state"]
     inner, rank = 2 * dim, math.ceil(dim / 16)
     hidden, half = 64, arch["patch_size"] // 2
     pixels, patches = (height // 2) * (width // 2), tokens[0]
     flops = pixels * hidden * (3 * 49 + arch["num_convs_patch_embed"] * hidden * 9)
     flops += patches * half * half * hidden * dim
+    rows, columns = height // arch["patch_size"], width // arch["patch_size"]
+    flops += embedded * rows * (embedded + columns) * dim  # the embedding, by rows and by columns
     for i, k in enumerate(tokens):
         linear = 2 * dim * inner + inner * (rank + 2 * state) + rank * inner + inner * dim
         scan = 4 * (9 * inner * state + inner)
