@@ -6,9 +6,11 @@ Which tokens a backbone keeps after which layers, and what it passes to the neck
 from __future__ import annotations
 
 import functools
+import itertools
 import math
+import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Callable, NoReturn, Optional, Union
 
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UserError
+from .interpolation import interpolate_known
 
 METRICS: dict[str, Callable[[Tensor], Tensor]] = {
     "clip": lambda y: y.clamp(min=0).mean(-1),
@@ -56,7 +59,7 @@ PRESETS: dict[str, dict] = {
 }
 """Settings that save at least 40 % of the FLOPs of PlainMamba's sizes."""
 
-_OPTIONAL = "metric, alignment, reduction and rejoin"
+_OPTIONAL = ("metric", "alignment", "reduction", "rejoin", "spread", "follow")
 
 
 class PruningError(UserError, ValueError):
@@ -76,11 +79,16 @@ class TokenPruning:
         metric: Importance of a token: one of :data:`METRICS`, or :data:`RANDOM`.
         alignment: See :data:`ALIGNMENTS`.
         reduction: See :data:`REDUCTIONS`. Merging keeps at least half of the tokens at a time.
+        spread: Whether the best token of each square of the grid is kept before all others, so that no part of an image
+            is left without. Squares are so large that about as many as tokens to keep fill the grid.
+        follow: Whether dropped tokens go on changing, by the mean of what kept tokens around them change by. Otherwise
+            they keep their last values.
         rejoin: Layer before which all dropped tokens return with their last values, counted from 0, as SViT (WACV
             2024) lets them for dense tasks; from there on the backbone is dense. None: they never return.
         num_layers: Number of layers.
 
     Attributes:
+        spread: Side of the squares, by layer.
         progress: Share of the pruning, from 0 to 1, that takes place while training: the keep ratio is
             ``1 - progress * (1 - keep_ratio)``. Evaluation always prunes fully.
 
@@ -102,6 +110,8 @@ class TokenPruning:
         alignment: str = "decay",
         reduction: str = "prune",
         rejoin: Optional[int] = None,
+        spread: bool = False,
+        follow: bool = False,
         *,
         num_layers: int,
     ) -> None:
@@ -139,6 +149,11 @@ class TokenPruning:
                 "pruning: reduction='merge' merges tokens in pairs, so that keep_ratio must be at least 0.5; got "
                 f"{keep_ratio}."
             )
+        if reduction == "merge" and spread:
+            raise ValueError(
+                "pruning: reduction='merge' keeps every second token, so spread=True has nothing to choose; leave it "
+                "out."
+            )
         if rejoin is not None and not (
             isinstance(rejoin, int) and layers[-1] + 1 < rejoin < num_layers
         ):
@@ -151,6 +166,10 @@ class TokenPruning:
         self.alignment = alignment
         self.reduction = reduction
         self.rejoin = rejoin
+        shares = itertools.accumulate(self.keep_ratios.values(), operator.mul)
+        sides = (math.ceil(share**-0.5 - 1e-9) for share in shares)
+        self.spread = dict(zip(layers, sides)) if spread else {}
+        self.follow = follow
         self.progress = 1.0
 
     @classmethod
@@ -160,14 +179,14 @@ class TokenPruning:
             if settings not in cls.presets:
                 raise ValueError(
                     f"pruning: unknown preset {settings!r}; known are {', '.join(map(repr, cls.presets))}, or a dict "
-                    f"with layers and keep_ratio, and perhaps {_OPTIONAL}."
+                    f"with layers and keep_ratio, and perhaps {', '.join(_OPTIONAL)}."
                 )
             settings = cls.presets[settings]
-        known = {"layers", "keep_ratio", "metric", "alignment", "reduction", "rejoin"}
+        known = {"layers", "keep_ratio", *_OPTIONAL}
         if not {"layers", "keep_ratio"} <= set(settings) <= known:
             raise ValueError(
-                f"pruning: expected a dict with layers and keep_ratio, and perhaps {_OPTIONAL}; got the keys "
-                f"{sorted(settings)}."
+                f"pruning: expected a dict with layers and keep_ratio, and perhaps {', '.join(_OPTIONAL)}; got the "
+                f"keys {sorted(settings)}."
             )
         return cls(**settings, num_layers=num_layers)
 
@@ -220,6 +239,33 @@ def select(importance: Tensor, num_kept: int) -> tuple[Tensor, Tensor]:
     """
     ranked = importance.sort(dim=-1, descending=True, stable=True).indices
     return ranked[:, :num_kept].sort(-1).values, ranked[:, num_kept:].sort(-1).values
+
+
+def best_of_squares_first(
+    importance: Tensor, side: int, positions: Optional[Tensor], grid: tuple[int, int]
+) -> Tensor:
+    """Raise the best token of each square of the grid above all that are not.
+
+    Args:
+        importance: ``(B, L)``; infinite values stay as they are.
+        side: Of the squares, in positions.
+        positions: Row-major positions of the tokens, int64 ``(B, L)``; None if they fill the grid.
+        grid: Height and width of the grid.
+
+    Returns:
+        ``(B, L)``.
+    """
+    height, width = grid
+    if positions is None:
+        positions = torch.arange(height * width, device=importance.device).expand_as(importance)
+    rows, columns = ((n + side - 1) // side for n in grid)
+    square = positions // width // side * columns + positions % width // side
+    best = importance.new_full((importance.shape[0], rows * columns), -math.inf)
+    best = best.scatter_reduce(1, square, importance, "amax")
+    finite = importance.isfinite()
+    known = importance.where(finite, 0)
+    step = 1 + known.amax(1, keepdim=True) - known.amin(1, keepdim=True)
+    return importance + step * (finite & (importance == best.gather(1, square)))
 
 
 def similarity_to_neighbors(
@@ -375,6 +421,22 @@ def with_dropped(tokens: Tensor, pruned: PrunedTokens) -> Tensor:
     positions = torch.cat([pruned.positions, pruned.departed_positions], 1)
     tokens = torch.cat([tokens, pruned.departed.to(tokens.dtype)], 1)
     return restore_map(tokens, positions, pruned.grid)
+
+
+def follow(pruned: PrunedTokens, tokens: Tensor) -> PrunedTokens:
+    """Change dropped tokens by the mean of what kept ones around them have changed by.
+
+    Args:
+        pruned: What the last pruning kept, and what was dropped.
+        tokens: What further layers made of the kept tokens ``(B, K, C)``.
+    """
+    positions, grid = pruned.positions, pruned.grid
+    change = tokens - pruned.tokens
+    kept = torch.ones_like(change[..., :1])
+    maps, known = (restore_map(x, positions, grid).permute(0, 2, 3, 1) for x in (change, kept))
+    change = interpolate_known(maps, known).flatten(1, 2)
+    change = take(change, pruned.departed_positions).to(pruned.departed.dtype)
+    return replace(pruned, departed=pruned.departed + change)
 
 
 def packed_grid(num_tokens: int, grid: tuple[int, int]) -> tuple[int, int]:

@@ -62,8 +62,9 @@ class PlainMamba(TokenBackbone):
         with_cp: Whether to recompute each layer's activations in the backward pass instead of storing them. Those of
             ``layers_with_dwconv``'s convolutions are stored: their BatchNorm would count each batch twice.
         pruning: None for the dense model; or ``dict(layers=..., keep_ratio=..., metric='clip', alignment='decay',
-            reduction='prune', rejoin=None)``, see :class:`~mmvssm.models.pruning.TokenPruning`; or the name of one of
-            its presets, ``'L1'``, ``'L2'`` or ``'L3'``. ``layers`` are those after which tokens are dropped.
+            reduction='prune', rejoin=None, spread=False, follow=False)``, see
+            :class:`~mmvssm.models.pruning.TokenPruning`; or the name of one of its presets, ``'L1'``, ``'L2'`` or
+            ``'L3'``. ``layers`` are those after which tokens are dropped.
         raster_source: Whether step ``i`` of every walk reads ``delta``, ``B`` and ``C`` from the ``i``-th token in
             raster order, as the published weights expect, instead of from the token that it visits.
         double_step_bias: Whether the bias of ``dt_proj`` counts twice, as the published weights expect.

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ...registry import MODELS
-from ..pruning import with_dropped
 from .common import init_parameters
 from .fast_paths import folded_stem, linear
 from .plain_mamba import PlainMamba
@@ -165,11 +164,11 @@ class PlainMambaAdapter(PlainMamba):
             for i in range(first, last + 1):
                 state, stream = self.run_layer(i, stream)
                 states.append(state)
-            tokens = _full_map(stream).flatten(2).transpose(1, 2)
+            tokens = self.full_map(stream).flatten(2).transpose(1, 2)
             pyramid = pyramid._replace(
                 tokens=self._maybe_recompute(interaction.extract, pyramid, tokens, stream.grid)
             )
-        return self._outputs(c1, pyramid, _full_map(stream))
+        return self._outputs(c1, pyramid, self.full_map(stream))
 
     def _maybe_recompute(self, function, *args) -> Tensor:
         if self.with_cp and torch.is_grad_enabled():
@@ -473,13 +472,6 @@ def _attend_in_graph(
         read.append((sampled * weight).sum(-1))
     read = sum(read).unflatten(0, (-1, heads)).flatten(1, 2)
     return linear(attention.output_proj, read.transpose(1, 2))
-
-
-def _full_map(stream: TokenStream) -> Tensor:
-    """All tokens as a map ``(B, C, h, w)``, dropped ones with their last values."""
-    if stream.pruned is None:
-        return stream.tokens.transpose(1, 2).unflatten(2, stream.grid)
-    return with_dropped(stream.tokens, stream.pruned)
 
 
 def _resize(x: Tensor, size: Sequence[int]) -> Tensor:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from typing import Any, NamedTuple, Optional, Union
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..interpolation import resize_bicubic
 from ..pruning import (
     PrunedTokens,
     TokenPruning,
+    best_of_squares_first,
     drop_tokens,
+    follow,
     merge,
     padding_tokens,
     select,
@@ -32,8 +33,8 @@ class LayerState(NamedTuple):
     Attributes:
         tokens: ``(B, L, C)``, before this layer drops any.
         grid: The full grid.
-        pruned: Positions of these tokens, and what earlier layers dropped; its own ``tokens`` are the layer's input.
-            None if nothing was dropped.
+        pruned: Positions of these tokens, and what earlier layers dropped; its own ``tokens`` are those that the last
+            of these layers kept. None if nothing was dropped.
         importance: ``(B, L)``, where this layer prunes: it drops the least important tokens, padding first.
     """
 
@@ -181,6 +182,8 @@ class TokenBackbone(Backbone):
             num_kept = self.num_kept(i, num_tokens)
         tokens, y = self.layers[i](stream.tokens, stream.layout, self.with_cp)
         leaving = self.output_tokens(tokens, y)
+        if i in self.out_indices or num_kept < num_tokens:
+            pruned = self._followed(pruned, tokens)
         if num_kept == num_tokens:
             return LayerState(leaving, grid, pruned), stream._replace(tokens=tokens)
         padding = stream.padding if pruned is None else stream.padding.gather(1, pruned.positions)
@@ -191,6 +194,9 @@ class TokenBackbone(Backbone):
             importance = self.importance(y, grid, pruned)
         state = LayerState(leaving, grid, pruned, importance)
         ranked = importance.masked_fill(padding, -math.inf)
+        if self.pruning.spread:
+            positions = None if pruned is None else pruned.positions
+            ranked = best_of_squares_first(ranked, self.pruning.spread[i], positions, grid)
         kept, dropped = self.choose(ranked, num_kept, pruned, grid)
         sizes = stream.sizes
         if merges:
@@ -206,9 +212,20 @@ class TokenBackbone(Backbone):
         """The stream with all dropped tokens back in their places."""
         if stream.pruned is None:  # in training, before the first ratio falls below 1
             return stream
-        tokens = with_dropped(stream.tokens, stream.pruned).flatten(2).transpose(1, 2)
+        tokens = self.full_map(stream).flatten(2).transpose(1, 2)
         layout = self.dense_layout(stream.grid, tokens.device)
         return TokenStream(tokens, stream.grid, layout, stream.padding)
+
+    def full_map(self, stream: TokenStream) -> Tensor:
+        """All tokens as a map ``(B, C, h, w)``, dropped ones with their last values, or as they follow the others."""
+        if stream.pruned is None:
+            return stream.tokens.transpose(1, 2).unflatten(2, stream.grid)
+        return with_dropped(stream.tokens, self._followed(stream.pruned, stream.tokens))
+
+    def _followed(self, pruned: Optional[PrunedTokens], tokens: Tensor) -> Optional[PrunedTokens]:
+        if pruned is None or not self.pruning.follow:
+            return pruned
+        return follow(pruned, tokens)
 
     def train(self, mode: bool = True) -> TokenBackbone:
         """Set the training mode of all but the frozen stages."""
@@ -282,24 +299,5 @@ def _note_embed_grid(model: TokenBackbone, state_dict, prefix: str, local_metada
 
 
 def _resize_pos_embed(pos_embed: Tensor, source: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """``(1, L, C)`` of one grid to another, bicubic.
-
-    As two matrix products, a fifteenth of the time of PyTorch's interpolation; that has no deterministic gradients on a
-    GPU either.
-    """
-    dtype = torch.promote_types(pos_embed.dtype, torch.float32)
-    rows, columns = (_bicubic(n, m, dtype, pos_embed.device) for n, m in zip(source, grid))
-    device = pos_embed.device.type
-    lowered = torch.is_autocast_enabled(
-        device
-    )  # otherwise no context, which torch.export would record
-    with torch.autocast(device, enabled=False) if lowered else nullcontext():
-        x = rows @ pos_embed.to(dtype).view(source[0], -1)
-        x = columns @ x.unflatten(1, (source[1], -1))
-    return x.flatten(0, 1)[None].to(pos_embed.dtype)
-
-
-def _bicubic(source: int, target: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Weights ``(target, source)`` of the bicubic interpolation of a line."""
-    lines = torch.eye(source, dtype=dtype, device=device)[None, None]
-    return F.interpolate(lines, size=(target, source), mode="bicubic", align_corners=False)[0, 0]
+    """``(1, L, C)`` of one grid to another, bicubic."""
+    return resize_bicubic(pos_embed.unflatten(1, source), grid).flatten(1, 2)

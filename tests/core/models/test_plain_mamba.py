@@ -11,9 +11,9 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor
 
 from mmvssm.analysis.flops import count
-from mmvssm.models import PlainMamba
+from mmvssm.models import PlainMamba, TokenRestoration
 from mmvssm.models.backbones.plain_mamba import Layout, PlainMambaMixer
-from mmvssm.models.pruning import PRESETS, PrunedTokens, TokenPruning
+from mmvssm.models.pruning import PRESETS, PrunedTokens, TokenPruning, with_dropped
 from mmvssm.models.published import convert_plainmamba
 from mmvssm.ops import snake_walks
 from mmvssm.ops.selective_scan import cpu as scan_cpu
@@ -493,6 +493,68 @@ def test_departed_tokens_keep_their_last_value():
                 index = states[3].pruned.positions[b].tolist().index(position)
                 expected = states[3].tokens[b, index]
             assert torch.equal(pruned.departed[b, n], expected)
+
+
+def test_spread_tokens_leave_no_square_without_one():
+    spread, ranked = (
+        build(dict(layers=(0, 2), keep_ratio=(0.5, 0.4), spread=s)) for s in (True, False)
+    )
+    x = torch.randn(2, 3, 64, 64)
+    x[1, :, 48:] = 0  # padding
+    differ = False
+    for i, (found, by_rank) in enumerate(zip(spread.walk_layers(x), ranked.walk_layers(x))):
+        if found.pruned is None:
+            continue
+        kept = found.pruned.positions
+        assert kept.shape == by_rank.pruned.positions.shape
+        differ |= not torch.equal(kept, by_rank.pruned.positions)
+        there = torch.zeros(2, 64).scatter(1, kept, 1.0).view(2, 1, 8, 8)
+        side = 2 if i <= 2 else 3  # for 32 and 13 of 64 tokens
+        squares = F.max_pool2d(there, side, ceil_mode=True)
+        assert squares[0].all() and squares[1, 0, : 6 // side].all()
+        assert there[1, 0, 6:].sum() == 0  # padding goes first
+    assert differ
+
+
+FOLLOWING = dict(layers=(1, 3), keep_ratio=0.5, follow=True)
+
+
+@pytest.mark.parametrize("settings", [{}, dict(reduction="merge"), dict(spread=True)])
+def test_followers_change_and_the_others_do_not(settings):
+    model, plain = (build(FOLLOWING | settings | dict(follow=f)) for f in (True, False))
+    x = torch.randn(2, 3, 48, 64)
+    for actual, expected in zip(model(x), plain(x)):
+        if isinstance(actual, torch.Tensor):
+            assert torch.equal(actual, expected)
+            continue
+        assert torch.equal(actual.tokens, expected.tokens)
+        assert torch.equal(actual.departed_positions, expected.departed_positions)
+        assert not torch.allclose(actual.departed, expected.departed)
+
+
+@pytest.mark.parametrize("rejoin", [None, 4])
+def test_followers_change_as_the_others_do(rejoin):
+    """If all kept tokens change by the same, so do the dropped ones, over several prunings."""
+    model = build(FOLLOWING | dict(layers=(0, 2), rejoin=rejoin))
+    for layer in model.layers:
+        layer.forward = lambda x, layout, with_cp: (x + 1, torch.randn_like(x))
+    x = torch.randn(2, 3, 48, 64)
+    embedded = model.embed(x).tokens
+    for i, state in enumerate(model.walk_layers(x)):
+        tokens = state.tokens
+        assert (state.pruned is None) == (i in (0, rejoin))
+        if state.pruned is not None:
+            tokens = with_dropped(tokens, state.pruned).flatten(2).transpose(1, 2)
+        torch.testing.assert_close(tokens, embedded + i + 1)
+
+
+def test_followers_have_gradients():
+    model = build(FOLLOWING | dict(spread=True)).double()
+    restored = TokenRestoration()(model(torch.randn(1, 3, 48, 64, dtype=torch.float64)))
+    pruned = model(torch.randn(1, 3, 48, 64, dtype=torch.float64))[4]
+    assert restored[4].isfinite().all()
+    gradients = torch.autograd.grad(pruned.departed.sum(), model.layers[4].parameters())
+    assert any(g.abs().sum() > 0 for g in gradients)  # of a layer that dropped tokens do not enter
 
 
 REJOINING = dict(layers=(0, 1), keep_ratio=0.5, rejoin=3)
