@@ -14,7 +14,6 @@ from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
 
 from mmvssm.models import PlainMamba, TokenRestoration
-from mmvssm.models.pruning import with_dropped
 from mmvssm.registry import MODELS
 
 MINI = dict(
@@ -68,32 +67,6 @@ def test_units_stay_together():
     assert set(torch.nn.functional.avg_pool2d(kept.view(1, 8, 8), 2).unique().tolist()) == {0, 1}
 
 
-def test_spread_tokens_leave_no_square_without_one():
-    model, plain = pair(spread=True)
-    x = torch.randn(2, 3, 64, 64)
-    x[1, :, 48:] = 0  # padding
-    for found, by_rank in ((s, p) for s, p in zip(model.walk_layers(x), plain.walk_layers(x))):
-        if found.pruned is None:
-            continue
-        kept, ranked = found.pruned.positions, by_rank.pruned.positions
-        assert kept.shape == ranked.shape
-        counts = torch.zeros(2, 64).scatter(1, kept, 1.0).view(2, 1, 8, 8)
-        side = 2 if kept.shape[1] >= 16 else 3
-        squares = torch.nn.functional.max_pool2d(counts, side, ceil_mode=True)
-        assert squares[0].all() and squares[1, 0, : 6 // side].all()
-        # What squares do not claim goes by rank, and padding goes first.
-        assert counts[1, 0, 6:].sum() == 0
-
-
-def test_without_room_for_squares_of_two_the_squares_grow():
-    importance = torch.arange(12.0)[None]
-    order = candidates._best_of_squares_first(importance, 2, None, (3, 4))
-    assert order.topk(2).indices.tolist() == [
-        [11, 10]
-    ]  # squares of 3: columns 0 to 2, and column 3
-    assert candidates._best_of_squares_first(torch.zeros(1, 1), 1, None, (1, 1)).shape == (1, 1)
-
-
 def test_a_mean_over_layers_covers_those_since_the_last_pruning():
     model, plain = pair(over_layers=True)
     x = torch.randn(2, 3, 64, 80)
@@ -140,49 +113,6 @@ def test_images_share_a_budget(monkeypatch):
     assert [m.shape for m in maps] == [(3, 16, 8, 10)] * 4
     sum(m.square().mean() for m in model.train()(x)).backward()
     assert all(p.grad is not None for p in model.layers.parameters())
-
-
-def following(**pruning):
-    torch.manual_seed(0)
-    settings = dict(pruning={**PRUNING, **pruning}, out_indices=(0, 2, 4, 5))
-    model = candidates.FollowingCandidate(MINI, 64, **settings).eval()
-    plain = PlainMamba(MINI, 64, **settings).eval()
-    plain.load_state_dict(model.state_dict())
-    return model, plain
-
-
-@pytest.mark.parametrize("pruning", [{}, dict(reduction="merge")])
-def test_followers_change_as_kept_tokens_around_them(pruning):
-    model, plain = following(**pruning)
-    x = torch.randn(2, 3, 64, 80)
-    for actual, expected in zip(model(x), plain(x)):
-        if isinstance(actual, torch.Tensor):
-            assert torch.equal(actual, expected)
-            continue
-        assert torch.equal(actual.tokens, expected.tokens)
-        assert torch.equal(actual.departed_positions, expected.departed_positions)
-        assert not torch.allclose(actual.departed, expected.departed)
-    if pruning:
-        return
-    # If all kept tokens change by the same, so do the dropped ones, over several prunings.
-    for layer in model.layers:
-        layer.forward = lambda x, layout, with_cp: (x + 1, torch.zeros_like(x))
-    states = list(model.walk_layers(x))
-    embedded = model.embed(x).tokens
-    for i, state in enumerate(states):
-        tokens = state.tokens
-        if state.pruned is not None:
-            tokens = with_dropped(tokens, state.pruned).flatten(2).transpose(1, 2)
-        torch.testing.assert_close(tokens, embedded + i + 1)
-
-
-def test_followers_rejoin():
-    model, plain = following(layers=(0, 1), rejoin=4)
-    x = torch.randn(1, 3, 64, 80)
-    actual, expected = model(x), plain(x)
-    assert torch.is_tensor(actual[-1]) and actual[-1].shape == expected[-1].shape
-    assert not torch.allclose(actual[-1], expected[-1])
-    model.train()(x)[-1].sum().backward()
 
 
 @pytest.mark.slow

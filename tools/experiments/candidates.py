@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any, Optional
 
 import torch
@@ -20,9 +19,7 @@ from mmvssm.models.backbones.token_backbone import LayerState, as_output
 from mmvssm.models.pruning import (
     PrunedTokens,
     drop_tokens,
-    restore_map,
     select,
-    take,
     with_dropped,
 )
 from mmvssm.registry import MODELS
@@ -40,8 +37,6 @@ class CandidatePlainMamba(PlainMamba):
             there; None, the method's own.
         over_layers: Whether to average the score over all layers since the last pruning.
         unit: Tokens are kept or dropped in squares of so many by so many (STORM).
-        spread: Whether the best token of each square is kept before all others, so that no part of the image is left
-            without; squares are the smallest of which there are no more than tokens to keep.
     """
 
     def __init__(
@@ -50,13 +45,12 @@ class CandidatePlainMamba(PlainMamba):
         score: Optional[str] = None,
         over_layers: bool = False,
         unit: int = 1,
-        spread: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         if score not in (None, *SCORES):
             raise ValueError(f"CandidatePlainMamba: unknown score {score!r}; known are {SCORES}.")
-        self.score, self.over_layers, self.unit, self.spread = score, over_layers, unit, spread
+        self.score, self.over_layers, self.unit = score, over_layers, unit
         self._scores: list[Tensor] = []
         self._is_scored = over_layers or score is not None
         for layer in self.layers if self._is_scored else ():
@@ -93,11 +87,9 @@ class CandidatePlainMamba(PlainMamba):
         pruned: Optional[PrunedTokens],
         grid: tuple[int, int],
     ) -> tuple[Tensor, Tensor]:
-        """Choose tokens, by the mean of their unit, or the best of each square first."""
+        """Choose tokens, by the mean of their unit."""
         if self.unit > 1:
             importance = _mean_of_units(importance, pruned, grid, self.unit)
-        if self.spread:
-            importance = _best_of_squares_first(importance, num_kept, pruned, grid)
         return select(importance, num_kept)
 
 
@@ -161,45 +153,6 @@ class BudgetCandidate(PlainMamba):
         return out if isinstance(out, Tensor) else with_dropped(out.tokens, out).contiguous()
 
 
-@MODELS.register_module()
-class FollowingCandidate(CandidatePlainMamba):
-    """PlainMamba whose dropped tokens follow the others: they change by what kept tokens around them change by."""
-
-    def walk_layers(self, x: Tensor) -> Iterator[LayerState]:
-        """As :meth:`TokenBackbone.walk_layers`; last values of dropped tokens are brought up to the layer."""
-        stream = self.embed(x)
-        start = None  # what the tokens of the stream were when the last ones were dropped
-        for i in range(len(self.layers)):
-            if i == self.pruning.rejoin and start is not None:
-                followed = _follow(stream.pruned, stream.tokens - start)
-                stream, start = stream._replace(pruned=followed), None
-            before = stream.pruned
-            state, stream = self.run_layer(i, stream)
-            if start is not None:
-                state = state._replace(pruned=_follow(before, state.tokens - start))
-            if i in self.pruning.keep_ratios and stream.pruned is not None:
-                if start is not None:
-                    newly = stream.pruned.departed[:, before.departed.shape[1] :]
-                    departed = torch.cat([state.pruned.departed, newly], 1)
-                    stream = stream._replace(pruned=replace(stream.pruned, departed=departed))
-                start = stream.tokens
-            yield state
-
-
-def _follow(pruned: PrunedTokens, change: Tensor) -> PrunedTokens:
-    """Add to dropped tokens the mean change of kept ones in the smallest of some windows that has any."""
-    grid, positions = pruned.grid, pruned.positions
-    changes = restore_map(change, positions, grid)
-    there = restore_map(torch.ones_like(change[..., :1]), positions, grid)
-    total, found = changes.mean((2, 3), keepdim=True), there.mean((2, 3), keepdim=True)
-    spread = (total / found).expand_as(changes)
-    for size in (15, 7, 3):
-        total, found = (F.avg_pool2d(m, size, 1, size // 2) for m in (changes, there))
-        spread = torch.where(found > 0, total / found.clamp(min=1e-6), spread)
-    spread = take(spread.flatten(2).transpose(1, 2), pruned.departed_positions)
-    return replace(pruned, departed=pruned.departed + spread)
-
-
 class _ScoringMixer(PlainMambaMixer):
     """Reports scores of its tokens ``(B, L)`` to the backbone."""
 
@@ -217,37 +170,15 @@ class _ScoringMixer(PlainMambaMixer):
         return super().scan(x, delta, B, C, walks)
 
 
-def _squares(
-    importance: Tensor, pruned: Optional[PrunedTokens], grid: tuple[int, int], side: int
-) -> tuple[Tensor, int]:
-    """Which square of ``side`` by ``side`` each token ``(B, L)`` is in, and how many there are."""
-    batch, count = importance.shape
-    positions = torch.arange(count, device=importance.device).expand(batch, count)
-    positions = positions if pruned is None else pruned.positions
-    columns = math.ceil(grid[1] / side)
-    which = positions // grid[1] // side * columns + positions % grid[1] // side
-    return which, math.ceil(grid[0] / side) * columns
-
-
-def _best_of_squares_first(
-    importance: Tensor, num_kept: int, pruned: Optional[PrunedTokens], grid: tuple[int, int]
-) -> Tensor:
-    sides = range(2, max(grid) + 2)
-    side = next(s for s in sides if math.prod(math.ceil(n / s) for n in grid) <= num_kept)
-    which, squares = _squares(importance, pruned, grid, side)
-    best = importance.new_full((importance.shape[0], squares), -math.inf)
-    best = best.scatter_reduce(1, which, importance, "amax")
-    finite = importance.isfinite()  # padding stays the first to go
-    known = importance.where(finite, 0)
-    above = 1 + known.amax(1, keepdim=True) - known.amin(1, keepdim=True)
-    return importance + above * (finite & (importance == best.gather(1, which)))
-
-
 def _mean_of_units(
     importance: Tensor, pruned: Optional[PrunedTokens], grid: tuple[int, int], unit: int
 ) -> Tensor:
-    which, units = _squares(importance, pruned, grid, unit)
-    batch = importance.shape[0]
+    batch, count = importance.shape
+    positions = torch.arange(count, device=importance.device).expand(batch, count)
+    positions = positions if pruned is None else pruned.positions
+    columns = math.ceil(grid[1] / unit)
+    which = positions // grid[1] // unit * columns + positions % grid[1] // unit
+    units = math.ceil(grid[0] / unit) * columns
     finite = importance.isfinite()
     sums = importance.new_zeros(batch, units).scatter_add(1, which, importance.where(finite, 0))
     counts = importance.new_zeros(batch, units).scatter_add(1, which, finite.to(importance.dtype))

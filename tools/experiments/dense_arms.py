@@ -177,10 +177,8 @@ def pruned(
 
 
 _REJOINING = dict(layers=(0, 2), keep_ratio=(0.3, 0.6), rejoin=7)
-_FOLLOWING = dict(candidate=dict(type="mmvssm.FollowingCandidate"))
 # The four maps go to strides 4, 8, 16 and 32: the later a layer, the fewer tokens its map needs.
 _PYRAMID = dict(layers=(1, 3, 5), keep_ratio=(0.45, 0.4, 0.35))
-_SPREAD = dict(candidate=dict(spread=True))
 _PRUNINGS: dict[str, dict[str, Any]] = {
     "decay": {},
     "hold": dict(alignment="hold"),
@@ -191,10 +189,8 @@ _PRUNINGS: dict[str, dict[str, Any]] = {
     "earlier layers": dict(layers=(0, 1, 2), keep_ratio=(0.65, 0.6, 0.7)),
     "later layers": dict(layers=(1, 3), keep_ratio=(0.4, 0.4)),
     "rejoining": _REJOINING,
-    "following": _FOLLOWING,
-    "merging, following": dict(reduction="merge", **_FOLLOWING),
-    "rejoining, following": {**_REJOINING, **_FOLLOWING},
-    "random choice, following": dict(metric="random", **_FOLLOWING),
+    "following": dict(saving=0.35, follow=True),
+    "merging, following": dict(saving=0.35, reduction="merge", follow=True),
     "by the update": dict(candidate=dict(score="update")),
     "by step size": dict(candidate=dict(score="step")),
     "by what is written": dict(candidate=dict(score="write")),
@@ -202,13 +198,15 @@ _PRUNINGS: dict[str, dict[str, Any]] = {
     "units of 2x2": dict(candidate=dict(unit=2)),
     "shared budget": dict(candidate=dict(type="mmvssm.BudgetCandidate")),
     "pyramid": _PYRAMID,
-    "pyramid, spread": {**_PYRAMID, **_SPREAD},
-    "pyramid, following": {**_PYRAMID, **_FOLLOWING},
-    "pyramid, spread, following": {
-        **_PYRAMID,
-        "candidate": {**_SPREAD["candidate"], **_FOLLOWING["candidate"]},
-    },
     "pyramid, random choice": dict(metric="random", **_PYRAMID),
+    "pyramid, spread": dict(spread=True, **_PYRAMID),
+    # Following has its own cost in so small a model, so fewer tokens are kept.
+    "pyramid, spread, following": dict(
+        layers=(1, 3, 5), keep_ratio=(0.38, 0.36, 0.3), spread=True, follow=True
+    ),
+    "pyramid, merging, following": dict(
+        layers=(1, 2, 3, 5), keep_ratio=0.5, reduction="merge", follow=True
+    ),
     "25 %": dict(saving=0.25, keep_ratio=(0.8, 0.75, 0.75)),
     "55 %": dict(saving=0.55, layers=(0, 1, 2), keep_ratio=(0.25, 0.5, 0.5)),
 }

@@ -333,7 +333,9 @@ def test_export_with_dynamic_sizes(pruning):
         program = torch.export.export(model, (torch.randn(1, 3, 72, 100),), dynamic_shapes=(dims,))
         for size in ((64, 96), (65, 97), (33, 171), (256, 320)):
             x = torch.randn(1, 3, *size)
-            with torch.enable_grad():  # as in the program, BatchNorm is then no part of convolutions
+            with (
+                torch.enable_grad()
+            ):  # as in the program, BatchNorm is then no part of convolutions
                 expected = model(x)
             for a, b in zip(program.module()(x), expected):
                 torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
