@@ -8,6 +8,7 @@ Examples:
     python tools/benchmark/pruning.py --arch L3 --shape 64 224 224 --device cuda --dtype bfloat16
     python tools/benchmark/pruning.py --backbone PlainMambaAdapter --shape 1 800 1280
     python tools/benchmark/pruning.py --backbone Vim --arch S T
+    python tools/benchmark/pruning.py --arch L1 L1-pyramid             # two presets
 """
 
 import argparse
@@ -51,7 +52,7 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--backbone", default="PlainMamba", choices=sorted(BACKBONES))
-    parser.add_argument("--arch", nargs="+", default=["L1", "L3"], help="models, pruned by preset")
+    parser.add_argument("--arch", nargs="+", default=["L1", "L3"], help="presets, of these models")
     parser.add_argument(
         "--shape", type=int, nargs=3, action="append", metavar=("B", "H", "W"), help="repeatable"
     )
@@ -75,13 +76,14 @@ def flops(model: PlainMamba, x: Tensor) -> int:
     return count(model, lambda: model(x))["total"].flops
 
 
-def build_pair(arch: str, args: argparse.Namespace) -> dict[str, PlainMamba]:
-    """Build a dense model and the same model with pruning."""
+def build_pair(preset: str, args: argparse.Namespace) -> dict[str, PlainMamba]:
+    """Build the dense model that a preset is named after, and the same model pruned by it."""
     torch.manual_seed(0)
     backbone = BACKBONES[args.backbone]
+    arch = preset.partition("-")[0]
     if arch not in backbone.arch_settings:
         raise UserError(f"unknown arch {arch}; known are {', '.join(backbone.arch_settings)}")
-    models = {name: backbone(arch, pruning=p) for name, p in (("dense", None), ("pruned", arch))}
+    models = {name: backbone(arch, pruning=p) for name, p in (("dense", None), ("pruned", preset))}
     models["pruned"].load_state_dict(models["dense"].state_dict())
     return {name: model.to(args.device).eval() for name, model in models.items()}
 

@@ -64,7 +64,8 @@ class PlainMamba(TokenBackbone):
         pruning: None for the dense model; or ``dict(layers=..., keep_ratio=..., metric='clip', alignment='decay',
             reduction='prune', rejoin=None, spread=False, follow=False)``, see
             :class:`~mmvssm.models.pruning.TokenPruning`; or the name of one of its presets, ``'L1'``, ``'L2'`` or
-            ``'L3'``. ``layers`` are those after which tokens are dropped.
+            ``'L3'``, and for a pyramid of four maps ``'L1-pyramid'`` and so on. ``layers`` are those after which tokens
+            are dropped.
         raster_source: Whether step ``i`` of every walk reads ``delta``, ``B`` and ``C`` from the ``i``-th token in
             raster order, as the published weights expect, instead of from the token that it visits.
         double_step_bias: Whether the bias of ``dt_proj`` counts twice, as the published weights expect.
