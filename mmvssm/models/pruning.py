@@ -6,9 +6,7 @@ Which tokens a backbone keeps after which layers, and what it passes to the neck
 from __future__ import annotations
 
 import functools
-import itertools
 import math
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -66,7 +64,7 @@ The first three prune as published, for classification. The others are for a pyr
 17, 23)`` or ``(8, 17, 26, 35)``: a map of a coarser level needs fewer tokens, so each is pruned after the map before.
 """
 
-_OPTIONAL = ("metric", "alignment", "reduction", "rejoin", "spread", "follow")
+_OPTIONAL = ("metric", "alignment", "reduction", "rejoin", "follow")
 
 
 class PruningError(UserError, ValueError):
@@ -86,8 +84,6 @@ class TokenPruning:
         metric: Importance of a token: one of :data:`METRICS`, or :data:`RANDOM`.
         alignment: See :data:`ALIGNMENTS`.
         reduction: See :data:`REDUCTIONS`. Merging keeps at least half of the tokens at a time.
-        spread: Whether the best token of each square of the grid is kept before all others, so that no part of an image
-            is left without. Squares are so large that about as many as tokens to keep fill the grid.
         follow: Whether dropped tokens go on changing, by the mean of what kept tokens around them change by. Otherwise
             they keep their last values.
         rejoin: Layer before which all dropped tokens return with their last values, counted from 0, as SViT (WACV
@@ -95,7 +91,6 @@ class TokenPruning:
         num_layers: Number of layers.
 
     Attributes:
-        spread: Side of the squares, by layer.
         progress: Share of the pruning, from 0 to 1, that takes place while training: the keep ratio is
             ``1 - progress * (1 - keep_ratio)``. Evaluation always prunes fully.
 
@@ -117,7 +112,6 @@ class TokenPruning:
         alignment: str = "decay",
         reduction: str = "prune",
         rejoin: Optional[int] = None,
-        spread: bool = False,
         follow: bool = False,
         *,
         num_layers: int,
@@ -156,11 +150,6 @@ class TokenPruning:
                 "pruning: reduction='merge' merges tokens in pairs, so that keep_ratio must be at least 0.5; got "
                 f"{keep_ratio}."
             )
-        if reduction == "merge" and spread:
-            raise ValueError(
-                "pruning: reduction='merge' keeps every second token, so spread=True has nothing to choose; leave it "
-                "out."
-            )
         if rejoin is not None and not (
             isinstance(rejoin, int) and layers[-1] + 1 < rejoin < num_layers
         ):
@@ -173,9 +162,6 @@ class TokenPruning:
         self.alignment = alignment
         self.reduction = reduction
         self.rejoin = rejoin
-        shares = itertools.accumulate(self.keep_ratios.values(), operator.mul)
-        sides = (math.ceil(share**-0.5 - 1e-9) for share in shares)
-        self.spread = dict(zip(layers, sides)) if spread else {}
         self.follow = follow
         self.progress = 1.0
 
@@ -246,33 +232,6 @@ def select(importance: Tensor, num_kept: int) -> tuple[Tensor, Tensor]:
     """
     ranked = importance.sort(dim=-1, descending=True, stable=True).indices
     return ranked[:, :num_kept].sort(-1).values, ranked[:, num_kept:].sort(-1).values
-
-
-def best_of_squares_first(
-    importance: Tensor, side: int, positions: Optional[Tensor], grid: tuple[int, int]
-) -> Tensor:
-    """Raise the best token of each square of the grid above all that are not.
-
-    Args:
-        importance: ``(B, L)``; infinite values stay as they are.
-        side: Of the squares, in positions.
-        positions: Row-major positions of the tokens, int64 ``(B, L)``; None if they fill the grid.
-        grid: Height and width of the grid.
-
-    Returns:
-        ``(B, L)``.
-    """
-    height, width = grid
-    if positions is None:
-        positions = torch.arange(height * width, device=importance.device).expand_as(importance)
-    rows, columns = ((n + side - 1) // side for n in grid)
-    square = positions // width // side * columns + positions % width // side
-    best = importance.new_full((importance.shape[0], rows * columns), -math.inf)
-    best = best.scatter_reduce(1, square, importance, "amax")
-    finite = importance.isfinite()
-    known = importance.where(finite, 0)
-    step = 1 + known.amax(1, keepdim=True) - known.amin(1, keepdim=True)
-    return importance + step * (finite & (importance == best.gather(1, square)))
 
 
 def similarity_to_neighbors(

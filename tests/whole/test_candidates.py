@@ -67,6 +67,31 @@ def test_units_stay_together():
     assert set(torch.nn.functional.avg_pool2d(kept.view(1, 8, 8), 2).unique().tolist()) == {0, 1}
 
 
+def test_spread_tokens_leave_no_square_without_one():
+    model, plain = pair(spread=True)
+    x = torch.randn(2, 3, 64, 64)
+    x[1, :, 48:] = 0  # padding
+    for found, by_rank in zip(model.walk_layers(x), plain.walk_layers(x)):
+        if found.pruned is None:
+            continue
+        kept, ranked = found.pruned.positions, by_rank.pruned.positions
+        assert kept.shape == ranked.shape and not torch.equal(kept, ranked)
+        counts = torch.zeros(2, 64).scatter(1, kept, 1.0).view(2, 1, 8, 8)
+        squares = torch.nn.functional.max_pool2d(counts, 2)  # 16, for 32 and 16 tokens
+        assert squares[0].all() and squares[1, 0, :3].all()
+        assert counts[1, 0, 6:].sum() == 0  # padding goes first
+
+
+def test_the_best_of_each_square_come_first():
+    importance = torch.arange(12.0)[None]
+    best = candidates._best_of_squares_first(importance, None, (3, 4), 3)
+    assert best.topk(3).indices.tolist() == [[11, 10, 9]] and best[0].topk(2).values.min() > 11
+    importance[0, [3, 7, 11]] = -torch.inf  # padding
+    best = candidates._best_of_squares_first(importance, None, (3, 4), 2)
+    assert best.topk(4).indices.sort().values.tolist() == [[5, 6, 9, 10]]
+    assert best[0, [3, 7, 11]].tolist() == [-torch.inf] * 3
+
+
 def test_a_mean_over_layers_covers_those_since_the_last_pruning():
     model, plain = pair(over_layers=True)
     x = torch.randn(2, 3, 64, 80)

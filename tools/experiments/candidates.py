@@ -37,6 +37,8 @@ class CandidatePlainMamba(PlainMamba):
             there; None, the method's own.
         over_layers: Whether to average the score over all layers since the last pruning.
         unit: Tokens are kept or dropped in squares of so many by so many (STORM).
+        spread: Whether the best token of each square is kept before all others, so that no part of the image is left
+            without; squares are so large that about as many as tokens to keep fill the grid.
     """
 
     def __init__(
@@ -45,12 +47,13 @@ class CandidatePlainMamba(PlainMamba):
         score: Optional[str] = None,
         over_layers: bool = False,
         unit: int = 1,
+        spread: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         if score not in (None, *SCORES):
             raise ValueError(f"CandidatePlainMamba: unknown score {score!r}; known are {SCORES}.")
-        self.score, self.over_layers, self.unit = score, over_layers, unit
+        self.score, self.over_layers, self.unit, self.spread = score, over_layers, unit, spread
         self._scores: list[Tensor] = []
         self._is_scored = over_layers or score is not None
         for layer in self.layers if self._is_scored else ():
@@ -87,9 +90,12 @@ class CandidatePlainMamba(PlainMamba):
         pruned: Optional[PrunedTokens],
         grid: tuple[int, int],
     ) -> tuple[Tensor, Tensor]:
-        """Choose tokens, by the mean of their unit."""
+        """Choose tokens, by the mean of their unit, or the best of each square first."""
         if self.unit > 1:
             importance = _mean_of_units(importance, pruned, grid, self.unit)
+        if self.spread:
+            side = math.ceil((math.prod(grid) / num_kept) ** 0.5 - 1e-9)
+            importance = _best_of_squares_first(importance, pruned, grid, side)
         return select(importance, num_kept)
 
 
@@ -170,15 +176,35 @@ class _ScoringMixer(PlainMambaMixer):
         return super().scan(x, delta, B, C, walks)
 
 
-def _mean_of_units(
-    importance: Tensor, pruned: Optional[PrunedTokens], grid: tuple[int, int], unit: int
-) -> Tensor:
+def _squares(
+    importance: Tensor, pruned: Optional[PrunedTokens], grid: tuple[int, int], side: int
+) -> tuple[Tensor, int]:
+    """Which square of ``side`` by ``side`` each token ``(B, L)`` is in, and how many there are."""
     batch, count = importance.shape
     positions = torch.arange(count, device=importance.device).expand(batch, count)
     positions = positions if pruned is None else pruned.positions
-    columns = math.ceil(grid[1] / unit)
-    which = positions // grid[1] // unit * columns + positions % grid[1] // unit
-    units = math.ceil(grid[0] / unit) * columns
+    columns = math.ceil(grid[1] / side)
+    which = positions // grid[1] // side * columns + positions % grid[1] // side
+    return which, math.ceil(grid[0] / side) * columns
+
+
+def _best_of_squares_first(
+    importance: Tensor, pruned: Optional[PrunedTokens], grid: tuple[int, int], side: int
+) -> Tensor:
+    which, squares = _squares(importance, pruned, grid, side)
+    best = importance.new_full((importance.shape[0], squares), -math.inf)
+    best = best.scatter_reduce(1, which, importance, "amax")
+    finite = importance.isfinite()  # padding stays the first to go
+    known = importance.where(finite, 0)
+    step = 1 + known.amax(1, keepdim=True) - known.amin(1, keepdim=True)
+    return importance + step * (finite & (importance == best.gather(1, which)))
+
+
+def _mean_of_units(
+    importance: Tensor, pruned: Optional[PrunedTokens], grid: tuple[int, int], unit: int
+) -> Tensor:
+    which, units = _squares(importance, pruned, grid, unit)
+    batch = importance.shape[0]
     finite = importance.isfinite()
     sums = importance.new_zeros(batch, units).scatter_add(1, which, importance.where(finite, 0))
     counts = importance.new_zeros(batch, units).scatter_add(1, which, finite.to(importance.dtype))

@@ -179,6 +179,7 @@ def pruned(
 _REJOINING = dict(layers=(0, 2), keep_ratio=(0.3, 0.6), rejoin=7)
 # The four maps go to strides 4, 8, 16 and 32: the later a layer, the fewer tokens its map needs.
 _PYRAMID = dict(layers=(1, 3, 5), keep_ratio=(0.45, 0.4, 0.35))
+_SPREAD = dict(spread=True)
 _PRUNINGS: dict[str, dict[str, Any]] = {
     "decay": {},
     "hold": dict(alignment="hold"),
@@ -189,8 +190,8 @@ _PRUNINGS: dict[str, dict[str, Any]] = {
     "earlier layers": dict(layers=(0, 1, 2), keep_ratio=(0.65, 0.6, 0.7)),
     "later layers": dict(layers=(1, 3), keep_ratio=(0.4, 0.4)),
     "rejoining": _REJOINING,
-    "following": dict(saving=0.35, follow=True),
-    "merging, following": dict(saving=0.35, reduction="merge", follow=True),
+    "following": dict(saving=0.36, follow=True),
+    "merging, following": dict(saving=0.36, reduction="merge", follow=True),
     "by the update": dict(candidate=dict(score="update")),
     "by step size": dict(candidate=dict(score="step")),
     "by what is written": dict(candidate=dict(score="write")),
@@ -199,10 +200,10 @@ _PRUNINGS: dict[str, dict[str, Any]] = {
     "shared budget": dict(candidate=dict(type="mmvssm.BudgetCandidate")),
     "pyramid": _PYRAMID,
     "pyramid, random choice": dict(metric="random", **_PYRAMID),
-    "pyramid, spread": dict(spread=True, **_PYRAMID),
+    "pyramid, spread": dict(candidate=_SPREAD, **_PYRAMID),
     # Following has its own cost in so small a model, so fewer tokens are kept.
     "pyramid, spread, following": dict(
-        layers=(1, 3, 5), keep_ratio=(0.38, 0.36, 0.3), spread=True, follow=True
+        candidate=_SPREAD, layers=(1, 3, 5), keep_ratio=(0.38, 0.36, 0.3), follow=True
     ),
     "pyramid, merging, following": dict(
         layers=(1, 2, 3, 5), keep_ratio=0.5, reduction="merge", follow=True

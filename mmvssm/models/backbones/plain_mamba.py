@@ -62,7 +62,7 @@ class PlainMamba(TokenBackbone):
         with_cp: Whether to recompute each layer's activations in the backward pass instead of storing them. Those of
             ``layers_with_dwconv``'s convolutions are stored: their BatchNorm would count each batch twice.
         pruning: None for the dense model; or ``dict(layers=..., keep_ratio=..., metric='clip', alignment='decay',
-            reduction='prune', rejoin=None, spread=False, follow=False)``, see
+            reduction='prune', rejoin=None, follow=False)``, see
             :class:`~mmvssm.models.pruning.TokenPruning`; or the name of one of its presets, ``'L1'``, ``'L2'`` or
             ``'L3'``, and for a pyramid of four maps ``'L1-pyramid'`` and so on. ``layers`` are those after which tokens
             are dropped.

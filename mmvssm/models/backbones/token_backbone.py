@@ -14,7 +14,6 @@ from ..interpolation import resize_bicubic
 from ..pruning import (
     PrunedTokens,
     TokenPruning,
-    best_of_squares_first,
     drop_tokens,
     follow,
     merge,
@@ -194,9 +193,6 @@ class TokenBackbone(Backbone):
             importance = self.importance(y, grid, pruned)
         state = LayerState(leaving, grid, pruned, importance)
         ranked = importance.masked_fill(padding, -math.inf)
-        if self.pruning.spread:
-            positions = None if pruned is None else pruned.positions
-            ranked = best_of_squares_first(ranked, self.pruning.spread[i], positions, grid)
         kept, dropped = self.choose(ranked, num_kept, pruned, grid)
         sizes = stream.sizes
         if merges:

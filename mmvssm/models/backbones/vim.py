@@ -97,7 +97,7 @@ class Vim(TokenBackbone):
             parts stay in evaluation mode.
         with_cp: Whether to recompute each layer's activations in the backward pass instead of storing them.
         pruning: None for the dense model; or ``dict(layers=..., keep_ratio=..., metric='clip', alignment='decay',
-            reduction='prune', rejoin=None, spread=False, follow=False)``, or the name of a preset, see
+            reduction='prune', rejoin=None, follow=False)``, or the name of a preset, see
             :class:`LinePruning`. The class token is never pruned; it keeps its place in the line.
         init_cfg: mmengine initialisation, for example
             ``dict(type='Pretrained', checkpoint='mmvssm://vim_tiny', prefix='backbone.')``. The checkpoint's position

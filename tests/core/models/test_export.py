@@ -67,7 +67,7 @@ def test_plainmamba_saved_and_loaded(tmp_path):
 @pytest.mark.slow
 @pytest.mark.nightly
 def test_pruned_plainmamba_saved_and_loaded(tmp_path):
-    pruning = dict(layers=(0,), keep_ratio=0.6, spread=True, follow=True)
+    pruning = dict(layers=(0,), keep_ratio=0.6, follow=True)
     backbone = PlainMamba(PLAINMAMBA, img_size=48, out_indices=(0, 1), pruning=pruning)
     model = torch.nn.Sequential(backbone, TokenRestoration())
     torch.export.save(export(model), tmp_path / "pruned.pt2")

@@ -495,31 +495,10 @@ def test_departed_tokens_keep_their_last_value():
             assert torch.equal(pruned.departed[b, n], expected)
 
 
-def test_spread_tokens_leave_no_square_without_one():
-    spread, ranked = (
-        build(dict(layers=(0, 2), keep_ratio=(0.5, 0.4), spread=s)) for s in (True, False)
-    )
-    x = torch.randn(2, 3, 64, 64)
-    x[1, :, 48:] = 0  # padding
-    differ = False
-    for i, (found, by_rank) in enumerate(zip(spread.walk_layers(x), ranked.walk_layers(x))):
-        if found.pruned is None:
-            continue
-        kept = found.pruned.positions
-        assert kept.shape == by_rank.pruned.positions.shape
-        differ |= not torch.equal(kept, by_rank.pruned.positions)
-        there = torch.zeros(2, 64).scatter(1, kept, 1.0).view(2, 1, 8, 8)
-        side = 2 if i <= 2 else 3  # for 32 and 13 of 64 tokens
-        squares = F.max_pool2d(there, side, ceil_mode=True)
-        assert squares[0].all() and squares[1, 0, : 6 // side].all()
-        assert there[1, 0, 6:].sum() == 0  # padding goes first
-    assert differ
-
-
 FOLLOWING = dict(layers=(1, 3), keep_ratio=0.5, follow=True)
 
 
-@pytest.mark.parametrize("settings", [{}, dict(reduction="merge"), dict(spread=True)])
+@pytest.mark.parametrize("settings", [{}, dict(reduction="merge")])
 def test_followers_change_and_the_others_do_not(settings):
     model, plain = (build(FOLLOWING | settings | dict(follow=f)) for f in (True, False))
     x = torch.randn(2, 3, 48, 64)
@@ -549,7 +528,7 @@ def test_followers_change_as_the_others_do(rejoin):
 
 
 def test_followers_have_gradients():
-    model = build(FOLLOWING | dict(spread=True)).double()
+    model = build(FOLLOWING).double()
     restored = TokenRestoration()(model(torch.randn(1, 3, 48, 64, dtype=torch.float64)))
     pruned = model(torch.randn(1, 3, 48, 64, dtype=torch.float64))[4]
     assert restored[4].isfinite().all()

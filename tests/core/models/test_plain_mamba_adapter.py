@@ -173,7 +173,7 @@ def test_reference_points_are_centres():
     [
         None,
         dict(layers=(0, 1), keep_ratio=0.6),
-        dict(layers=(0, 1), keep_ratio=0.6, spread=True, follow=True),
+        dict(layers=(0, 1), keep_ratio=0.6, follow=True),
     ],
 )
 def test_any_input_size(size, pruning):

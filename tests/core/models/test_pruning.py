@@ -11,7 +11,6 @@ from mmvssm.models.pruning import (
     PrunedTokens,
     PruningError,
     TokenPruning,
-    best_of_squares_first,
     drop_tokens,
     merge,
     packed_grid,
@@ -49,7 +48,6 @@ def pruning(**settings):
         (dict(reduction="merge", keep_ratio=0.4), "keep_ratio must be at least 0.5; got 0.4"),
         (dict(rejoin=6), "rejoin must be a layer from 7 to 7, .* got 6"),
         (dict(rejoin=8), "rejoin must be a layer from 7 to 7, .* got 8"),
-        (dict(reduction="merge", spread=True), "so spread=True has nothing to choose; leave it"),
         (dict(ratio=1), r"expected a dict with layers and keep_ratio, .* got the keys"),
     ],
 )
@@ -63,25 +61,6 @@ def test_bad_settings(settings, words):
 def test_number_of_kept_tokens_is_rounded_up(num_tokens, percent):
     kept = pruning(keep_ratio=percent / 100).num_kept(2, num_tokens)
     assert kept == -(-num_tokens * percent // 100)
-
-
-def test_squares_have_room_for_the_tokens_that_are_left():
-    assert pruning(keep_ratio=[0.25, 0.4], spread=True).spread == {2: 2, 5: 4}
-    assert pruning(keep_ratio=1, spread=True).spread == {2: 1, 5: 1}
-    assert not pruning().spread
-
-
-def test_the_best_of_each_square_come_first():
-    importance = torch.arange(12.0)[None]
-    best = best_of_squares_first(importance, 3, None, (3, 4))  # columns 0 to 2, and column 3
-    assert best.topk(3).indices.tolist() == [[11, 10, 9]] and best[0].topk(2).values.min() > 11
-    importance[0, [3, 7, 11]] = -torch.inf  # padding
-    best = best_of_squares_first(importance, 2, None, (3, 4))
-    assert best.topk(4).indices.sort().values.tolist() == [[5, 6, 9, 10]]
-    assert best[0, [3, 7, 11]].tolist() == [-torch.inf] * 3
-    some = torch.tensor([[0, 1, 4, 10]])
-    best = best_of_squares_first(torch.tensor([[1.0, 2, 3, 0]]), 2, some, (3, 4))
-    assert best.argsort(descending=True).tolist() == [[2, 3, 1, 0]]
 
 
 def test_only_pruning_layers_prune():

@@ -502,7 +502,7 @@ def test_compile_fullgraph(out_type, pruning):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "pruning",
-    [None, PRUNING | dict(spread=True, follow=True), dict(layers=(0, 1), keep_ratio=0.6, rejoin=3)],
+    [None, PRUNING | dict(follow=True), dict(layers=(0, 1), keep_ratio=0.6, rejoin=3)],
 )
 @pytest.mark.nightly
 def test_export_with_dynamic_sizes(pruning):
