@@ -13,7 +13,6 @@ from PIL import Image
 pytest.importorskip("mmdet")
 pytest.importorskip("mmseg")
 
-import candidates  # noqa: F401  (registers what arms name)
 import dense
 import dense_campaign
 import dense_report

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Optional
 
+import candidates  # noqa: F401  (registers what arms name)
 import numpy as np
 import torch
 from dense_arms import ARMS, DENSE
@@ -38,7 +39,7 @@ from timing import about, markdown_table, peak_memory, time_side_by_side, write_
 STEPS = ("image", "step")
 """What is measured: the test of one image, and a training step."""
 
-SHOWN = ("GroupMamba", "ResNet-18", DENSE, "pruned, decay")
+SHOWN = ("GroupMamba", DENSE, "pruned, decay", "pruned, pyramid")
 """Arms whose predictions are drawn; the last of those that are there chooses the images."""
 
 _EACH = 2  # of the best and of the worst images
