@@ -50,18 +50,19 @@ It is unclear whether the published method decays or holds the state: its releas
 of it differ.
 """
 
+_MERGING = dict(reduction="merge", follow=True)
 PRESETS: dict[str, dict] = {
     "L1": dict(layers=(3, 7, 11), keep_ratio=0.6),
     "L2": dict(layers=(3, 7, 11), keep_ratio=0.65),
     "L3": dict(layers=(5, 11, 17), keep_ratio=0.7),
-    "L1-pyramid": dict(layers=(5, 11, 17), keep_ratio=(0.5, 0.45, 0.4)),
-    "L2-pyramid": dict(layers=(5, 11, 17), keep_ratio=(0.55, 0.5, 0.45)),
-    "L3-pyramid": dict(layers=(8, 17, 26), keep_ratio=(0.65, 0.55, 0.5)),
+    "L1-pyramid": dict(layers=(5, 8, 11, 17), keep_ratio=(0.6, 0.6, 0.5, 0.5), **_MERGING),
+    "L2-pyramid": dict(layers=(5, 8, 11, 17), keep_ratio=(0.7, 0.65, 0.5, 0.5), **_MERGING),
+    "L3-pyramid": dict(layers=(8, 13, 17, 26), keep_ratio=(0.75, 0.7, 0.6, 0.5), **_MERGING),
 }
 """Settings that save at least 40 % of the FLOPs of PlainMamba's sizes.
 
 The first three prune as published, for classification. The others are for a pyramid of four maps, ``out_indices=(5, 11,
-17, 23)`` or ``(8, 17, 26, 35)``: a map of a coarser level needs fewer tokens, so each is pruned after the map before.
+17, 23)`` or ``(8, 17, 26, 35)``: a map of a coarser level needs fewer tokens, so none goes before the first map.
 """
 
 _OPTIONAL = ("metric", "alignment", "reduction", "rejoin", "follow")

@@ -745,15 +745,15 @@ def test_presets_fit_their_models(arch, layers, tokens):
 
 
 @pytest.mark.parametrize("arch, out_indices", [("L1", (5, 11, 17, 23)), ("L3", (8, 17, 26, 35))])
-def test_presets_of_a_pyramid_prune_after_maps(arch, out_indices):
+def test_presets_of_a_pyramid_reduce_after_its_first_map(arch, out_indices):
     preset = PRESETS[f"{arch}-pyramid"]
-    assert preset["layers"] == out_indices[:3]
+    assert set(out_indices[:3]) < set(preset["layers"]) and min(preset["layers"]) == out_indices[0]
     dense, pruned = (
         PlainMamba(arch, out_indices=out_indices, pruning=p).eval() for p in (None, preset)
     )
     x = torch.zeros(1, 3, 224, 224)
     costs = [count(m, lambda m=m: m(x))["total"].flops for m in (dense, pruned)]
-    assert 0.40 < 1 - costs[1] / costs[0] < 0.43
+    assert 0.41 < 1 - costs[1] / costs[0] < 0.44
 
 
 def test_every_model_has_a_preset_for_classes_and_one_for_a_pyramid():
