@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmvssm.models.interpolation import SPREAD, interpolate_known, resize_bicubic
+from mmvssm.models.interpolation import SIGMA, interpolate_known, resize_bicubic
 
 SIZES = st.tuples(st.integers(1, 9), st.integers(1, 9))
 
@@ -36,7 +36,7 @@ def test_known_around_a_position(grid):
     x = torch.randn(2, h, w, 3, dtype=torch.float64) * known
     place = torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"), -1)
     distance = torch.cdist(place.view(-1, 2).double(), place.view(-1, 2).double())
-    weight = torch.exp(-0.5 * (distance / SPREAD) ** 2) * known.view(2, 1, -1)
+    weight = torch.exp(-0.5 * (distance / SIGMA) ** 2) * known.view(2, 1, -1)
     expected = weight @ x.flatten(1, 2) / weight.sum(-1, keepdim=True)
     torch.testing.assert_close(interpolate_known(x, known).flatten(1, 2), expected)
 
